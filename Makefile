@@ -1,0 +1,35 @@
+# Needs Python 3.11 or newer and nothing else; everything is installed into .venv.
+PYTHON ?= python3
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint train clean
+
+demo: .venv/demo
+	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
+
+test: .venv/test
+	.venv/bin/pytest -n 2 --dist loadgroup
+
+lint: .venv/test
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+	.venv/bin/pyright
+
+# Trains the embedded model again, all five seeds, and chooses as the model card says; half an hour on two cores.
+train: .venv/demo
+	.venv/bin/python -m tn_lens.toy.choose
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/pip pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/test: .venv/demo
+	$(PIP) --editable '.[test,notebook]'
+	touch $@
+
+clean:
+	rm -rf .venv runs dist build .pytest_cache .ruff_cache

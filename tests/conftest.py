@@ -1,0 +1,171 @@
+"""Fixtures: tiny random checkpoints with the options of the paper's six models, and the embedded model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
+
+from tn_lens import QuestionSet, load_model, load_questions
+from tn_lens.models import Model
+from tn_lens.toy.train import build_tokenizer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 283,  # the toy's, so that its tokenizer fits
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # small, so that the scaling acts on short prompts
+}
+
+
+def paper_config(name: str) -> Any:
+    """A tiny configuration with the options that set one of the paper's models apart."""
+    match name:
+        case "Qwen2.5-3B-Instruct":  # q, k and v biases, two key/value heads, tied embeddings
+            return Qwen2Config(
+                **SMALL,
+                hidden_size=64,
+                intermediate_size=96,
+                num_attention_heads=8,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+                rms_norm_eps=1e-6,
+            )
+        case "Llama-3.2-3B-Instruct" | "Llama-3.1-8B-Instruct":  # llama3 rope, grouped heads; 3.2 ties, 3.1 does not
+            small = name.startswith("Llama-3.2")
+            return LlamaConfig(
+                **SMALL,
+                hidden_size=48,
+                intermediate_size=80,
+                num_attention_heads=6,
+                num_key_value_heads=2 if small else 3,
+                head_dim=8,
+                tie_word_embeddings=small,
+                rope_parameters=LLAMA3_ROPE | {"factor": 32.0 if small else 8.0},
+                rms_norm_eps=1e-5,
+            )
+        case "Mistral-Nemo-Instruct-2407":  # heads that do not add up to d_model, no sliding window
+            return MistralConfig(
+                **SMALL,
+                hidden_size=40,
+                intermediate_size=72,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                sliding_window=None,
+                tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+                rms_norm_eps=1e-5,
+            )
+        case "OLMo-2-1124-7B-Instruct" | "OLMo-2-1124-13B-Instruct":  # norms after the sublayers and on q and k
+            heads = 4 if "7B" in name else 5
+            return Olmo2Config(
+                **SMALL,
+                hidden_size=8 * heads,
+                intermediate_size=88,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+                rms_norm_eps=1e-6,
+            )
+        case _:
+            raise ValueError(name)
+
+
+PAPER_MODELS = (
+    "Qwen2.5-3B-Instruct",
+    "Llama-3.2-3B-Instruct",
+    "Llama-3.1-8B-Instruct",
+    "OLMo-2-1124-7B-Instruct",
+    "OLMo-2-1124-13B-Instruct",
+    "Mistral-Nemo-Instruct-2407",
+)
+PRE_NORM = tuple(name for name in PAPER_MODELS if not name.startswith("OLMo"))
+POST_NORM = tuple(name for name in PAPER_MODELS if name.startswith("OLMo"))
+
+
+def random_checkpoint(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A Hugging Face model whose every parameter matters: random biases and norm weights, and sizeable weights."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.4 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(
+                    torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 1.3 * parameter.shape[-1] ** -0.5)
+                )
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random checkpoint with the options of a paper model, tokenizer included."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("checkpoints") / name
+            random_checkpoint(paper_config(name)).save_pretrained(folder)
+            build_tokenizer().save_pretrained(folder)
+            made[name] = folder
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint: Callable[[str], Path]) -> Callable[..., Model]:
+    """A tiny random model with the options of a paper model."""
+    made: dict[tuple[str, torch.dtype], Model] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float64) -> Model:
+        if (name, dtype) not in made:
+            made[name, dtype] = load_model(checkpoint(name), dtype=dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def toy() -> Model:
+    """The embedded model."""
+    return load_model("toy")
+
+
+@pytest.fixture(scope="session")
+def toy_questions() -> QuestionSet:
+    """Its questions."""
+    return load_questions("toy")
+
+
+SHARED = Path(os.environ.get("TN_LENS_SHARED", Path(__file__).parents[2] / "shared"))
+"""Real data and a real checkpoint, where they are; tests that need them are skipped elsewhere."""
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"real data not found in {SHARED}; set TN_LENS_SHARED")
+    return SHARED

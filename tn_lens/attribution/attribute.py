@@ -1,0 +1,173 @@
+"""Attribute the model's preference for the right answer to its neurons (paper 2.1, 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BadInput
+from ..models import Model, check_model, is_post_norm, neuron_space
+from ..neurons import SITES, Site
+from ..progress import track
+from ..prompts import Prompt
+from .direct import Positions, activations, attribute_prompt
+from .quadrature import Method, quadrature_rule
+from .result import Attribution
+from .target import Target, probability_difference, right_probability, wrong_probability
+
+Baseline = Literal["zero", "mean"] | Mapping[Site, Float[Tensor, "layer _"]]
+"""Where the path begins: at zero (the paper), at the mean activation over the prompts, or at given values."""
+
+BATCH_SIZE = 64
+"""Whole prompts in one pass of the direct engine."""
+
+
+def attribute(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    n_steps: int = 20,
+    method: Method = "riemann_right",
+    baseline: Baseline = "zero",
+    positions: Positions = "last",
+    sites: Sequence[Site] = SITES,
+    target: Target = probability_difference,
+    separate: bool = False,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = False,
+) -> Attribution:
+    """Integrated gradients of the target for every neuron of every layer (paper eq. 3, 4, 8).
+
+    Args:
+        model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
+        prompts: what is asked; see `build_prompts` and `build_prompt`.
+        n_steps: number of interpolation steps, m in the paper.
+        method: how the steps lie; see `quadrature_rule`.
+        baseline: where the path begins; see `mean_activations` for means over other prompts.
+        positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
+            prompt together and sums the scores over positions.
+        sites: which of `"mlp"` (hook_post) and `"attn"` (hook_z).
+        target: what is attributed, as a function of the last logits.
+        separate: also attribute f_t and f_f apart (Attr_t and Attr_f), for one more backward pass.
+        batch_size: whole prompts in one pass; memory grows with it, time falls.
+        progress: show a progress bar.
+
+    Returns:
+        Scores on the CPU in at least float32, one row per prompt.
+
+    Raises:
+        BadInput: an argument out of its range, a model that is not supported, or scores that are not finite.
+    """
+    check_model(model)
+    rule, space = quadrature_rule(method, n_steps), neuron_space(model)
+    wanted: list[Site] = [site for site in sites if space.width(site)]
+    sites = wanted
+    if not prompts or not sites or positions not in get_args(Positions) or batch_size < 1:
+        raise BadInput(
+            "attribute needs at least one prompt, one site the model has, positions 'last' or 'all', and a batch_size "
+            f"from 1; got {len(prompts)} prompts, sites {list(sites)}, positions {positions!r}, batch_size {batch_size}"
+        )
+    start = resolve_baseline(model, prompts, baseline, sites, positions)
+    targets: list[Target] = [right_probability, wrong_probability] if separate else []
+    if not separate or target is not probability_difference:
+        targets.insert(0, target)
+    device = torch.device(str(model.cfg.device))
+    on_device: dict[Site, Tensor] = {site: start[site].to(device) for site in sites}
+    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    held: list[dict[Site, Tensor]] = [
+        {site: torch.empty(len(prompts), space.n_layers, space.width(site), dtype=dtype) for site in sites}
+        for _ in targets
+    ]
+    change: list[dict[Site, Tensor]] = [
+        {site: torch.empty(len(prompts), space.n_layers, dtype=dtype) for site in sites} for _ in targets
+    ]
+    for row, prompt in enumerate(track(prompts, "attribution" if progress else None)):
+        found = attribute_prompt(
+            model,
+            prompt,
+            rule=rule,
+            targets=targets,
+            baseline=on_device,
+            sites=sites,
+            positions=positions,
+            batch_size=batch_size,
+        )
+        for index in range(len(targets)):
+            for site in sites:
+                scores = found.scores[index][site]
+                _refuse_not_finite(scores, site, model)
+                held[index][site][row] = scores.cpu()
+                change[index][site][row] = found.change[index][site].cpu()
+    right, wrong = (held[-2], held[-1]) if separate else (None, None)
+    if len(targets) == 2 and right is not None and wrong is not None:  # eq. 8: integrated gradients are linear in f
+        held.insert(0, {site: right[site] - wrong[site] for site in sites})
+        change.insert(0, {site: change[0][site] - change[1][site] for site in sites})
+    return Attribution(
+        prompts=tuple(prompts), space=space, difference=held[0], change=change[0], right=right, wrong=wrong
+    )
+
+
+def post_norm_warning(model: Model, method: Method, baseline: Baseline) -> str | None:
+    """What to know about a zero baseline in a model that normalises after W_O and W_out; None where all is well."""
+    if not is_post_norm(model) or method == "graded" or not (isinstance(baseline, str) and baseline == "zero"):
+        return None
+    return (
+        "this model normalises after W_O and W_out, so f(alpha z) hardly depends on alpha > 0 and all of the change lies "
+        f"next to the zero baseline, where {method} has no node: the ranking within a site stays meaningful, the scores' "
+        "size does not, and completeness fails; method='graded' or baseline='mean' mend that"
+    )
+
+
+@torch.no_grad()
+def mean_activations(
+    model: Model, prompts: Sequence[Prompt], *, positions: Positions = "last", progress: bool = False
+) -> dict[Site, Float[Tensor, "layer _"]]:
+    """Mean activation of every neuron over prompts (and over their positions, for `"all"`), as a baseline."""
+    space = neuron_space(model)
+    sites: list[Site] = [site for site in SITES if space.width(site)]
+    total: dict[Site, Tensor] = {s: torch.zeros(space.n_layers, space.width(s), dtype=torch.float64) for s in sites}
+    for prompt in track(prompts, "mean activations" if progress else None):
+        own, _ = activations(model, prompt, sites, positions)
+        for site in sites:
+            total[site] += own[site].mean(1).double().cpu()
+    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    return {site: (value / len(prompts)).to(dtype) for site, value in total.items()}
+
+
+def resolve_baseline(
+    model: Model, prompts: Sequence[Prompt], baseline: Baseline, sites: Sequence[Site], positions: Positions
+) -> Mapping[Site, Float[Tensor, "layer _"]]:
+    """Values for a named baseline; given ones are checked.
+
+    Raises:
+        BadInput: an unknown name, or values of another shape.
+    """
+    space = neuron_space(model)
+    if isinstance(baseline, str):
+        match baseline:
+            case "zero":
+                return {site: torch.zeros(space.n_layers, space.width(site)) for site in sites}
+            case "mean":
+                return mean_activations(model, prompts, positions=positions)
+            case _:
+                raise BadInput(f"expected baseline 'zero', 'mean' or a tensor per site, got {baseline!r}")
+    for site in sites:
+        expected = (space.n_layers, space.width(site))
+        if site not in baseline or tuple(baseline[site].shape) != expected:
+            came = tuple(baseline[site].shape) if site in baseline else "nothing"
+            raise BadInput(f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, got {came}")
+    return baseline
+
+
+def _refuse_not_finite(scores: Float[Tensor, "layer neuron"], site: Site, model: Model) -> None:
+    finite = scores.isfinite().all(-1)
+    if not finite.all():
+        layer = int((~finite).nonzero()[0])
+        raise BadInput(
+            f"scores of layer {layer}, site {site!r} are not finite in {str(model.cfg.dtype).removeprefix('torch.')}; "
+            "load the model in bfloat16 or float32"
+        )

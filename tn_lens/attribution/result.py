@@ -1,0 +1,84 @@
+"""What attribution returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from ..neurons import NeuronSpace, Site
+from ..prompts import Prompt, by_question
+
+Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
+"""One number per neuron, per site; attention neurons are flat, head * d_head + index."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attribution:
+    """Scores of every neuron for some prompts, in the unit of the target (a probability), on the CPU."""
+
+    prompts: tuple[Prompt, ...]
+    space: NeuronSpace
+    difference: Mapping[Site, Float[Tensor, "prompt layer _"]]
+    """D, the attribution of f_t - f_f (paper eq. 8), or of the target that was given."""
+    change: Mapping[Site, Float[Tensor, "prompt layer"]]
+    """target(activation) - target(baseline): what the scores of one site and layer should sum to."""
+    right: Mapping[Site, Float[Tensor, "prompt layer _"]] | None = None
+    """Attr_t, where it was asked for apart."""
+    wrong: Mapping[Site, Float[Tensor, "prompt layer _"]] | None = None
+    """Attr_f, where it was asked for apart."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def gap(self) -> dict[Site, Float[Tensor, "prompt layer"]]:
+        """Completeness gap: the sum of the scores less `change`; 0 for an exact integral."""
+        return {site: scores.sum(-1) - self.change[site] for site, scores in self.difference.items()}
+
+    @property
+    def completeness_gap(self) -> float:
+        """The largest gap relative to the largest |change|, over all prompts, sites and layers."""
+        return relative_gap(self.gap, self.change)
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Question index -> category."""
+        return {prompt.question: prompt.category for prompt in self.prompts}
+
+    def per_question(self) -> Iterator[tuple[int, Scores]]:
+        """D of each question: the mean over the orders in which it was asked (one of them under order="random")."""
+        start = 0
+        for question, group in by_question(self.prompts):
+            rows = slice(start, start + len(group))
+            yield question, {site: scores[rows].mean(0) for site, scores in self.difference.items()}
+            start += len(group)
+
+    def top(self, n: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The neurons with the highest mean D (of one prompt, if its place in the list is given)."""
+        rows = []
+        for site, scores in self.difference.items():
+            mean = scores.mean(0) if prompt is None else scores[prompt]
+            values, places = mean.flatten().topk(min(n, mean.numel()))
+            for value, place in zip(values.tolist(), places.tolist(), strict=True):
+                neuron = self.space.neuron(site, *divmod(place, self.space.width(site)))
+                rows.append({"neuron": str(neuron), "site": site, "layer": neuron.layer, "D": value})
+        frame = pd.DataFrame(rows, columns=["neuron", "site", "layer", "D"])
+        return frame.sort_values("D", ascending=False).head(n).reset_index(drop=True)
+
+    def summary(self) -> str:
+        """One sentence: how much was attributed, and how well the integral was met."""
+        return (
+            f"{len(self)} prompts x {self.space.n_neurons:,} neurons; the scores of a site and layer sum to "
+            f"f(activation) - f(baseline) up to {self.completeness_gap:.1%} of its largest value."
+        )
+
+
+def relative_gap(gap: Scores, change: Scores) -> float:
+    """Largest |gap| over largest |change|; 0 where nothing changes and nothing is missing."""
+    largest = max((float(c.abs().max()) for c in change.values() if c.numel()), default=0.0)
+    missing = max((float(g.abs().max()) for g in gap.values() if g.numel()), default=0.0)
+    return missing / largest if largest else float(missing > 0)

@@ -1,0 +1,31 @@
+"""What is attributed: a function of the logits at a prompt's last position (paper eq. 6-8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..prompts import Prompt
+
+Target: TypeAlias = Callable[[Float[Tensor, "row vocab"], Prompt], Float[Tensor, " row"]]
+"""Logits of several rows of one prompt -> one number per row."""
+
+
+def right_probability(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
+    """f(T|t): the probability of the right label, upper and lower case (eq. 6), by the full-vocabulary softmax."""
+    return logits.softmax(-1)[:, list(prompt.label_ids[prompt.right])].sum(-1)
+
+
+def wrong_probability(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
+    """f(T|f): the probability of the wrong labels (eq. 7)."""
+    return logits.softmax(-1)[:, list(prompt.wrong_ids)].sum(-1)
+
+
+def probability_difference(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
+    """f(T|t) - f(T|f), whose attribution is D (eq. 8), since integrated gradients are linear in f."""
+    probabilities = logits.softmax(-1)
+    right, wrong = list(prompt.label_ids[prompt.right]), list(prompt.wrong_ids)
+    return probabilities[:, right].sum(-1) - probabilities[:, wrong].sum(-1)

@@ -1,0 +1,145 @@
+"""The command line: parses, calls the pipeline, prints. `tn-lens --help`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import BadInput
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find truth neurons in language models, show that they matter, and show where they sit.",
+)
+
+ARM_NAMES = {
+    "baseline": "untouched",
+    "random": "random neurons at zero",
+    "random_matched": "random, matched by layer",
+    "suppressed": "truth neurons at zero",
+}
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `run` a command of its own."""
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
+    questions: Annotated[str, typer.Option(help="'truthfulqa', 'toy', or a .csv or .jsonl file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; resumed if it holds this run.")] = None,
+    t: Annotated[
+        float | None, typer.Option(help="Adaptive threshold; by default the paper's for its models, else 0.2.")
+    ] = None,
+    p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
+    alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
+    correction: Annotated[
+        Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
+    ] = "bonferroni",
+    order: Annotated[Literal["random", "both", "given"] | None, typer.Option(help="Order of the answers.")] = None,
+    n_steps: Annotated[int, typer.Option(help="Interpolation steps, m.")] = 20,
+    method: Annotated[
+        Literal["riemann_right", "riemann_middle", "riemann_trapezoid", "gauss_legendre", "graded"],
+        typer.Option(help="Quadrature rule; 'graded' for post-norm models."),
+    ] = "riemann_right",
+    baseline: Annotated[Literal["zero", "mean"], typer.Option(help="Where the path begins.")] = "zero",
+    positions: Annotated[Literal["last", "all"], typer.Option(help="Positions to interpolate.")] = "last",
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the evaluation.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of orders, halves and random neurons.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Use only so many questions.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    drop_long: Annotated[bool, typer.Option(help="Leave out questions beyond the context window.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start over where the folder holds another run.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what the run would cost, and stop.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the checkpoint's own code run.")] = False,
+) -> None:
+    """Find, test, suppress and plot the truth neurons of a model."""
+    from . import loading, pipeline  # torch and transformers are slow to import; --help should not wait for them
+    from .questions import load_questions
+
+    if out is None and not dry_run:
+        raise BadInput("expected a run folder; give one with --out runs/NAME")
+    asked = load_questions(questions)
+    settings = {
+        "t": t,
+        "p": p,
+        "alpha": alpha,
+        "correction": correction,
+        "order": order,
+        "n_steps": n_steps,
+        "method": method,
+        "baseline": baseline,
+        "positions": positions,
+        "n_repetitions": repetitions,
+        "seed": seed,
+        "limit": limit,
+    }
+    loaded = loading.load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    if dry_run:
+        typer.echo(pipeline.plan_run(loaded, asked, drop_long=drop_long, **settings).summary())
+        return
+    found = pipeline.find_truth_neurons(loaded, asked, out=out, overwrite=overwrite, drop_long=drop_long, **settings)
+    console = Console()
+    console.print(f"\n{found.check.summary()}\n{found.selection.summary()}\n", highlight=False)
+    console.print(_table(found))
+    for warning in found.warnings():
+        console.print(f"[yellow]Note:[/] {warning}", highlight=False)
+    console.print(f"\nReport: {out / 'report.html'}" if out else "", highlight=False, soft_wrap=True)
+
+
+def _table(found: object) -> Table:
+    """Like the paper's table 1, with what it lacks beside it."""
+    from .pipeline import TruthNeurons
+
+    assert isinstance(found, TruthNeurons)
+    evaluation = found.evaluation
+    table = Table(
+        title=f"{found.model_name} on {evaluation.name} ({evaluation.n_questions} questions)", title_justify="left"
+    )
+    table.add_column("condition")
+    for name in ("accuracy (%)", "order-averaged (%)", "answer mass", 'share of "A"'):
+        table.add_column(name, justify="right")
+    for name, arm in evaluation.arms.items():
+        star = " *" if name == "suppressed" and evaluation.welch_p < 0.05 else ""
+        table.add_row(
+            ARM_NAMES[name],
+            f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}{star}",
+            f"{100 * arm.order_averaged_accuracy:.2f}",
+            f"{arm.answer_mass:.3f}",
+            f"{arm.share_a:.2f}",
+        )
+    table.caption = f"* below untouched, one-sided Welch p = {evaluation.welch_p:.2g}"
+    table.caption_justify = "left"
+    return table
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one sentence and exit code 2."""
+    warnings.simplefilter("ignore")  # the stages' warnings come back as notes; a library's are not the user's business
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.disable_progress_bar()
+        app()
+    except BadInput as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was computed is kept, run the same command again to go on", err=True)
+        sys.exit(130)

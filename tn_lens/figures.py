@@ -1,0 +1,71 @@
+"""Figures: a result in, a plotly Figure out. Nothing is shown and no file is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+
+from .errors import BadInput
+from .neurons import SITES, NeuronSet, Site
+from .selection import Selection
+
+FONT = "Inter, Helvetica, Arial, sans-serif"
+SCALE = [[0.0, "#f7f9fb"], [0.15, "#dbe7f1"], [0.4, "#8fb8d6"], [0.7, "#2f7fb8"], [1.0, "#08306b"]]
+"""White to dark blue: even in grey print, and the same for every kind of colour vision."""
+SITE_NAMES: Mapping[Site, str] = {"mlp": "MLP (hook_post)", "attn": "Attention (hook_z)"}
+
+
+def plot_layers(found: Selection | NeuronSet, n_layers: int | None = None, *, title: str | None = None) -> go.Figure:
+    """Where the truth neurons sit: the fraction of all found neurons in each layer, per site (paper figure 5).
+
+    Args:
+        found: a selection, or a set of neurons.
+        n_layers: of the model; a selection knows it.
+        title: of the figure; by default it says how many neurons were found.
+
+    Returns:
+        A heatmap, sites by layers, whose cells sum to 1; hovering shows counts.
+
+    Raises:
+        BadInput: the number of layers is needed and missing, or too small.
+    """
+    neurons = found.neurons if isinstance(found, Selection) else found
+    n_layers = found.space.n_layers if isinstance(found, Selection) else n_layers
+    if n_layers is None or any(n.layer >= n_layers for n in neurons):
+        raise BadInput(f"plot_layers needs n_layers, more than every neuron's layer; got {n_layers}")
+    counts = neurons.by_layer(n_layers)
+    total = max(len(neurons), 1)
+    fractions = [[n / total for n in counts[site]] for site in SITES]
+    figure = go.Figure(
+        go.Heatmap(
+            z=fractions,
+            x=list(range(n_layers)),
+            y=[SITE_NAMES[site] for site in SITES],
+            customdata=[counts[site] for site in SITES],
+            colorscale=SCALE,
+            zmin=0,
+            zmax=max(max(map(max, fractions)), 1e-9),
+            xgap=2,
+            ygap=2,
+            colorbar={"title": {"text": "fraction", "side": "right"}, "tickformat": ".0%", "thickness": 12},
+            hovertemplate="%{y}, layer %{x}<br>%{customdata} neurons, %{z:.1%} of those found<extra></extra>",
+        )
+    )
+    if n_layers <= 12 and len(neurons):
+        figure.update_traces(texttemplate="%{customdata}", textfont={"size": 13})
+    figure.update_layout(
+        title={
+            "text": title or f"{len(neurons)} truth neurons over {n_layers} layers",
+            "x": 0,
+            "xanchor": "left",
+            "xref": "paper",
+        },
+        font={"family": FONT, "size": 14, "color": "#1c2733"},
+        template="plotly_white",
+        height=270,
+        margin={"l": 150, "r": 30, "t": 60, "b": 55},
+        xaxis={"title": {"text": "layer"}, "tickmode": "linear", "dtick": max(1, n_layers // 16), "showgrid": False},
+        yaxis={"autorange": "reversed", "showgrid": False},
+    )
+    return figure

@@ -1,0 +1,358 @@
+"""Load a model: a hub id, a local folder, or a Hugging Face model in memory -> HookedTransformer.
+
+`HookedTransformer.from_pretrained` knows a fixed list of names. For the families of the paper's six models this module
+reads the Hugging Face configuration instead, so that every checkpoint of the family loads, fine-tuned and local ones
+too, and hands the weights over in the order in which they are stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import (
+    convert_llama_weights,
+    convert_mistral_weights,
+    convert_olmo2_weights,
+    convert_qwen2_weights,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .errors import BadInput
+from .models import Model, assemble, load_from_transformer_lens
+
+CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
+    "LlamaForCausalLM": convert_llama_weights,
+    "Qwen2ForCausalLM": convert_qwen2_weights,
+    "MistralForCausalLM": convert_mistral_weights,
+    "Olmo2ForCausalLM": convert_olmo2_weights,
+}
+"""The families that load from their Hugging Face configuration, whatever the checkpoint is called."""
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu"}
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_model(
+    name_or_folder: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    hf_model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a model as a frozen HookedTransformer without any weight processing.
+
+    Args:
+        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, or a folder that
+            `save_pretrained` wrote. With `hf_model` it is only the name that results carry.
+        dtype: of the weights, as `torch.bfloat16` or `"bfloat16"`. By default float32 on the CPU and the
+            checkpoint's own on an accelerator.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; by default CUDA where there is one.
+        revision: branch, tag or commit on the hub.
+        hf_model: a Hugging Face model in memory, whose weights are shared, not copied, where dtype and device agree.
+        tokenizer: to use instead of the checkpoint's.
+        trust_remote_code: let the checkpoint's own Python code run.
+
+    Returns:
+        The model, with its tokenizer and in evaluation mode; weights hold no gradient.
+
+    Raises:
+        BadInput: no such model, no access to it, an architecture or a quantisation that is not supported, a device
+            that is not there, or too little memory for the weights.
+    """
+    name = str(name_or_folder)
+    device = find_device(device)
+    source = str(resources.files("tn_lens.toy").joinpath("model")) if name == "toy" else name
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = hf_model.config if hf_model is not None else read_config(source, **hub)
+    architecture = (getattr(config, "architectures", None) or [type(hf_model).__name__])[0]
+    refuse_quantised(config, name)
+    weights_dtype = find_dtype(dtype, config, device)
+    if tokenizer is None and (hf_model is None or Path(source).is_dir()):
+        tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
+    if architecture in CONVERTERS:
+        lens_config = convert_config(config, architecture, name)
+        lens_config.dtype, lens_config.device = weights_dtype, str(device)
+        if hf_model is None:
+            check_memory(config, weights_dtype, device)
+            hf_model = read_from_hub(AutoModelForCausalLM.from_pretrained, source, dtype=weights_dtype, **hub)
+        model = assemble(lens_config, convert_weights(hf_model, lens_config, architecture))
+    else:
+        model = load_by_name(name, architecture, dtype=weights_dtype, device=str(device), hf_model=hf_model, **hub)
+    model.cfg.model_name = name.rstrip("/").rsplit("/", 1)[-1]
+    attach_tokenizer(model, tokenizer)
+    return model
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or the best one there is.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+        raise BadInput(f"device {str(device)!r} is not there; this machine has {', '.join(there)}") from error
+    return found
+
+
+def find_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for; by default float32 on the CPU and the checkpoint's own elsewhere."""
+    if dtype is None:
+        own = getattr(config, "dtype", None) or torch.float32
+        return torch.float32 if device.type == "cpu" or not isinstance(own, torch.dtype) else own
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise BadInput(f"expected dtype float32, float64, bfloat16 or float16, got {dtype!r}")
+    return found
+
+
+def read_config(source: str, **hub: Any) -> PretrainedConfig:
+    """The Hugging Face configuration of a folder or hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise BadInput(
+                f"{source} holds a LoRA adapter, not a model; merge it into its base model "
+                "(peft's merge_and_unload, then save_pretrained) and load the merged folder"
+            )
+        if not (folder / "config.json").exists():
+            raise BadInput(f"{source} has no config.json; expected a folder written by save_pretrained")
+    elif not HUB_ID.fullmatch(source):
+        raise BadInput(
+            f"{source!r} is neither a folder nor a hub id; expected 'toy', a folder, or an id like 'org/name'"
+        )
+    return read_from_hub(AutoConfig.from_pretrained, official_name(source), **hub)
+
+
+def official_name(source: str) -> str:
+    """Resolve TransformerLens' short names ('gpt2-small'); everything else stays."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    aliases = {alias: official for official, names in MODEL_ALIASES.items() for alias in names}
+    return aliases.get(source, source)
+
+
+def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
+    """Call a `from_pretrained`, and turn the hub's many errors into one sentence each."""
+    from huggingface_hub import errors
+
+    try:
+        return read(source, **{key: value for key, value in options.items() if value is not None})
+    except Exception as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+            causes.append(cause)
+        kinds = tuple(type(cause) for cause in causes)
+        text = " ".join(str(error).split())
+
+        def any_is(*expected: type) -> bool:
+            return any(issubclass(kind, expected) for kind in kinds)
+
+        if any_is(errors.GatedRepoError) or "gated repo" in text:
+            said = "accept its licence on the hub and set HF_TOKEN to a token that may read it"
+        elif any_is(errors.RepositoryNotFoundError) or "is not a valid model identifier" in text:
+            said = (
+                "the hub knows no such model (or HF_TOKEN may not see it); check the spelling, or give a local folder"
+            )
+        elif any_is(errors.RevisionNotFoundError):
+            said = f"it has no revision {options.get('revision')!r}"
+        elif any_is(errors.OfflineModeIsEnabled) or "offline mode" in text:
+            said = "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
+        elif (
+            any_is(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or "couldn't connect" in text.lower()
+        ):
+            said = (
+                "the hub cannot be reached and the file is not in the cache; give a local folder, or try again online"
+            )
+        elif "model type" in text or "trust_remote_code" in text:
+            said = f"transformers does not know its architecture ({text[:200]})"
+        elif isinstance(error, OSError | ValueError | KeyError):
+            said = text[:300]
+        else:
+            raise
+        raise BadInput(f"cannot load {source!r}: {said}") from error
+
+
+def refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    """Quantised weights are not supported: their gradients are not those of the model's numbers."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        read = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
+        raise BadInput(
+            f"{name} is quantised ({read('quant_method') or 'unknown method'}); load the unquantised checkpoint, "
+            "in bfloat16 if memory is short"
+        )
+
+
+def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare what the weights need with what is free, before anything is read.
+
+    Raises:
+        BadInput: with both numbers.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > available:
+        raise BadInput(
+            f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {device} has "
+            f"{available / 2**30:.1f} GiB free; take a smaller dtype, another device, or a smaller model"
+        )
+
+
+def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
+    """TransformerLens' configuration of a Llama, Qwen2, Mistral or OLMo-2 checkpoint.
+
+    Raises:
+        BadInput: an option that HookedTransformer cannot express; it is named.
+    """
+
+    def refuse(what: str) -> BadInput:
+        return BadInput(f"{name} uses {what}, which HookedTransformer cannot express for {architecture}")
+
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    grouped = n_key_value_heads != config.num_attention_heads
+    if architecture == "Olmo2ForCausalLM" and (grouped or d_head * config.num_attention_heads != config.hidden_size):
+        raise refuse("fewer key/value heads than query heads, or heads that do not add up to d_model")
+    if getattr(config, "mlp_bias", False):
+        raise refuse("biases in its gated MLP (mlp_bias)")
+    if config.hidden_act not in ACTIVATIONS:
+        raise refuse(f"the activation function {config.hidden_act!r}")
+    rope = dict(config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    options: dict[str, Any] = {}
+    if kind == "llama3":
+        options = {
+            "use_NTK_by_parts_rope": True,
+            "NTK_by_parts_factor": rope["factor"],
+            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+        }
+    elif kind == "linear":
+        options = {"rotary_scaling_factor": rope["factor"]}
+    elif kind != "default":
+        raise refuse(f"the rope scaling {kind!r}")
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if architecture in ("MistralForCausalLM", "Qwen2ForCausalLM") and window and "sliding_attention" in types:
+        local = ["local" if kind == "sliding_attention" else "global" for kind in types]
+        options |= {"use_local_attn": True, "window_size": window, "attn_types": local}
+    return HookedTransformerConfig(
+        model_name=name,
+        original_architecture=architecture,
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        d_head=d_head,
+        # Grouped families whose converter always writes `_W_K` need the number even where it equals n_heads.
+        n_key_value_heads=None
+        if architecture in ("LlamaForCausalLM", "Olmo2ForCausalLM") and not grouped
+        else n_key_value_heads,
+        d_mlp=config.intermediate_size,
+        d_vocab=config.vocab_size,
+        n_ctx=config.max_position_embeddings,
+        act_fn=ACTIVATIONS[config.hidden_act],
+        eps=config.rms_norm_eps,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_base=rope["rope_theta"],
+        rotary_dim=int(d_head * rope.get("partial_rotary_factor", 1.0)),
+        rotary_adjacent_pairs=False,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        **options,
+    )
+
+
+@torch.no_grad()
+def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture: str) -> dict[str, Tensor]:
+    """TransformerLens' names for the checkpoint's weights; views wherever possible.
+
+    Adds the attention biases that some converters leave at zero (`attention_bias` in Llama and OLMo-2).
+    """
+    weights = CONVERTERS[architecture](hf_model, config)
+    for index, layer in enumerate(hf_model.model.layers):
+        prefix = f"blocks.{index}.attn."
+        for projection, bias in (("q_proj", "b_Q"), ("k_proj", "b_K"), ("v_proj", "b_V"), ("o_proj", "b_O")):
+            value = getattr(layer.self_attn, projection).bias
+            if value is not None:
+                key = prefix + bias if prefix + bias in weights else f"{prefix}_{bias}"
+                weights[key] = value.reshape(weights[key].shape)
+    return weights
+
+
+def load_by_name(name: str, architecture: str, *, hf_model: Any, revision: str | None, **options: Any) -> Model:
+    """Everything else: what TransformerLens supports under that name.
+
+    Raises:
+        BadInput: it does not.
+    """
+    trust = {"trust_remote_code": True} if options.pop("trust_remote_code") else {}
+    try:
+        return load_from_transformer_lens(
+            name, hf_model=hf_model, **({"revision": revision} if revision else {}), **trust, **options
+        )
+    except (ValueError, NotImplementedError, OSError, KeyError) as error:
+        raise BadInput(
+            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, or a "
+            f"model that TransformerLens {_transformer_lens_version()} lists (transformer_lens.supported_models)"
+        ) from error
+
+
+def _transformer_lens_version() -> str:
+    from importlib.metadata import version
+
+    return version("transformer-lens")
+
+
+def attach_tokenizer(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Give the model a copy of the tokenizer, with a padding token, and say whether it prepends a BOS token."""
+    if tokenizer is None:
+        return
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    model.tokenizer = tokenizer
+    model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
+    model.cfg.default_prepend_bos = tokenizer.bos_token is not None
+
+
+def recommended_settings(model: Model) -> dict[str, Any]:
+    """What is known to suit a model: t for the paper's six (table 3), t and the order for the toy, else nothing."""
+    if model.cfg.model_name == "toy":
+        return json.loads(resources.files("tn_lens.toy").joinpath("model/tn_lens.json").read_text(encoding="utf-8"))
+    return {"t": PAPER_THRESHOLDS[model.cfg.model_name]} if model.cfg.model_name in PAPER_THRESHOLDS else {}
+
+
+PAPER_THRESHOLDS: Mapping[str, float] = {
+    "Qwen2.5-3B-Instruct": 0.01,
+    "Llama-3.2-3B-Instruct": 0.20,
+    "OLMo-2-1124-7B-Instruct": 0.10,
+    "Llama-3.1-8B-Instruct": 0.25,
+    "Mistral-Nemo-Instruct-2407": 0.17,
+    "OLMo-2-1124-13B-Instruct": 0.20,
+}
+"""The adaptive thresholds t of the paper's table 3, as fractions."""

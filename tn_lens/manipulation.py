@@ -1,0 +1,119 @@
+"""The manipulation check: keep what the model answers right (paper 2.3), and say what that does to the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .answers import ask
+from .models import Model
+from .prompts import Prompt, by_question
+
+LOPSIDED = 0.15
+"""How far the share of right answers at A may be from one half before it is worth a warning."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ManipulationCheck:
+    """Which questions the model answers right, in every order in which they were asked."""
+
+    asked: tuple[Prompt, ...]
+    """Every prompt."""
+    probabilities: Float[Tensor, "prompt choice"]
+    """f of each shown choice, in [0, 1]."""
+    passed: Bool[Tensor, " prompt"]
+    """Whether the prompt's question was right in all of its orders."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that are kept."""
+        return [p for p, passed in zip(self.asked, self.passed.tolist(), strict=True) if passed]
+
+    @property
+    def questions(self) -> list[int]:
+        """Indices of the questions that are kept."""
+        return sorted({p.question for p in self.prompts})
+
+    @property
+    def n_asked(self) -> int:
+        """How many questions were asked."""
+        return len({p.question for p in self.asked})
+
+    @property
+    def answer_mass(self) -> float:
+        """Mean probability of all labels together: what is left went to other tokens."""
+        return float(self.probabilities.sum(-1).mean())
+
+    @property
+    def says_a(self) -> float:
+        """Share of all prompts in which the model chooses the first label."""
+        return float((self.probabilities.argmax(-1) == 0).double().mean())
+
+    @property
+    def right_at_a_before(self) -> float:
+        """Share of all prompts whose right answer stands at A."""
+        return _share_at_a(self.asked)
+
+    @property
+    def right_at_a_after(self) -> float:
+        """The same share among the prompts that are kept: far from one half, letters pass for truth."""
+        return _share_at_a(self.prompts)
+
+    @property
+    def is_lopsided(self) -> bool:
+        """Whether the check kept far more of one letter than of the other."""
+        return bool(self.prompts) and abs(self.right_at_a_after - 0.5) > LOPSIDED
+
+    def summary(self) -> str:
+        """One or two sentences."""
+        said = (
+            f"The model answers {len(self.questions)} of {self.n_asked} questions right; the right answer stands at A in "
+            f"{self.right_at_a_before:.0%} of the prompts before and {self.right_at_a_after:.0%} after the check."
+        )
+        if self.is_lopsided:
+            said += " That is lopsided: neurons that support one letter may look like truth neurons; use order='both'."
+        return said
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt."""
+        return pd.DataFrame(
+            {
+                "question": [p.question for p in self.asked],
+                "category": [p.category for p in self.asked],
+                "right_label": [p.right for p in self.asked],
+                "p_right": [float(row[p.right]) for row, p in zip(self.probabilities, self.asked, strict=True)],
+                "answer_mass": self.probabilities.sum(-1).tolist(),
+                "passed": self.passed.tolist(),
+            }
+        )
+
+
+def manipulation_check(model: Model, prompts: Sequence[Prompt], *, progress: bool = False) -> ManipulationCheck:
+    """Ask every prompt, and keep the questions that are answered right in all of their prompts (paper 2.3).
+
+    An answer is right where the right label has a strictly higher probability than every wrong one.
+    """
+    probabilities = ask(model, prompts, progress="manipulation check" if progress else None)
+    right = is_right(probabilities, prompts)
+    passed = torch.zeros_like(right)
+    start = 0
+    for _, group in by_question(prompts):
+        passed[start : start + len(group)] = right[start : start + len(group)].all()
+        start += len(group)
+    return ManipulationCheck(asked=tuple(prompts), probabilities=probabilities, passed=passed)
+
+
+def is_right(probabilities: Float[Tensor, "prompt choice"], prompts: Sequence[Prompt]) -> Bool[Tensor, " prompt"]:
+    """Whether the right label is more probable than every wrong one."""
+    index = torch.tensor([p.right for p in prompts], dtype=torch.long).unsqueeze(-1)
+    others = probabilities.scatter(-1, index, -1.0)
+    return probabilities.gather(-1, index).squeeze(-1) > others.max(-1).values
+
+
+def _share_at_a(prompts: Sequence[Prompt]) -> float:
+    return sum(p.right == 0 for p in prompts) / len(prompts) if prompts else float("nan")

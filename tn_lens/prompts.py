@@ -1,0 +1,264 @@
+"""Question -> token ids, the ids of the labels, and which choice stands where (paper 2.2, appendix A.2)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+
+from .errors import BadInput
+from .models import Model
+from .questions.question import LETTERS, PromptTemplate, Question, QuestionSet
+
+Order = Literal["random", "both", "given"]
+"""How the choices stand: one random order (the paper), every choice at every letter once, or as the question has them."""
+
+TEMPLATE_DATE = "26 Jul 2024"
+"""What chat templates that print today's date get instead, so that a prompt is the same tomorrow."""
+
+
+TAIL = 24
+"""Characters at the end of a prompt that may decide how a label behind them is cut into tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question in one order of its choices, ready for the model."""
+
+    token_ids: tuple[int, ...] = field(repr=False)
+    label_ids: tuple[tuple[int, ...], ...]
+    """Per shown choice, the ids whose probabilities are summed (upper and lower case; paper eq. 6-7)."""
+    right: int
+    """Which of the shown choices is right."""
+    question: int = 0
+    """Index of the question in its set."""
+    order: tuple[int, ...] = ()
+    """Shown position -> index of the choice in the question."""
+    category: str = ""
+    text: str = field(default="", repr=False)
+    """The rendered prompt."""
+
+    @property
+    def n_choices(self) -> int:
+        """How many choices are shown."""
+        return len(self.label_ids)
+
+    @property
+    def wrong_ids(self) -> tuple[int, ...]:
+        """The label ids of all wrong choices together."""
+        return tuple(i for shown, ids in enumerate(self.label_ids) if shown != self.right for i in ids)
+
+
+def build_prompts(
+    model: Model,
+    questions: QuestionSet,
+    *,
+    order: Order = "random",
+    seed: int = 0,
+    drop_long: bool = False,
+) -> list[Prompt]:
+    """Word every question as a prompt for this model (paper 2.2, eq. 5; the template is figure 9's by default).
+
+    Args:
+        model: whose tokenizer and chat template are used; models without a template get plain text.
+        questions: what to ask.
+        order: `"random"` draws one order per question, as the paper does; `"both"` asks each question with every
+            choice at every letter, two prompts for two choices; `"given"` keeps the question's own order.
+        seed: of the random order.
+        drop_long: leave out prompts beyond the context window, with a warning, instead of refusing.
+
+    Returns:
+        The prompts, question by question; `prompt.question` is the index in `questions`.
+
+    Raises:
+        BadInput: a label is not one token here, or prompts are longer than the context window.
+    """
+    encoder = PromptEncoder(model, questions.template)
+    coins = np.random.default_rng(seed)
+    asked: list[tuple[int, Question, tuple[int, ...]]] = []
+    for index, question in enumerate(questions):
+        n = len(question.choices)
+        rotations = [tuple((start + shift) % n for shift in range(n)) for start in range(n)]
+        match order:
+            case "both":
+                chosen = rotations if questions.template.labels == "letters" else rotations[:1]
+            case "random":
+                chosen = [tuple(coins.permutation(n).tolist())]
+            case "given":
+                chosen = rotations[:1]
+            case _:
+                raise BadInput(f"expected order 'random', 'both' or 'given', got {order!r}")
+        asked += [(index, question, one) for one in chosen]
+    prompts = encoder.encode(asked)
+    return _fit_context(prompts, model.cfg.n_ctx, drop_long)
+
+
+def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[str]) -> Prompt:
+    """A free prompt: `build_prompt(model, "The capital of France is", right=" Paris", wrong=" Rome")`.
+
+    Args:
+        model: whose tokenizer is used; its BOS token is added as the tokenizer does, no chat template.
+        text: what the model reads.
+        right: the continuation that is true, with its leading space.
+        wrong: the false continuation, or several.
+
+    Raises:
+        BadInput: a continuation is not one token, or two share one.
+    """
+    tokenizer = _tokenizer(model)
+    wrong = [wrong] if isinstance(wrong, str) else list(wrong)
+    (ids,) = _ids(tokenizer, [text], special=True)
+    labels = [_label_id(tokenizer, text, ids, answer, special=True) for answer in (right, *wrong)]
+    if len(set(labels)) < len(labels):
+        raise BadInput(f"two of the answers {[right, *wrong]} are the same token ({labels}); they must differ")
+    prompt = Prompt(
+        token_ids=tuple(ids), label_ids=tuple((i,) for i in labels), right=0, order=tuple(range(len(labels))), text=text
+    )
+    return _fit_context([prompt], model.cfg.n_ctx, drop_long=False)[0]
+
+
+def by_question(prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Prompt]]]:
+    """Prompts grouped by question, in order; a question's prompts must be neighbours, as `build_prompts` leaves them."""
+    for question, group in groupby(prompts, key=lambda prompt: prompt.question):
+        yield question, list(group)
+
+
+class PromptEncoder:
+    """Renders and encodes questions in one template for one model."""
+
+    def __init__(self, model: Model, template: PromptTemplate) -> None:
+        self.tokenizer = _tokenizer(model)
+        self.template = template
+        self.chat = template.chat and getattr(self.tokenizer, "chat_template", None) is not None
+        self.prefix = "" if self.chat else " "
+        """What stands between the prompt and a label."""
+        if (
+            self.chat
+            and "strftime_now" in str(self.tokenizer.chat_template)
+            and "date_string" not in str(self.tokenizer.chat_template)
+        ):
+            warnings.warn(
+                "this model's chat template prints today's date and offers no way to pin it: prompts differ from day to day",
+                stacklevel=3,
+            )
+
+    def render(self, question: Question, order: tuple[int, ...]) -> str:
+        """The text of a prompt."""
+        shown = self.template.separator.join(
+            self.template.choice.format(label=LETTERS[position], choice=question.choices[choice])
+            for position, choice in enumerate(order)
+        )
+        user = self.template.user.format(question=question.text, choices=shown)
+        if not self.chat:
+            return (f"{self.template.system}\n\n" if self.template.system else "") + user + self.template.cue
+        system = [{"role": "system", "content": self.template.system}] if self.template.system else []
+        try:
+            return self._apply([*system, {"role": "user", "content": user}])
+        except TemplateError:  # templates without a system turn refuse it
+            return self._apply([{"role": "user", "content": f"{self.template.system}\n\n{user}" if system else user}])
+
+    def _apply(self, turns: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
+        )
+
+    def encode(self, asked: Sequence[tuple[int, Question, tuple[int, ...]]]) -> list[Prompt]:
+        """Prompts with token and label ids."""
+        texts = [self.render(question, order) for _, question, order in asked]
+        special = not self.chat  # a chat template writes its own BOS token
+        encoded = _ids(self.tokenizer, texts, special=special)
+        found: dict[tuple[str, str], int] = {}  # a label's id depends on the end of the prompt alone
+        prompts = []
+        for (index, question, order), text, ids in zip(asked, texts, encoded, strict=True):
+            label_ids = []
+            for position, choice in enumerate(order):
+                label = LETTERS[position] if self.template.labels == "letters" else question.choices[choice]
+                variants = []
+                for variant in (label, label.lower()):
+                    key = (text[-TAIL:], variant)
+                    if key not in found:
+                        found[key] = _label_id(self.tokenizer, text, ids, self.prefix + variant, special=special)
+                    variants.append(found[key])
+                label_ids.append(tuple(dict.fromkeys(variants)))
+            prompts.append(
+                Prompt(
+                    token_ids=tuple(ids),
+                    label_ids=tuple(label_ids),
+                    right=order.index(question.answer),
+                    question=index,
+                    order=order,
+                    category=question.category,
+                    text=text,
+                )
+            )
+        self._check(prompts)
+        return prompts
+
+    def _check(self, prompts: list[Prompt]) -> None:
+        for prompt in prompts:
+            every = [i for ids in prompt.label_ids for i in ids]
+            if len(set(every)) < len(every):
+                raise BadInput(f"two choices share a label token here (label ids {prompt.label_ids}); they must differ")
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return
+        if any(unknown in ids for prompt in prompts for ids in prompt.label_ids):
+            raise BadInput(
+                "this model's tokenizer does not know the answer labels (it reads them as the unknown token)"
+            )
+        n_unknown = sum(unknown in prompt.token_ids for prompt in prompts)
+        if prompts and n_unknown == len(prompts):
+            raise BadInput(
+                f"this model's tokenizer cannot read the questions: all {n_unknown} prompts contain words that it does not "
+                "know (the toy model reads only the toy's questions)"
+            )
+        if n_unknown:
+            warnings.warn(f"{n_unknown} of {len(prompts)} prompts contain text unknown to the tokenizer", stacklevel=4)
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.tokenizer is None:
+        raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
+    return model.tokenizer
+
+
+def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+
+
+def _label_id(tokenizer: Any, text: str, ids: list[int], label: str, *, special: bool) -> int:
+    """The one id that `text + label` adds to `text`.
+
+    Raises:
+        BadInput: it adds several, or changes what stands before; the ids are shown.
+    """
+    (longer,) = _ids(tokenizer, [text + label], special=special)
+    added = longer[len(ids) :]
+    if longer[: len(ids)] != ids:
+        raise BadInput(
+            f"the label {label!r} cannot be found in context: the prompt's ids end with {ids[-4:]}, and with the label "
+            f"appended the text has the ids {longer[len(ids) - 4 :]} there; word the prompt so that it ends in a whole token"
+        )
+    if len(added) != 1:
+        raise BadInput(f"the label {label!r} must be one token after this prompt, and is {len(added)} (ids {added})")
+    return added[0]
+
+
+def _fit_context(prompts: list[Prompt], n_ctx: int, drop_long: bool) -> list[Prompt]:
+    long = {p.question for p in prompts if len(p.token_ids) > n_ctx}
+    if not long:
+        return prompts
+    longest = max(len(p.token_ids) for p in prompts)
+    said = (
+        f"{len(long)} questions need more than the context window of {n_ctx} tokens (the longest prompt has {longest})"
+    )
+    kept = [replace(p) for p in prompts if p.question not in long]
+    if not drop_long or not kept:
+        raise BadInput(f"{said}; shorten them, or leave them out with drop_long=True (--drop-long)")
+    warnings.warn(f"{said}; they are left out", stacklevel=3)
+    return kept

@@ -1,0 +1,188 @@
+"""Load questions by name, or from a CSV or JSON-lines file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import BadInput
+from . import toy
+from .question import LETTERS, Question, QuestionSet
+
+TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
+"""The form of January 2025: 790 questions, each with one best and one best incorrect answer (paper A.2)."""
+TRUTHFULQA_SHA256 = "764be5c0c27c337baed4db641555c125428569df44a8dbf9b28796a6ce4d7616"
+
+NAMED = ("toy", "toy_true_false", "toy_four_choice", "truthfulqa")
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "question": ("question", "Question"),
+    "right": ("right", "Best Answer", "correct", "right_answer"),
+    "wrong": ("wrong", "Best Incorrect Answer", "incorrect", "wrong_answer"),
+    "choices": ("choices", "options"),
+    "answer": ("answer", "label"),
+    "category": ("category", "Category", "subject"),
+}
+"""What a question needs, and the column names under which it is looked for."""
+
+
+def load_questions(
+    name_or_path: str | Path, *, source: str | Path | None = None, columns: Mapping[str, str] | None = None
+) -> QuestionSet:
+    """Load a question set.
+
+    Args:
+        name_or_path: `"truthfulqa"` (paper A.2), `"toy"`, `"toy_true_false"`, `"toy_four_choice"`, or the path of a
+            .csv or .jsonl file with the columns `question`, `right` and `wrong` (and `category`), or `question`,
+            `choices` (a list) and `answer` (an index from 0, or a letter). TruthfulQA.csv is such a file.
+        source: where to read a named set from instead of its public address: another URL, or a local file.
+        columns: your file's names for `question`, `right`, `wrong`, `choices`, `answer`, `category`.
+
+    Raises:
+        BadInput: there is no such set or file, a column is missing, or a row cannot be used; the row is named.
+    """
+    name = str(name_or_path)
+    match name:
+        case "toy":
+            return toy.binary()
+        case "toy_true_false":
+            return toy.true_false()
+        case "toy_four_choice":
+            return toy.four_choice()
+        case "truthfulqa":
+            path = (
+                Path(source)
+                if source is not None and Path(source).exists()
+                else _download(str(source or TRUTHFULQA_URL))
+            )
+            _check_digest(path)
+            return QuestionSet(name="truthfulqa", questions=_parse(_read_csv(path), {}, "truthfulqa"))
+    path = Path(name)
+    if not path.is_file():
+        raise BadInput(f"no question set {name!r}: expected {', '.join(NAMED)}, or the path of a .csv or .jsonl file")
+    readers = {".csv": _read_csv, ".jsonl": _read_json_lines}
+    if path.suffix.lower() not in readers:
+        raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
+    frame = readers[path.suffix.lower()](path)
+    return QuestionSet(name=path.stem, questions=_parse(frame, columns or {}, name))
+
+
+def _download(url: str) -> Path:
+    """Fetch a file into the cache of `datasets`."""
+    import datasets
+
+    try:
+        return Path(str(datasets.DownloadManager().download(url)))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot fetch {url} ({type(error).__name__}: {str(error)[:200]}); "
+            "download TruthfulQA.csv yourself and give its path"
+        ) from error
+
+
+def _check_digest(path: Path) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != TRUTHFULQA_SHA256:
+        warnings.warn(
+            f"this TruthfulQA.csv is not the 790-question form of January 2025 (SHA-256 {found[:12]}..., expected "
+            f"{TRUTHFULQA_SHA256[:12]}...); results may not compare with the paper's",
+            stacklevel=3,
+        )
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise BadInput(f"{path} cannot be read as a UTF-8 CSV file with a header line: {error}") from error
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise BadInput(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
+                rows.append(row)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as UTF-8 JSON lines: {error}") from error
+    return pd.DataFrame(rows)
+
+
+def _parse(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
+    found = _find_columns(frame, columns, where)
+    if frame.empty:
+        raise BadInput(f"{where} holds no questions")
+    questions = []
+    for number, row in enumerate(frame.to_dict("records"), start=1):
+        values = {key: row[column] for key, column in found.items()}
+        questions.append(_question(values, f"{where}, question {number}"))
+    return tuple(questions)
+
+
+def _find_columns(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> dict[str, str]:
+    """Which column holds what."""
+    there = [str(column) for column in frame.columns]
+    if unknown := set(columns) - set(COLUMNS):
+        raise BadInput(f"columns may name {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
+    if absent := [column for column in columns.values() if column not in there]:
+        raise BadInput(f"{where} has no column {absent[0]!r}; it has {', '.join(there)}")
+    found = dict(columns)
+    for key, names in COLUMNS.items():
+        match = next((name for name in names if name in there), None)
+        if key not in found and match is not None:
+            found[key] = match
+    needed = ("choices", "answer") if "choices" in found and "right" not in found else ("right", "wrong")
+    for key in ("question", *needed):
+        if key not in found:
+            raise BadInput(
+                f"{where} has no column {key!r}; it has {', '.join(there) or 'none'}. Expected question, right and wrong, "
+                "or question, choices and answer; other names go into columns={...}"
+            )
+    return {key: found[key] for key in ("question", *needed, "category") if key in found}
+
+
+def _question(values: dict[str, Any], where: str) -> Question:
+    text = _text(values["question"], f"{where}: the question")
+    if "right" in values:
+        choices = (
+            _text(values["right"], f"{where}: the right answer"),
+            _text(values["wrong"], f"{where}: the wrong answer"),
+        )
+        answer = 0
+    else:
+        listed = values["choices"]
+        try:
+            listed = json.loads(listed) if isinstance(listed, str) else listed
+        except json.JSONDecodeError:
+            listed = None
+        if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
+            raise BadInput(f"{where}: expected a list of 2 to {len(LETTERS)} choices, got {values['choices']!r}")
+        choices = tuple(_text(choice, f"{where}: a choice") for choice in listed)
+        answer = _answer_index(values["answer"], len(choices), where)
+    if len(set(choices)) < len(choices):
+        raise BadInput(f"{where}: two choices are equal ({', '.join(map(repr, choices))}); each must differ")
+    category = values.get("category")
+    return Question(text=text, choices=choices, answer=answer, category=category if isinstance(category, str) else "")
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str | int | float) or value != value or not str(value).strip():
+        raise BadInput(f"{what} is empty")
+    return str(value).strip()
+
+
+def _answer_index(value: Any, n: int, where: str) -> int:
+    written = str(value).strip()
+    index = int(written) if written.isdecimal() else LETTERS.find(written.upper()) if len(written) == 1 else -1
+    if not 0 <= index < n:
+        raise BadInput(f"{where}: expected an answer from 0 to {n - 1} or from A to {LETTERS[n - 1]}, got {value!r}")
+    return index

@@ -1,0 +1,57 @@
+"""A run -> one self-contained HTML page, the same bytes for the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from .neurons import Neuron
+
+if TYPE_CHECKING:
+    from .pipeline import TruthNeurons
+
+N_ROWS = 100
+"""Neurons in the page's table."""
+
+ARM_NAMES = {
+    "baseline": "untouched",
+    "random": "random neurons at zero",
+    "random_matched": "random, matched by layer",
+    "suppressed": "truth neurons at zero",
+}
+
+
+def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:
+    """The page as text. Works offline; whatever questions or models are called is escaped."""
+    environment = Environment(
+        loader=PackageLoader("tn_lens"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    table = found.selection.to_frame()
+    rows = [
+        {
+            **row,
+            "name": str(
+                Neuron(row["site"], row["layer"], None if row["site"] == "mlp" else int(row["head"]), row["index"])
+            ),
+        }
+        for row in table.head(N_ROWS).to_dict("records")
+    ]
+    layers = found.plot_layers().to_html(
+        full_html=False, include_plotlyjs=False, div_id="layers", config={"displaylogo": False, "responsive": True}
+    )
+    settings = {key: value for key, value in manifest.items() if key != "rendered_prompt"}
+    return environment.get_template("report.html.j2").render(
+        found=found,
+        arm_names=ARM_NAMES,
+        rows=rows,
+        n_hidden=max(0, len(table) - N_ROWS),
+        layers=Markup(layers),
+        plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
+        manifest=json.dumps(settings, indent=1),
+        prompt=manifest["rendered_prompt"],
+    )

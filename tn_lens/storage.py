@@ -1,0 +1,215 @@
+"""The run folder: a manifest that says what was asked, and files that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .attribution.result import Attribution, Scores
+from .errors import BadInput
+from .neurons import NeuronSpace
+from .prompts import Prompt, by_question
+
+PROMPTS_PER_SHARD = 64
+"""Prompts in one file of scores (a question's prompts stay together): at most this much work is lost."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder whose manifest holds the settings that everything in it was made with."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> RunFolder:
+        """Create the folder, or go on in one of the same settings.
+
+        Raises:
+            BadInput: it holds a run of other settings (the first that differs is named), something else, or cannot be
+                written.
+        """
+        path = Path(path)
+        manifest = path / "manifest.json"
+        settings = json.loads(json.dumps(settings))
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"{path} is a file; expected a folder, or a path that does not exist yet")
+        if overwrite and manifest.exists():
+            with _writing(path):
+                shutil.rmtree(path)
+        if manifest.exists():
+            try:
+                there = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+            except (ValueError, KeyError, TypeError, OSError):
+                raise BadInput(f"{manifest} is damaged; give another folder, or start over with --overwrite") from None
+            for key in sorted(settings.keys() | there.keys()):
+                if settings.get(key) != there.get(key):
+                    raise BadInput(
+                        f"{path} holds a run with {key} = {_short(there.get(key))}, and this one has {key} = "
+                        f"{_short(settings.get(key))}; give another folder, or start over with --overwrite"
+                    )
+        elif path.exists() and any(path.iterdir()):
+            raise BadInput(f"{path} is not empty and holds no run; give another folder")
+        folder = cls(path)
+        with _writing(path):
+            (path / "scores").mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            folder.write_json("manifest.json", {"fingerprint": fingerprint(settings), "settings": settings})
+        return folder
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all: under a temporary name, synced, then renamed.
+
+        Raises:
+            BadInput: the disk is full, or the folder cannot be written.
+        """
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.part")
+        with _writing(path):
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
+
+    def write_json(self, name: str, payload: Any) -> None:
+        """Write JSON; NaN becomes null."""
+        text = json.dumps(without_nan(payload), indent=1, ensure_ascii=False, allow_nan=False)
+        self.write(name, (text + "\n").encode())
+
+    def shard(self, index: int) -> Path:
+        """The file of one shard of scores."""
+        return self.path / "scores" / f"{index:05d}.safetensors"
+
+    def write_shard(self, index: int, attribution: Attribution) -> None:
+        """Store D in half precision, scaled per prompt and site, and what it should sum to."""
+        self.write(f"scores/{index:05d}.safetensors", save(_pack(attribution)))
+
+    def read_shard(self, index: int) -> dict[str, Tensor] | None:
+        """The tensors of a shard; None where it is missing or damaged."""
+        try:
+            return load_file(self.shard(index))
+        except (OSError, SafetensorError):
+            return None
+
+
+@dataclass(frozen=True)
+class StoredScores:
+    """D of every prompt of a run, read shard by shard: memory does not grow with the number of prompts."""
+
+    folder: RunFolder
+    space: NeuronSpace
+    shards: tuple[tuple[Prompt, ...], ...]
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Question index -> category."""
+        return {prompt.question: prompt.category for shard in self.shards for prompt in shard}
+
+    def per_question(self) -> Iterator[tuple[int, Scores]]:
+        """D of each question, averaged over its orders."""
+        for index, prompts in enumerate(self.shards):
+            tensors = self._read(index)
+            scores = {
+                site: tensors[site].float() * tensors[f"{site}.scale"][:, None, None] for site in self.sites(tensors)
+            }
+            start = 0
+            for question, group in by_question(prompts):
+                yield question, {site: values[start : start + len(group)].mean(0) for site, values in scores.items()}
+                start += len(group)
+
+    def completeness(self) -> dict[str, dict[str, list[float]]]:
+        """Per site and layer: mean |gap| and mean |change|, over all prompts."""
+        total: dict[str, dict[str, Tensor]] = {}
+        count = 0
+        for index in range(len(self.shards)):
+            tensors = self._read(index)
+            for site in self.sites(tensors):
+                of_site = total.setdefault(site, {})
+                for name in ("gap", "change"):
+                    summed = tensors[f"{site}.{name}"].abs().sum(0).double()
+                    of_site[name] = of_site.get(name, torch.zeros_like(summed)) + summed
+            count += len(self.shards[index])
+        return {s: {name: (value / count).tolist() for name, value in of.items()} for s, of in total.items()}
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        tensors = self.folder.read_shard(index)
+        if tensors is None:
+            raise BadInput(f"{self.folder.shard(index)} is missing or damaged; run again to compute it anew")
+        return tensors
+
+    @staticmethod
+    def sites(tensors: Mapping[str, Tensor]) -> list[Any]:
+        """The sites a shard holds."""
+        return [site for site in ("mlp", "attn") if site in tensors]
+
+
+def cut_shards(prompts: list[Prompt], size: int = PROMPTS_PER_SHARD) -> tuple[tuple[Prompt, ...], ...]:
+    """Cut prompts by count, never by workers; a question's prompts stay together."""
+    shards: list[list[Prompt]] = []
+    for _, group in by_question(prompts):
+        if not shards or len(shards[-1]) + len(group) > size:
+            shards.append([])
+        shards[-1] += group
+    return tuple(map(tuple, shards))
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def without_nan(payload: Any) -> Any:
+    """The same payload with None for every NaN and infinity, which JSON does not have."""
+    match payload:
+        case dict():
+            return {key: without_nan(value) for key, value in payload.items()}
+        case list() | tuple():
+            return [without_nan(value) for value in payload]
+        case float() if payload != payload or abs(payload) == float("inf"):
+            return None
+        case _:
+            return payload
+
+
+def _pack(attribution: Attribution) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for site, scores in attribution.difference.items():
+        scale = scores.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
+        tensors[site] = (scores.float() / scale[:, None, None]).half().contiguous()
+        tensors[f"{site}.scale"] = scale
+        tensors[f"{site}.gap"] = attribution.gap[site].float().contiguous()
+        tensors[f"{site}.change"] = attribution.change[site].float().contiguous()
+    return tensors
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {path}: {error.strerror or error}; make room or give another folder, then run again: "
+            "what was computed is kept"
+        ) from error
