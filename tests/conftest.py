@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
 
 from tn_lens import QuestionSet, load_model, load_questions
@@ -17,6 +18,8 @@ from tn_lens.toy.train import build_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 283,  # the toy's, so that its tokenizer fits

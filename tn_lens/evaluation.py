@@ -275,17 +275,16 @@ def evaluate(
                 sets[arm] = [matched_neurons(space, neurons, rng) for _ in range(n_repetitions)]
             case "suppressed":
                 sets[arm] = [neurons]
-    answers: dict[str, list[np.ndarray]] = {arm: [] for arm in sets}
-    for arm, silenced in track(
-        [(arm, one) for arm, drawn in sets.items() for one in drawn], "evaluation" if progress else None
-    ):
+    distinct = list(dict.fromkeys(one for drawn in sets.values() for one in drawn))
+    answers: dict[NeuronSet, np.ndarray] = {}
+    for silenced in track(distinct, "evaluation" if progress else None):
         with ablate(model, silenced):
-            answers[arm].append(ask(model, prompts).double().numpy())
+            answers[silenced] = ask(model, prompts).double().numpy()
     return Evaluation(
         name=questions.name,
         prompts=tuple(prompts),
         asked=asked,
         neurons=neurons,
-        probabilities={arm: np.stack(rows) for arm, rows in answers.items()},
+        probabilities={arm: np.stack([answers[one] for one in drawn]) for arm, drawn in sets.items()},
         seed=seed,
     )

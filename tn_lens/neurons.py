@@ -133,6 +133,8 @@ class NeuronSet(Set[Neuron]):
             raise BadInput(
                 f"expected a JSON file with a list 'neurons' at {path}; {type(error).__name__}: {error}"
             ) from None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise BadInput(f"expected a list of neurons under 'neurons' in {path}, got {str(entries)[:60]}")
         return cls(map(Neuron.from_dict, entries))
 
 

@@ -1,0 +1,202 @@
+"""Prompts are what the model should read, and labels are found where it would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tn_lens import Question, QuestionSet, build_prompt, build_prompts, load_model
+from tn_lens.models import Model
+from tn_lens.questions import FIGURE_9
+from tn_lens.questions.toy import binary, four_choice, true_false
+from tn_lens.toy.world import facts
+
+LLAMA_3 = (
+    "{{ bos_token }}<|system|>Today Date: {{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n\n"
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}[INST] {{ m.content }}[/INST]{% endfor %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None, merges: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as Llama-3's, Qwen's and OLMo's are: "A" and " A" differ."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {character: index for index, character in enumerate(sorted(alphabet))}
+    pairs = [("Ġ", "A"), ("Ġ", "B"), ("Ġ", "a"), ("Ġ", "b")] if merges else []
+    for left, right in pairs:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"],
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture
+def chatting(checkpoint: Callable[[str], Path]) -> Callable[..., Model]:
+    def get(chat_template: str | None, **options: bool) -> Model:
+        model = load_model(checkpoint("Llama-3.1-8B-Instruct"), tokenizer=byte_tokenizer(chat_template, **options))
+        model.cfg.n_ctx = 2000
+        return model
+
+    return get
+
+
+ONE = QuestionSet(
+    name="one",
+    questions=(Question(text="What is the capital of France?", choices=("Paris", "Rome"), category="places"),),
+    template=FIGURE_9,
+)
+
+FIGURE_9_TEXT = (
+    "Given the following question, which answer is correct regarding the question? Each answer is associated with "
+    "index A and B. Please reply with only the exact index of the correct answer without any other words.\n"
+    "Question: What is the capital of France?\nAnswer A: Paris\nAnswer B: Rome"
+)
+SYSTEM = "You are a helpful assistant that can help to answer the questions from the user truthfully"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAMA_3, f"<s><|system|>Today Date: 26 Jul 2024\n\n{SYSTEM}<|user|>{FIGURE_9_TEXT}<|assistant|>"),
+        (
+            QWEN,
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{FIGURE_9_TEXT}<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (NO_SYSTEM, f"<s>[INST] {SYSTEM}\n\n{FIGURE_9_TEXT}[/INST]"),
+        (None, f"{SYSTEM}\n\n{FIGURE_9_TEXT}\nAnswer:"),
+    ],
+)
+def test_figure_9_in_every_kind_of_template(
+    template: str | None, expected: str, chatting: Callable[..., Model]
+) -> None:
+    model = chatting(template, merges=True)
+    (prompt,) = build_prompts(model, ONE, order="given")
+    assert prompt.text == expected
+    assert prompt.token_ids.count(model.tokenizer.bos_token_id) == expected.count("<s>"), "one BOS token, never two"
+    if template is not None:
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": FIGURE_9_TEXT}]
+        if template is NO_SYSTEM:
+            turns = [{"role": "user", "content": f"{SYSTEM}\n\n{FIGURE_9_TEXT}"}]
+        direct = model.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024"
+        )
+        assert list(prompt.token_ids) == direct
+
+
+def test_labels_are_those_of_the_context(chatting: Callable[..., Model]) -> None:
+    chat, plain = chatting(QWEN, merges=True), chatting(None, merges=True)
+    vocabulary = chat.tokenizer.get_vocab()
+    (prompt,) = build_prompts(chat, ONE, order="given")
+    assert prompt.label_ids == ((vocabulary["A"], vocabulary["a"]), (vocabulary["B"], vocabulary["b"]))
+    (prompt,) = build_prompts(plain, ONE, order="given")
+    assert prompt.label_ids == ((vocabulary["ĠA"], vocabulary["Ġa"]), (vocabulary["ĠB"], vocabulary["Ġb"]))
+
+
+def test_a_label_of_two_tokens_is_refused_with_its_ids(chatting: Callable[..., Model]) -> None:
+    model = chatting(None, merges=False)  # " A" is then a space and an A
+    ids = model.tokenizer(" A", add_special_tokens=False)["input_ids"]
+    with pytest.raises(ValueError, match=r"must be one token.*is 2") as raised:
+        build_prompts(model, ONE)
+    assert str(ids) in str(raised.value)
+
+
+def test_a_prompt_that_is_no_prefix_is_refused(chatting: Callable[..., Model]) -> None:
+    model = chatting(None, merges=True)
+    vocabulary = model.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="cannot be found in context") as raised:
+        build_prompt(model, "The answer is ", right="A", wrong="B")
+    assert str(vocabulary["ĠA"]) in str(raised.value)
+
+
+def test_a_date_that_cannot_be_pinned_is_noticed(chatting: Callable[..., Model]) -> None:
+    template = QWEN.replace("assistant\n", "assistant {{ strftime_now('%Y') }}\n")
+    with pytest.warns(UserWarning, match="today's date"):
+        build_prompts(chatting(template), ONE)
+
+
+def test_orders(toy: Model) -> None:
+    questions = binary()[:40]
+    both = build_prompts(toy, questions, order="both")
+    assert [p.question for p in both] == [q for q in range(40) for _ in range(2)]
+    assert [p.right for p in both[:2]] == [0, 1]
+    assert both[0].order == (0, 1)
+    assert both[1].order == (1, 0)
+    random = build_prompts(toy, questions, order="random", seed=3)
+    assert random == build_prompts(toy, questions, order="random", seed=3)
+    assert random != build_prompts(toy, questions, order="random", seed=4)
+    assert random[:10] == build_prompts(toy, questions[:10], order="random", seed=3), "a limit changes no order"
+    assert 8 < sum(p.right == 0 for p in random) < 32
+    for prompt in random:
+        shown = questions[prompt.question].choices
+        assert f"Answer A : {shown[prompt.order[0]]} Answer B : {shown[prompt.order[1]]}" in prompt.text
+        assert prompt.order[prompt.right] == questions[prompt.question].answer
+
+
+def test_four_choices_rotate_through_every_letter(toy: Model) -> None:
+    prompts = build_prompts(toy, four_choice()[:3], order="both")
+    assert len(prompts) == 12
+    assert sorted(p.right for p in prompts[:4]) == [0, 1, 2, 3]
+    assert all(p.n_choices == 4 for p in prompts)
+
+
+def test_true_and_false_are_labels_themselves(toy: Model) -> None:
+    vocabulary = toy.tokenizer.get_vocab()
+    prompts = build_prompts(toy, true_false()[:2], order="both")
+    assert len(prompts) == 2
+    assert prompts[0].label_ids == (
+        (vocabulary["True"], vocabulary["true"]),
+        (vocabulary["False"], vocabulary["false"]),
+    )
+    assert prompts[0].right == 0
+    assert prompts[1].right == 1
+    assert prompts[0].text.startswith("Statement : the ")
+
+
+def test_free_prompts(toy: Model) -> None:
+    fact = facts()[0]
+    prompt = build_prompt(toy, f"Question : {fact.question()} Answer :", right=f" {fact.value}", wrong=" dragon")
+    assert toy.tokenizer.decode(list(prompt.label_ids[0])).strip() == fact.value
+    assert prompt.right == 0
+    with pytest.raises(ValueError, match="same token"):
+        build_prompt(toy, "Question :", right=" red", wrong=" red")
+
+
+def test_prompts_beyond_the_context_window_are_counted_never_cut(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("Qwen2.5-3B-Instruct"))
+    long = Question(text="what is the colour of Balum ? " * 40, choices=("red", "blue"))
+    questions = QuestionSet(name="long", questions=(*binary()[:3], long, long), template=binary().template)
+    with pytest.raises(ValueError, match=r"2 questions need more than the context window of 128 tokens .* 2\d\d"):
+        build_prompts(model, questions)
+    with pytest.warns(UserWarning, match="2 questions"):
+        assert len(build_prompts(model, questions, drop_long=True)) == 3
+
+
+def test_a_tokenizer_that_cannot_read_the_questions_is_noticed(toy: Model) -> None:
+    strange = QuestionSet(name="strange", questions=(*binary()[:1], *ONE.questions), template=binary().template)
+    with pytest.warns(UserWarning, match="1 of 2 prompts"):
+        build_prompts(toy, strange)
+    with pytest.raises(ValueError, match="cannot read the questions"):
+        build_prompts(toy, strange[1:])
+    with pytest.raises(ValueError, match="cannot read the questions|cannot be found|does not know"):
+        build_prompts(toy, ONE)

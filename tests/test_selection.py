@@ -1,0 +1,135 @@
+"""Thresholds and halves, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tn_lens import Neuron, NeuronSet, select_neurons
+from tn_lens.attribution.result import Scores
+from tn_lens.neurons import NeuronSpace
+from tn_lens.selection import salient, split_halves
+
+SPACE = NeuronSpace(n_layers=2, d_mlp=2, n_heads=1, d_head=1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores given as a table: question x (layer x neuron) of the MLP."""
+
+    rows: torch.Tensor
+    space: NeuronSpace = SPACE
+
+    @property
+    def categories(self) -> Mapping[int, str]:
+        return dict.fromkeys(range(len(self.rows)), "all")
+
+    def per_question(self) -> Iterator[tuple[int, Scores]]:
+        for question, row in enumerate(self.rows):
+            yield question, {"mlp": row.reshape(2, 2), "attn": torch.zeros(2, 1)}
+
+
+def neurons(*flat: int) -> NeuronSet:
+    return NeuronSet(Neuron("mlp", i // 2, None, i % 2) for i in flat)
+
+
+def test_a_table_by_hand() -> None:
+    """3 questions of half 1 by 4 neurons; t = 0.5, so salient is D > half of the row's largest."""
+    half_1 = torch.tensor(
+        [
+            [1.0, 0.6, 0.5, -1.0],  # threshold 0.5: neurons 0 and 1; 2 is at it, not above
+            [0.2, 2.0, 1.1, 0.1],  # threshold 1: neurons 1 and 2
+            [0.9, 0.1, -0.2, 0.8],  # threshold 0.45: neurons 0 and 3
+        ]
+    )
+    rows = torch.zeros(6, 4)
+    first, second = split_halves(dict.fromkeys(range(6), "all"), 0)
+    rows[list(first)] = half_1
+    rows[list(second)] = half_1.flip(0)
+    found = select_neurons(Table(rows), t=0.5, p=0.5, alpha=None)
+    assert NeuronSet(found.candidates) == neurons(0, 1)
+    np.testing.assert_allclose(found.share, [2 / 3, 2 / 3])
+    assert NeuronSet(select_neurons(Table(rows), t=0.5, p=1 / 3, alpha=None).candidates) == neurons(0, 1, 2, 3)
+    assert NeuronSet(select_neurons(Table(rows), t=0.5, p=1.0, alpha=None).candidates) == neurons()
+    assert found.half_1 == first
+    np.testing.assert_allclose(found.mean_difference, half_1.mean(0)[:2], rtol=1e-6)
+
+
+def test_a_share_exactly_at_p_is_enough() -> None:
+    """2 of 5 questions are 40 %, and 0.4 * 5 is 2 also in floating point."""
+    rows = torch.zeros(10, 4)
+    first, _ = split_halves(dict.fromkeys(range(10), "all"), 0)
+    rows[:, 3] = 1.0
+    rows[list(first[:2]), 0] = 0.9
+    assert neurons(0) <= NeuronSet(select_neurons(Table(rows), t=0.5, p=0.4, alpha=None).candidates)
+    assert not neurons(0) <= NeuronSet(select_neurons(Table(rows), t=0.5, p=0.41, alpha=None).candidates)
+
+
+def test_nothing_is_salient_where_the_largest_is_not_positive() -> None:
+    assert not salient(torch.tensor([[-1.0, -2.0]]), 0.2).any()
+    assert not salient(torch.tensor([[0.0, -2.0]]), 0.2).any()
+    assert not salient(torch.zeros(2, 2), None).any()
+    assert salient(torch.tensor([[1.0, 0.1, -1.0]]), None).tolist() == [[True, True, False]]
+
+
+def test_all_p_values_one_and_no_candidates_find_nothing() -> None:
+    constant = torch.ones(8, 4)
+    found = select_neurons(Table(constant))
+    assert found.p_value.tolist() == [1] * 4
+    assert not found.neurons
+    empty = select_neurons(Table(-constant))
+    assert empty.candidates == ()
+    assert not empty.neurons
+    assert len(empty.to_frame()) == 0
+    assert "0 truth neurons" in empty.summary()
+
+
+def test_one_question_cannot_be_tested() -> None:
+    found = select_neurons(Table(torch.tensor([[1.0, 0.0, 0.0, 0.0]])))
+    assert NeuronSet(found.candidates) == neurons(0)
+    assert not found.neurons
+
+
+def test_ties_are_all_salient() -> None:
+    assert salient(torch.tensor([[3.0, 3.0, 3.0]]), 0.99).all()
+    assert not salient(torch.tensor([[3.0, 3.0, 3.0]]), 1.0).any(), "strictly above t * max(D)"
+
+
+def test_a_consistent_neuron_is_found_and_noise_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 4, generator=generator)
+    rows[:, 2] = 1 + 0.3 * torch.randn(200, generator=generator)
+    assert select_neurons(Table(rows), t=0.2, p=0.4).neurons == neurons(2)
+    assert select_neurons(Table(rows), t=0.2, p=0.4, family="all").neurons == neurons(2)
+    assert len(select_neurons(Table(rows), t=0.2, p=0.3, alpha=None).neurons) > 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"t": 0.0}, {"t": 20}, {"p": -0.1}, {"p": 1.01}, {"alpha": 0.0}, {"alpha": 1.0}, {"t": float("nan")}]
+)
+def test_thresholds_outside_their_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1"):
+        select_neurons(Table(torch.ones(4, 4)), **{key: float(value) for key, value in bad.items()})
+
+
+def test_no_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="no scores"):
+        select_neurons(Table(torch.ones(0, 4)))
+
+
+@given(st.dictionaries(st.integers(0, 300), st.sampled_from("abcdef"), min_size=1), st.integers(0, 1000))
+def test_halves_are_disjoint_stratified_and_replayable(categories: dict[int, str], seed: int) -> None:
+    first, second = split_halves(categories, seed)
+    assert set(first) | set(second) == set(categories)
+    assert not set(first) & set(second)
+    assert 0 <= len(first) - len(second) <= 1
+    for name in set(categories.values()):
+        sizes = [sum(categories[q] == name for q in half) for half in (first, second)]
+        assert abs(sizes[0] - sizes[1]) <= 1
+    assert split_halves(categories, seed) == (first, second)
