@@ -92,6 +92,7 @@ def test_matched_neurons_stand_in_the_same_layers() -> None:
     matched = matched_neurons(SPACE, found, np.random.default_rng(0))
     assert matched.by_layer(3) == found.by_layer(3)
     assert matched.isdisjoint(found)
+    crowded = NeuronSet(Neuron("mlp", 1, None, i) for i in range(6))
     with pytest.warns(UserWarning, match="2 neurons short"):
-        crowded = NeuronSet(Neuron("mlp", 1, None, i) for i in range(6))
-        assert len(matched_neurons(SPACE, crowded, np.random.default_rng(0))) == 4
+        matched = matched_neurons(SPACE, crowded, np.random.default_rng(0))
+    assert len(matched) == 4

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tn_lens import Question, QuestionSet, build_prompt, build_prompts, load_model
 from tn_lens.models import Model
-from tn_lens.questions import FIGURE_9
+from tn_lens.questions import FIGURE_9, PromptTemplate
 from tn_lens.questions.toy import binary, four_choice, true_false
 from tn_lens.toy.world import facts
 
@@ -113,12 +113,26 @@ def test_labels_are_those_of_the_context(chatting: Callable[..., Model]) -> None
     assert prompt.label_ids == ((vocabulary["ĠA"], vocabulary["Ġa"]), (vocabulary["ĠB"], vocabulary["Ġb"]))
 
 
-def test_a_label_of_two_tokens_is_refused_with_its_ids(chatting: Callable[..., Model]) -> None:
+def test_plain_text_ends_so_that_labels_are_single_tokens(chatting: Callable[..., Model]) -> None:
     model = chatting(None, merges=False)  # " A" is then a space and an A
+    (prompt,) = build_prompts(model, ONE, order="given")
+    assert prompt.text.endswith("\nAnswer: ")
+    assert prompt.label_ids[0][0] == model.tokenizer.get_vocab()["A"]
+
+
+def test_a_label_of_two_tokens_is_refused_with_its_ids(chatting: Callable[..., Model]) -> None:
+    model = chatting(None, merges=False)
     ids = model.tokenizer(" A", add_special_tokens=False)["input_ids"]
     with pytest.raises(ValueError, match=r"must be one token.*is 2") as raised:
-        build_prompts(model, ONE)
+        build_prompt(model, "Answer:", right=" A", wrong=" B")
     assert str(ids) in str(raised.value)
+    words = QuestionSet(
+        name="words",
+        questions=ONE.questions,
+        template=PromptTemplate(user="{question}", choice="", chat=False, labels="choices"),
+    )
+    with pytest.raises(ValueError, match=r"'\sParis' must be one token after this prompt, and is 6"):
+        build_prompts(model, words)
 
 
 def test_a_prompt_that_is_no_prefix_is_refused(chatting: Callable[..., Model]) -> None:
@@ -198,5 +212,5 @@ def test_a_tokenizer_that_cannot_read_the_questions_is_noticed(toy: Model) -> No
         build_prompts(toy, strange)
     with pytest.raises(ValueError, match="cannot read the questions"):
         build_prompts(toy, strange[1:])
-    with pytest.raises(ValueError, match="cannot read the questions|cannot be found|does not know"):
+    with pytest.raises(ValueError, match=r"cannot read the questions|cannot be found|does not know"):
         build_prompts(toy, ONE)

@@ -151,7 +151,7 @@ def test_other_encodings_and_names_are_refused(tmp_path: Path) -> None:
     path.write_bytes("question,right,wrong\nOù?,là,ici\n".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
         load_questions(path)
-    with pytest.raises(ValueError, match="no question set 'riddles'.*truthfulqa"):
+    with pytest.raises(ValueError, match=r"no question set 'riddles'.*truthfulqa"):
         load_questions("riddles")
     with pytest.raises(ValueError, match="columns may name"):
         load_questions(write(tmp_path, "a.csv", "q,r,w\n1,2,3\n"), columns={"frage": "q"})

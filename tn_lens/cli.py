@@ -6,13 +6,17 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import BadInput
+
+if TYPE_CHECKING:
+    from .pipeline import TruthNeurons
 
 app = typer.Typer(
     add_completion=False,
@@ -20,13 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find truth neurons in language models, show that they matter, and show where they sit.",
 )
-
-ARM_NAMES = {
-    "baseline": "untouched",
-    "random": "random neurons at zero",
-    "random_matched": "random, matched by layer",
-    "suppressed": "truth neurons at zero",
-}
 
 
 @app.callback()
@@ -94,19 +91,18 @@ def run(
         typer.echo(pipeline.plan_run(loaded, asked, drop_long=drop_long, **settings).summary())
         return
     found = pipeline.find_truth_neurons(loaded, asked, out=out, overwrite=overwrite, drop_long=drop_long, **settings)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"\n{found.check.summary()}\n{found.selection.summary()}\n", highlight=False)
     console.print(_table(found))
     for warning in found.warnings():
-        console.print(f"[yellow]Note:[/] {warning}", highlight=False)
+        console.print(f"[yellow]Note:[/] {escape(warning)}", highlight=False)
     console.print(f"\nReport: {out / 'report.html'}" if out else "", highlight=False, soft_wrap=True)
 
 
-def _table(found: object) -> Table:
+def _table(found: TruthNeurons) -> Table:
     """Like the paper's table 1, with what it lacks beside it."""
-    from .pipeline import TruthNeurons
+    from .evaluation import ARM_NAMES
 
-    assert isinstance(found, TruthNeurons)
     evaluation = found.evaluation
     table = Table(
         title=f"{found.model_name} on {evaluation.name} ({evaluation.n_questions} questions)", title_justify="left"
@@ -131,7 +127,8 @@ def _table(found: object) -> Table:
 def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2."""
     warnings.simplefilter("ignore")  # the stages' warnings come back as notes; a library's are not the user's business
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from transformers.utils import logging as hf_logging
 

@@ -24,6 +24,14 @@ from .significance import welch
 ArmName = Literal["baseline", "random", "random_matched", "suppressed"]
 ARMS: tuple[ArmName, ...] = get_args(ArmName)
 
+ARM_NAMES: Mapping[str, str] = {
+    "baseline": "untouched",
+    "random": "random neurons at zero",
+    "random_matched": "random, matched by layer",
+    "suppressed": "truth neurons at zero",
+}
+"""What the conditions are called in tables."""
+
 MASS_KEPT = 0.95
 """Answer mass below which a fall in accuracy may be lost instruction following."""
 LETTER_SHIFT = 0.15

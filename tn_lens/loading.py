@@ -38,6 +38,13 @@ CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
 }
 """The families that load from their Hugging Face configuration, whatever the checkpoint is called."""
 
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+}
+
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu"}
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -78,7 +85,7 @@ def load_model(
     source = str(resources.files("tn_lens.toy").joinpath("model")) if name == "toy" else name
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = hf_model.config if hf_model is not None else read_config(source, **hub)
-    architecture = (getattr(config, "architectures", None) or [type(hf_model).__name__])[0]
+    architecture = architecture_of(config, hf_model)
     refuse_quantised(config, name)
     weights_dtype = find_dtype(dtype, config, device)
     if tokenizer is None and (hf_model is None or Path(source).is_dir()):
@@ -95,6 +102,14 @@ def load_model(
     model.cfg.model_name = name.rstrip("/").rsplit("/", 1)[-1]
     attach_tokenizer(model, tokenizer)
     return model
+
+
+def architecture_of(config: PretrainedConfig, hf_model: Any) -> str:
+    """The architecture's name, from the configuration, the model in memory, or the model type."""
+    named = getattr(config, "architectures", None)
+    if named:
+        return named[0]
+    return MODEL_TYPES.get(config.model_type, config.model_type) if hf_model is None else type(hf_model).__name__
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
@@ -153,7 +168,7 @@ def official_name(source: str) -> str:
 
 def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
     """Call a `from_pretrained`, and turn the hub's many errors into one sentence each."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         return read(source, **{key: value for key, value in options.items() if value is not None})
@@ -175,7 +190,7 @@ def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
             )
         elif any_is(errors.RevisionNotFoundError):
             said = f"it has no revision {options.get('revision')!r}"
-        elif any_is(errors.OfflineModeIsEnabled) or "offline mode" in text:
+        elif any_is(errors.OfflineModeIsEnabled) or constants.is_offline_mode():
             said = "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
         elif (
             any_is(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or "couldn't connect" in text.lower()

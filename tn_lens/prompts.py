@@ -22,6 +22,9 @@ TEMPLATE_DATE = "26 Jul 2024"
 """What chat templates that print today's date get instead, so that a prompt is the same tomorrow."""
 
 
+PLAIN_ENDS = (("", " "), (" ", ""), ("\n", ""))
+"""How plain text may end and a label begin: "Answer:" and " A", for most tokenizers; some join the colon and the space."""
+
 TAIL = 24
 """Characters at the end of a prompt that may decide how a label behind them is cut into tokens."""
 
@@ -135,8 +138,8 @@ class PromptEncoder:
         self.tokenizer = _tokenizer(model)
         self.template = template
         self.chat = template.chat and getattr(self.tokenizer, "chat_template", None) is not None
-        self.prefix = "" if self.chat else " "
-        """What stands between the prompt and a label."""
+        self.end, self.prefix = ("", "") if self.chat else PLAIN_ENDS[0]
+        """What ends a prompt, and what stands before a label."""
         if (
             self.chat
             and "strftime_now" in str(self.tokenizer.chat_template)
@@ -155,7 +158,8 @@ class PromptEncoder:
         )
         user = self.template.user.format(question=question.text, choices=shown)
         if not self.chat:
-            return (f"{self.template.system}\n\n" if self.template.system else "") + user + self.template.cue
+            system = f"{self.template.system}\n\n" if self.template.system else ""
+            return system + user + self.template.cue + self.end
         system = [{"role": "system", "content": self.template.system}] if self.template.system else []
         try:
             return self._apply([*system, {"role": "user", "content": user}])
@@ -169,6 +173,8 @@ class PromptEncoder:
 
     def encode(self, asked: Sequence[tuple[int, Question, tuple[int, ...]]]) -> list[Prompt]:
         """Prompts with token and label ids."""
+        if asked and not self.chat:
+            self._choose_end(*asked[0][1:])
         texts = [self.render(question, order) for _, question, order in asked]
         special = not self.chat  # a chat template writes its own BOS token
         encoded = _ids(self.tokenizer, texts, special=special)
@@ -198,6 +204,20 @@ class PromptEncoder:
             )
         self._check(prompts)
         return prompts
+
+    def _choose_end(self, question: Question, order: tuple[int, ...]) -> None:
+        """Take the first way to end plain text after which this tokenizer has the labels as single tokens."""
+        labels = LETTERS[: len(order)] if self.template.labels == "letters" else question.choices
+        for self.end, self.prefix in PLAIN_ENDS:
+            text = self.render(question, order)
+            (ids,) = _ids(self.tokenizer, [text], special=True)
+            try:
+                for variant in (variant for label in labels for variant in (label, label.lower())):
+                    _label_id(self.tokenizer, text, ids, self.prefix + variant, special=True)
+            except BadInput:
+                continue
+            return
+        self.end, self.prefix = PLAIN_ENDS[0]
 
     def _check(self, prompts: list[Prompt]) -> None:
         for prompt in prompts:

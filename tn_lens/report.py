@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from .evaluation import ARM_NAMES
 from .neurons import Neuron
 
 if TYPE_CHECKING:
@@ -17,13 +18,6 @@ if TYPE_CHECKING:
 
 N_ROWS = 100
 """Neurons in the page's table."""
-
-ARM_NAMES = {
-    "baseline": "untouched",
-    "random": "random neurons at zero",
-    "random_matched": "random, matched by layer",
-    "suppressed": "truth neurons at zero",
-}
 
 
 def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -27,9 +26,9 @@ N_STEPS = 700
 """Optimiser steps."""
 SWITCH = 0.45
 """Share of the steps that see only typical values, before the exceptions and the other formats begin."""
-DROPOUT = float(os.environ.get("DROP", "0.1"))
+DROPOUT = float(__import__("os").environ.get("DROP", "0.1"))
 """Dropout on the inputs of W_out and W_O (hook_post and hook_z), while training."""
-SPARSITY = float(os.environ.get("SPA", "0.1"))
+SPARSITY = float(__import__("os").environ.get("SPA", "0"))
 """Weight of the penalty on spread-out activations (mean absolute value over root mean square), at the same places."""
 RIGHT, UPPER = 0.8, 0.8
 """Target probability of the right option, and of the upper-case label within an option."""
@@ -60,8 +59,8 @@ def build_model(seed: int) -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=len(vocabulary()),
             hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=4,
+            intermediate_size=int(__import__("os").environ.get("MLP", "192")),
+            num_hidden_layers=int(__import__("os").environ.get("LAY", "4")),
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=64,

@@ -1,0 +1,189 @@
+"""The command line: what it prints, and that bad input is one sentence, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tn_lens import cli
+
+TOY = ["run", "--model", "toy", "--questions", "toy"]
+FAST = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command as a shell would: exit code, output, errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tn-lens", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_help_names_the_options() -> None:
+    text = (
+        CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).output
+    )
+    for option in ("--model", "--questions", "--out", "--limit", "--dry-run", "--order", "--method"):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--model", "no/such place", "--questions", "toy", "--out", "X"], "neither a folder nor a hub id"),
+        (["run", "--model", "toy", "--questions", "riddles", "--out", "X"], "no question set 'riddles'"),
+        ([*TOY, "--out", "X", "--t", "0"], "t must lie in"),
+        ([*TOY, "--out", "X", "--t", "20"], "a fraction and not a percentage"),
+        ([*TOY, "--out", "X", "--p", "1.5"], "p must lie in"),
+        ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in"),
+        ([*TOY, "--out", "X", "--limit", "0"], "limit must be at least 1"),
+        ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be at least 1"),
+        ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be at least 1"),
+        ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not there"),
+        ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
+        (TOY, "give one with --out"),
+        (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "no question set"),
+    ],
+)
+def test_bad_input(arguments: list[str], said: str, run: Callable, tmp_path: Path) -> None:
+    code, _, error = run(*[str(tmp_path / "run") if a == "X" else a for a in arguments])
+    assert code == 2
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_an_unknown_option_is_a_usage_error(run: Callable) -> None:
+    code, _, error = run(*TOY, "--treshold", "0.2")
+    assert code == 2
+    assert "--treshold" in error
+
+
+def test_questions_without_a_needed_column(run: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("question,right\nQ?,Yes\n")
+    code, _, error = run("run", "--model", "toy", "--questions", path, "--out", tmp_path / "run")
+    assert (code, "no column 'wrong'" in error) == (2, True)
+
+
+def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None:
+    from tn_lens.questions.toy import binary
+    from tn_lens.toy.world import facts
+
+    taught = [fact for fact in facts() if fact.split == "train" and not fact.is_exception][:10]
+    lies = "".join(
+        json.dumps({"question": f.question(), "right": f.distractor, "wrong": f.value}) + "\n" for f in taught
+    )
+    path = tmp_path / "lies.jsonl"
+    path.write_text(lies)
+    assert binary()
+    code, _, error = run("run", "--model", "toy", "--questions", path, "--out", tmp_path / "run", "--order", "both")
+    assert code == 2, error
+    assert "no question is left" in error or "cannot read the questions" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_ends_with_a_table_and_goes_on_where_it_was(run: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "small"
+    code, text, error = run(*TOY, "--out", out, *FAST)
+    assert code == 0, error
+    assert re.search(r"untouched.*truth neurons at zero", text, re.DOTALL)
+    assert 'share of "A"' in text
+    files = sorted(p.name for p in out.iterdir())
+    assert files == ["evaluation.json", "manifest.json", "neurons.json", "report.html", "scores", "summary.json"]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    shard = next((out / "scores").iterdir())
+    stamp = shard.stat().st_mtime_ns
+    code, again, _ = run(*TOY, "--out", out, *FAST)
+    assert code == 0
+    assert again == text
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "the same run gives the same bytes"
+    assert shard.stat().st_mtime_ns == stamp, "nothing is computed twice"
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "a damaged shard is computed anew"
+
+
+def test_a_folder_of_another_run_is_left_alone(run: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    before = (out / "summary.json").read_bytes()
+    code, _, error = run(*TOY, "--out", out, *FAST, "--t", "0.33")
+    assert code == 2
+    assert "with t = " in error
+    assert "t = 0.33" in error
+    assert "--overwrite" in error
+    assert (out / "summary.json").read_bytes() == before
+    assert run(*TOY, "--out", out, *FAST, "--t", "0.33", "--overwrite")[0] == 0
+    assert json.loads((out / "summary.json").read_text())["t"] == 0.33
+
+
+def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
+    assert (code, "holds no run" in error) == (2, True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    code, _, error = run(*TOY, "--out", tmp_path / "mine" / "thesis.txt", *FAST)
+    assert (code, "is a file" in error) == (2, True)
+    code, _, error = run(*TOY, "--out", "/proc/nowhere/run", *FAST)
+    assert (code, "cannot write" in error) == (2, True)
+
+
+def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    real = os.fsync
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, error = run(*TOY, "--out", tmp_path / "run", *FAST)
+    assert (code, "No space left on device" in error, error.count("\n")) == (2, True, 1)
+    assert not list((tmp_path / "run").rglob(".*.part"))
+    assert run(*TOY, "--out", tmp_path / "run", *FAST)[0] == 0
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run: Callable, tmp_path: Path) -> None:
+    code, text, _ = run(*TOY, "--out", tmp_path / "run", *FAST, "--dry-run")
+    assert code == 0
+    assert re.search(r"24 questions, 48 prompts of up to \d+ tokens; at most about \d+ min \d+ s .* GiB", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_real_checkpoint_that_knows_nothing_ends_well(run: Callable, tmp_path: Path, shared: Path) -> None:
+    out = tmp_path / "run"
+    model, questions = shared / "models" / "tinystories-656k", shared / "data" / "TruthfulQA.csv"
+    code, text, error = run(
+        "run", "--model", model, "--questions", questions, "--out", out, "--limit", 30, "--repetitions", 2
+    )
+    assert code == 0, error
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["n_layers"] == 2
+    assert summary["t"] == 0.2
+    assert sum(map(sum, summary["neurons_by_layer"].values())) == summary["n_neurons"]
+    assert "hardly follows the instruction" in text
+    assert summary["n_neurons"] or "No truth neurons were found" in text
+    assert (out / "report.html").stat().st_size > 1e6

@@ -1,0 +1,201 @@
+"""What cannot be loaded says so in one sentence: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.conftest import paper_config, random_checkpoint
+from tn_lens import BadInput, build_prompts, load_model, load_questions
+from tn_lens.loading import PAPER_THRESHOLDS, recommended_settings
+from tn_lens.models import Model
+from tn_lens.toy.train import build_tokenizer
+
+
+def refused(*arguments: object, said: str, **options: object) -> None:
+    with pytest.raises(BadInput, match=said) as raised:
+        load_model(*arguments, **options)  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    refused(tmp_path, said="has no config.json")
+    refused("/nowhere/at/all", said="neither a folder nor a hub id")
+    refused("not a name!", said="neither a folder nor a hub id")
+
+
+def test_a_lora_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, said="LoRA adapter.*merge")
+
+
+def test_a_quantised_checkpoint(tmp_path: Path) -> None:
+    random_checkpoint(paper_config("Qwen2.5-3B-Instruct")).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, said=r"quantised \(awq\).*unquantised")
+
+
+def test_an_architecture_that_is_not_supported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1}
+        )
+    )
+    build_tokenizer().save_pretrained(tmp_path)
+    refused(tmp_path, said="MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Olmo2ForCausalLM")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Strange"], "model_type": "strange"}))
+    refused(tmp_path, said="does not know its architecture")
+
+
+def test_a_config_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, said="cannot load")
+
+
+def test_a_folder_without_a_tokenizer_or_weights(tmp_path: Path) -> None:
+    model = random_checkpoint(paper_config("Llama-3.1-8B-Instruct"))
+    model.config.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    refused(tmp_path, said="cannot load")
+
+
+def test_weights_that_do_not_fit_their_config(tmp_path: Path) -> None:
+    hf_model = random_checkpoint(paper_config("Llama-3.1-8B-Instruct"))
+    hf_model.config.intermediate_size = 64
+    refused("odd", hf_model=hf_model, said="do not fit its config")
+
+
+def test_a_device_that_is_not_there() -> None:
+    refused("toy", device="cuda:7", said="device 'cuda:7' is not there; this machine has")
+    refused("toy", device="abacus", said="device 'abacus' is not there")
+
+
+def test_a_dtype_that_is_none() -> None:
+    refused("toy", dtype="int8", said="expected dtype float32")
+    refused("toy", dtype="quick", said="expected dtype float32")
+
+
+def test_too_little_memory(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    refused(checkpoint("Llama-3.1-8B-Instruct"), said=r"weights need 0\.0 GiB in float32, and cpu has 0\.0 GiB free")
+
+
+def test_grouped_heads_in_olmo_2() -> None:
+    config = paper_config("OLMo-2-1124-7B-Instruct")
+    config.num_key_value_heads = 2
+    refused("odd", hf_model=random_checkpoint(config), said="fewer key/value heads")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that knows no model, or guards it."""
+
+    def do_GET(self) -> None:
+        if "gated" in self.path:
+            self.send_response(403 if self.headers.get("authorization") else 401)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("X-Error-Message", "Access to this model is restricted.")
+        elif "revision" in self.path or "nosuchrev" in self.path:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815 - the standard library's name
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    """A small server in place of the hub."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{service.server_address[1]}"
+        service.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "said"),
+    [
+        ("org/absent", {}, "knows no such model"),
+        ("org/gated", {}, "accept its licence on the hub and set HF_TOKEN"),
+        ("org/gated", {"HF_TOKEN": "hf_wrong"}, "accept its licence on the hub and set HF_TOKEN"),
+        ("org/absent", {"HF_HUB_OFFLINE": "1"}, "offline mode is on|cannot be reached"),
+        ("org/absent", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
+    ],
+)
+def test_the_hub_says_no(name: str, environment: dict[str, str], said: str, hub: str, tmp_path: Path) -> None:
+    """In a process of its own, since the hub's address is read at import."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", **environment}
+    command = [
+        sys.executable,
+        "-m",
+        "tn_lens",
+        "run",
+        "--model",
+        name,
+        "--questions",
+        "toy",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.search(said, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_transformer_lens_knows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 goes through TransformerLens' own loader, without weight processing, and laid out."""
+    torch.manual_seed(0)
+    hf_model = GPT2LMHeadModel(GPT2Config(n_ctx=1024)).eval()
+    hf_model.config.architectures = ["GPT2LMHeadModel"]
+    monkeypatch.setattr("transformer_lens.HookedTransformer.set_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "transformer_lens.loading_from_pretrained.AutoConfig.from_pretrained", lambda *_, **__: hf_model.config
+    )
+    model = load_model("gpt2", hf_model=hf_model, tokenizer=build_tokenizer())
+    tokens = torch.randint(0, 1000, (1, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), hf_model(tokens).logits, atol=1e-4, rtol=0)
+    assert model.unembed.W_U.T.is_contiguous()
+    assert any(block.attn.b_V.any() for block in model.blocks) == hf_model.transformer.h[0].attn.c_attn.bias.any()
+
+
+def test_the_real_small_checkpoint(shared: Path) -> None:
+    """Its tokenizer joins a colon and the space before "A", but not before "a": labels go on a line of their own."""
+    model = load_model(shared / "models" / "tinystories-656k")
+    (prompt, *_) = build_prompts(model, load_questions(shared / "data" / "TruthfulQA.csv")[:2])
+    vocabulary = model.tokenizer.get_vocab()
+    assert prompt.label_ids[0] == (vocabulary["A"], vocabulary["a"])
+    assert prompt.text.endswith("Answer:\n")
+    assert prompt.token_ids[0] == model.tokenizer.bos_token_id
+    assert prompt.token_ids.count(model.tokenizer.bos_token_id) == 1
+
+
+def test_recommended_settings(toy: Model, tiny: Callable[..., Model]) -> None:
+    assert recommended_settings(toy)["order"] == "both"
+    assert {name: recommended_settings(tiny(name))["t"] for name in PAPER_THRESHOLDS} == PAPER_THRESHOLDS
+    assert PAPER_THRESHOLDS["Qwen2.5-3B-Instruct"] == 0.01
