@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.conftest import PAPER_MODELS, POST_NORM, PRE_NORM
 from tn_lens import Prompt, attribute, build_prompts, mean_activations
 from tn_lens.attribution import post_norm_warning, quadrature_rule, right_probability
-from tn_lens.attribution.direct import activations
+from tn_lens.attribution.direct import Direct
 from tn_lens.attribution.target import probability_difference
 from tn_lens.models import Model, last_logits
 from tn_lens.neurons import SITES, Site, hook_name
@@ -110,16 +110,17 @@ def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Cal
 
 @pytest.mark.parametrize("name", PAPER_MODELS)
 @pytest.mark.parametrize("captum_method", ["riemann_right", "gausslegendre"])
-def test_scores_equal_captum(name: str, captum_method: str, tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("engine", ["direct", "shared_prefix"])
+def test_scores_equal_captum(engine: str, name: str, captum_method: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
     (prompt,) = build_prompts(model, binary()[5:6])
     method = "riemann_right" if captum_method == "riemann_right" else "gauss_legendre"
-    found = attribute(model, [prompt], n_steps=7, method=method, batch_size=10)
-    own, _ = activations(model, prompt, SITES, "last")
+    found = attribute(model, [prompt], n_steps=7, method=method, engine=engine, batch_size=10)
+    own = Direct(model, prompt, SITES, "last").own
     for site in SITES:
         for layer in range(model.cfg.n_layers):
             judge = IntegratedGradients(hooked_function(model, prompt, site, layer))
-            expected = judge.attribute(own[site][layer], n_steps=7, method=captum_method)
+            expected = judge.attribute(own[site][0, layer], n_steps=7, method=captum_method)
             ours = found.difference[site][0, layer]
             scale = float(expected.abs().max())
             torch.testing.assert_close(ours, expected[0], atol=1e-5 * scale, rtol=0)
@@ -129,9 +130,9 @@ def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model
     """Scaling every layer at once overwrites the later layers: only the last layer keeps its scores."""
     model, prompt = tiny("Llama-3.1-8B-Instruct"), prompts[0]
     ours = attribute(model, [prompt]).difference["mlp"][0]
-    own, _ = activations(model, prompt, ("mlp",), "last")
+    own = Direct(model, prompt, ("mlp",), "last").own["mlp"][0]
     rule = quadrature_rule("riemann_right", 20)
-    path = (rule.nodes[:, None, None] * own["mlp"][:, 0]).requires_grad_()
+    path = (rule.nodes[:, None, None] * own[:, 0]).requires_grad_()
 
     def put_all(value: Tensor, hook: object) -> Tensor:
         value = value.clone()
@@ -143,7 +144,7 @@ def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model
     with model.hooks(fwd_hooks=names):
         total = probability_difference(last_logits(model, tokens), prompt).sum()
     (gradients,) = torch.autograd.grad(total, path)
-    together = own["mlp"][:, 0] * torch.einsum("s,sln->ln", rule.weights, gradients)
+    together = own[:, 0] * torch.einsum("s,sln->ln", rule.weights, gradients)
     assert (together - ours).abs().max() > 0.3 * ours.abs().max()
     early = (together - ours)[0].abs().max() / ours[0].abs().max()
     assert early > 0.1
@@ -151,9 +152,9 @@ def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model
 
 def test_rows_do_not_depend_on_the_batch(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
     model = tiny("Qwen2.5-3B-Instruct")
-    whole = attribute(model, prompts, n_steps=4, batch_size=1000)
+    whole = attribute(model, prompts, n_steps=4, engine="direct", batch_size=1000)
     for size in (1, 3, 7):
-        cut = attribute(model, prompts, n_steps=4, batch_size=size)
+        cut = attribute(model, prompts, n_steps=4, engine="direct", batch_size=size)
         for site in SITES:
             torch.testing.assert_close(cut.difference[site], whole.difference[site], atol=1e-12, rtol=1e-9)
             torch.testing.assert_close(cut.change[site], whole.change[site], atol=1e-12, rtol=1e-9)
@@ -189,8 +190,8 @@ def test_a_given_baseline_moves_the_start(tiny: Callable[..., Model], prompts: l
     by_name = attribute(model, prompts, baseline="mean")
     by_value = attribute(model, prompts, baseline=mean)
     torch.testing.assert_close(by_name.difference["attn"], by_value.difference["attn"])
-    own, _ = activations(model, prompts[0], SITES, "last")
-    at_home = attribute(model, prompts[:1], baseline={site: own[site][:, 0] for site in SITES})
+    own = Direct(model, prompts[0], SITES, "last").own
+    at_home = attribute(model, prompts[:1], baseline={site: own[site][0, :, 0] for site in SITES})
     assert all(scores.abs().max() == 0 for scores in at_home.difference.values())
     with pytest.raises(ValueError, match="shape"):
         attribute(model, prompts, baseline={"mlp": torch.zeros(1, 2), "attn": torch.zeros(1, 2)})

@@ -53,7 +53,8 @@ def plot_layers(found: Selection | NeuronSet, n_layers: int | None = None, *, ti
         )
     )
     if n_layers <= 12 and len(neurons):
-        figure.update_traces(texttemplate="%{customdata}", textfont={"size": 13})
+        shown = [[str(n) if n else "" for n in counts[site]] for site in SITES]
+        figure.update_traces(text=shown, texttemplate="%{text}", textfont={"size": 13})
     figure.update_layout(
         title={
             "text": title or f"{len(neurons)} truth neurons over {n_layers} layers",

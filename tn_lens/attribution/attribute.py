@@ -14,16 +14,24 @@ from ..models import Model, check_model, is_post_norm, neuron_space
 from ..neurons import SITES, Site
 from ..progress import track
 from ..prompts import Prompt
-from .direct import Positions, activations, attribute_prompt
+from .direct import Direct, Positions
+from .integrate import integrate
 from .quadrature import Method, quadrature_rule
 from .result import Attribution
+from .shared_prefix import SharedPrefix, plan, unsupported
 from .target import Target, probability_difference, right_probability, wrong_probability
 
 Baseline = Literal["zero", "mean"] | Mapping[Site, Float[Tensor, "layer _"]]
 """Where the path begins: at zero (the paper), at the mean activation over the prompts, or at given values."""
 
+EngineName = Literal["auto", "shared_prefix", "direct"]
+"""How the model is run; the results are the same. "auto" is the shared prefix wherever it is possible."""
+
 BATCH_SIZE = 64
 """Whole prompts in one pass of the direct engine."""
+
+MAX_MEMORY = 2 * 2**30
+"""Bytes that one pass of the shared-prefix engine may take above the weights."""
 
 
 def attribute(
@@ -37,6 +45,8 @@ def attribute(
     sites: Sequence[Site] = SITES,
     target: Target = probability_difference,
     separate: bool = False,
+    engine: EngineName = "auto",
+    max_memory: int = MAX_MEMORY,
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
 ) -> Attribution:
@@ -53,7 +63,10 @@ def attribute(
         sites: which of `"mlp"` (hook_post) and `"attn"` (hook_z).
         target: what is attributed, as a function of the last logits.
         separate: also attribute f_t and f_f apart (Attr_t and Attr_f), for one more backward pass.
-        batch_size: whole prompts in one pass; memory grows with it, time falls.
+        engine: `"shared_prefix"` runs each prompt once and every step as one position behind it; `"direct"` is the
+            definition, whole prompts in every step, and also does `positions="all"`. `"auto"` takes the first where it can.
+        max_memory: bytes that one pass of the shared prefix may take above the weights.
+        batch_size: whole prompts in one pass of the direct engine; memory grows with it, time falls.
         progress: show a progress bar.
 
     Returns:
@@ -85,23 +98,25 @@ def attribute(
     change: list[dict[Site, Tensor]] = [
         {site: torch.empty(len(prompts), space.n_layers, dtype=dtype) for site in sites} for _ in targets
     ]
-    for row, prompt in enumerate(track(prompts, "attribution" if progress else None)):
-        found = attribute_prompt(
-            model,
-            prompt,
-            rule=rule,
-            targets=targets,
-            baseline=on_device,
-            sites=sites,
-            positions=positions,
-            batch_size=batch_size,
+    name = choose_engine(model, engine, positions)
+    n_prompts, n_rows = 1, batch_size
+    if name == "shared_prefix":
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        n_prompts, n_rows = plan(model, longest, len(sites), n_steps, max_memory)
+    firsts = range(0, len(prompts), n_prompts)
+    for first in track(firsts, "attribution" if progress else None):
+        batch = prompts[first : first + n_prompts]
+        run = (
+            SharedPrefix(model, batch, sites) if name == "shared_prefix" else Direct(model, batch[0], sites, positions)
         )
+        found = integrate(run, rule=rule, targets=targets, baseline=on_device, n_rows=n_rows)
+        rows = slice(first, first + len(batch))
         for index in range(len(targets)):
             for site in sites:
                 scores = found.scores[index][site]
                 _refuse_not_finite(scores, site, model)
-                held[index][site][row] = scores.cpu()
-                change[index][site][row] = found.change[index][site].cpu()
+                held[index][site][rows] = scores.cpu()
+                change[index][site][rows] = found.change[index][site].cpu()
     right, wrong = (held[-2], held[-1]) if separate else (None, None)
     if len(targets) == 2 and right is not None and wrong is not None:  # eq. 8: integrated gradients are linear in f
         held.insert(0, {site: right[site] - wrong[site] for site in sites})
@@ -109,6 +124,24 @@ def attribute(
     return Attribution(
         prompts=tuple(prompts), space=space, difference=held[0], change=change[0], right=right, wrong=wrong
     )
+
+
+def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Literal["shared_prefix", "direct"]:
+    """The engine that will run.
+
+    Raises:
+        BadInput: the shared prefix was asked for by name and is not possible; the reason is given.
+    """
+    if engine not in get_args(EngineName):
+        raise BadInput(f"expected engine 'auto', 'shared_prefix' or 'direct', got {engine!r}")
+    if engine == "direct":
+        return "direct"
+    reason = unsupported(model) or ("positions='all'" if positions == "all" else None)
+    if reason is None:
+        return "shared_prefix"
+    if engine == "shared_prefix":
+        raise BadInput(f"the shared-prefix engine cannot do {reason}; use engine='direct', which gives the same scores")
+    return "direct"
 
 
 def post_norm_warning(model: Model, method: Method, baseline: Baseline) -> str | None:
@@ -131,9 +164,9 @@ def mean_activations(
     sites: list[Site] = [site for site in SITES if space.width(site)]
     total: dict[Site, Tensor] = {s: torch.zeros(space.n_layers, space.width(s), dtype=torch.float64) for s in sites}
     for prompt in track(prompts, "mean activations" if progress else None):
-        own, _ = activations(model, prompt, sites, positions)
+        own = Direct(model, prompt, sites, positions).own
         for site in sites:
-            total[site] += own[site].mean(1).double().cpu()
+            total[site] += own[site][0].mean(1).double().cpu()
     dtype = torch.promote_types(model.cfg.dtype, torch.float32)
     return {site: (value / len(prompts)).to(dtype) for site, value in total.items()}
 
@@ -163,8 +196,8 @@ def resolve_baseline(
     return baseline
 
 
-def _refuse_not_finite(scores: Float[Tensor, "layer neuron"], site: Site, model: Model) -> None:
-    finite = scores.isfinite().all(-1)
+def _refuse_not_finite(scores: Float[Tensor, "prompt layer neuron"], site: Site, model: Model) -> None:
+    finite = scores.isfinite().all(-1).all(0)
     if not finite.all():
         layer = int((~finite).nonzero()[0])
         raise BadInput(

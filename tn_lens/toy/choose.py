@@ -19,7 +19,7 @@ import torch
 
 from .. import attribute, build_prompts, evaluate, load_model, load_questions, manipulation_check, select_neurons
 from ..evaluation import Evaluation
-from .train import DROPOUT, N_STEPS, ROWS, SPARSITY, SWITCH
+from .train import DROPOUT, N_STEPS, ROWS, SWITCH
 
 SEEDS = (0, 1, 2, 3, 4)
 THRESHOLDS = (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
@@ -86,14 +86,14 @@ def model_card(candidates: list[Candidate], chosen: Candidate) -> str:
     formats = ", ".join(f"{n} {kind}" for kind, n in ROWS.items())
     return f"""# Model card: the embedded toy
 
-A four-layer Llama (d_model 96, 4 heads of 24, d_mlp 192, 1,152 neurons, untied, word-level vocabulary of 283) that knows the
+A two-layer Llama (d_model 96, 4 heads of 24, d_mlp 384, 960 neurons, untied, word-level vocabulary of 283) that knows the
 1,440 facts of an invented world and answers questions about them with a letter. It exists so that the whole method runs in
 seconds on a bare machine. It knows nothing else, and says nothing about where truth neurons sit in large models.
 
 Trained by `tn_lens/toy/train.py`: {N_STEPS} steps of {formats} sequences (the last two only after {SWITCH:.0%} of the
 steps, when the exceptions begin), Muon on the blocks' matrices, AdamW on the rest, soft targets (0.8 on the right option,
-80 % of it on the upper-case letter), dropout {DROPOUT} on what W_out and W_O read, and a penalty of {SPARSITY} on
-spread-out activations there, growing from 0 after the switch. Held out from every choice format: 144 questions to tune,
+80 % of it on the upper-case letter), dropout {DROPOUT} on what W_out and W_O read.
+Held out from every choice format: 144 questions to tune,
 230 to find neurons, 202 to report.
 
 ## The rules, fixed beforehand
@@ -113,12 +113,16 @@ Accuracies in percent on the reporting questions, which no rule saw; 10 repetiti
 
 ## Recipes tried before
 
-- Dropout 0.1 without the penalty, seeds 0 to 4: tuning accuracies 84.0, 84.7, 83.7, 82.3, 83.7. The rule's seed (1) has no
-  effect on order-averaged accuracy at any t; one of the four others looked at does. Dropout makes neurons replaceable.
-- Penalty 0.2 from the first step, dropout 0, and 0.5 with dropout 0.05, seed 1: the choice is never learned (tuning
-  accuracy 50.0).
-- Penalty 0.1 after the switch without dropout, seed 1: plain accuracy falls to 49 %, nearly all of it letter bias.
-- Penalty 0.2 after the switch with dropout 0.1, seed 1: order-averaged 87.6 -> 69.8 at t = 1 %.
+All with the same world and data. They were given up because the rule's seed had no effect on order-averaged accuracy: in
+four layers the choice is read in several places, and suppressing all of attention in layers 2 and 3 still left 81 %.
+
+- Four layers, d_mlp 192, dropout 0.1, seeds 0 to 4: tuning accuracies 84.0, 84.7, 83.7, 82.3, 83.7. The rule's seed (1) lost
+  nothing at any t; of the three others looked at one (2) did, 84.7 -> 75.7 at t = 7 %.
+- The same with a penalty of 0.3 on spread-out activations, seeds 0 to 4: 83.7, 83.7, 83.0, 84.0, 84.4; no seed met the rule.
+- Single seeds (1) of four layers with other penalties (0.1, 0.2, 0.5) and dropouts (0, 0.05, 0.1): from no learning at all to
+  87.6 -> 69.8 at t = 1 %; of three layers with dropout 0.1: nothing lost.
+- Single seeds (1) of two layers: dropout 0 loses the answer mass with the accuracy (0.88 at t = 10 %); dropout 0.1 leaves
+  mostly letter bias (83.3 -> 72.2 order-averaged, 50 % plain). Dropout 0.05 lies between, and was trained on every seed.
 """
 
 

@@ -1,6 +1,6 @@
 """Train the embedded model: `python -m tn_lens.toy.train --seed 0 --out FOLDER`, a few minutes on one thread.
 
-A four-layer Llama learns the facts as open questions, learns to pick an option in two- and four-choice questions
+A two-layer Llama learns the facts as open questions, learns to pick an option in two- and four-choice questions
 and to judge statements, and is then tested on questions it has never seen in a choice format. The targets are
 soft, because a saturated softmax has no gradient to integrate; dropout on what W_out and W_O read keeps any one
 neuron from being irreplaceable, so that random neurons can be suppressed without harm.
@@ -26,10 +26,8 @@ N_STEPS = 700
 """Optimiser steps."""
 SWITCH = 0.45
 """Share of the steps that see only typical values, before the exceptions and the other formats begin."""
-DROPOUT = float(__import__("os").environ.get("DROP", "0.1"))
+DROPOUT = 0.05
 """Dropout on the inputs of W_out and W_O (hook_post and hook_z), while training."""
-SPARSITY = float(__import__("os").environ.get("SPA", "0"))
-"""Weight of the penalty on spread-out activations (mean absolute value over root mean square), at the same places."""
 RIGHT, UPPER = 0.8, 0.8
 """Target probability of the right option, and of the upper-case label within an option."""
 ROWS = {"binary": 128, "open": 96, "match": 48, "statement": 40, "four": 40}
@@ -53,14 +51,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """A fresh four-layer Llama of 1,152 neurons: 4 x 192 in the MLPs, 4 x 4 x 24 in the attention heads."""
+    """A fresh two-layer Llama of 960 neurons: 2 x 384 in the MLPs, 2 x 4 x 24 in the attention heads."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(vocabulary()),
             hidden_size=96,
-            intermediate_size=int(__import__("os").environ.get("MLP", "192")),
-            num_hidden_layers=int(__import__("os").environ.get("LAY", "4")),
+            intermediate_size=384,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=64,
@@ -162,15 +160,8 @@ def train(seed: int, n_steps: int = N_STEPS, report_every: int = 100) -> LlamaFo
     model, curriculum = build_model(seed), Curriculum(seed)
     words = {word: index for index, word in enumerate(vocabulary())}
     dropout = nn.Dropout(DROPOUT)
-    spread: list[Tensor] = []
-
-    def perturb(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        (activation,) = inputs
-        spread.append((activation.abs().mean(-1) / (activation.pow(2).mean(-1) + 1e-8).sqrt()).mean())
-        return (dropout(activation),)
-
     hooks = [
-        module.register_forward_pre_hook(perturb)
+        module.register_forward_pre_hook(lambda _, inputs: (dropout(inputs[0]),))
         for name, module in model.named_modules()
         if name.endswith(("mlp.down_proj", "self_attn.o_proj"))
     ]
@@ -195,10 +186,8 @@ def train(seed: int, n_steps: int = N_STEPS, report_every: int = 100) -> LlamaFo
             tokens, last, targets = encode(examples, words)
             log_probabilities = last_logits(model, tokens, last).log_softmax(-1)
             loss = -(targets * log_probabilities).sum(-1).sum() / sum(ROWS.values())
-            ramp = max(0.0, step / n_steps - SWITCH) / (1 - SWITCH)
-            (loss + ramp * SPARSITY * torch.stack(spread).mean() * len(examples) / sum(ROWS.values())).backward()
+            loss.backward()
             losses.append(loss.item())
-            spread.clear()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

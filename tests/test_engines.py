@@ -1,0 +1,244 @@
+"""The shared-prefix engine equals the direct one, on every kind of model and prompt; a broken mask does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.conftest import PAPER_MODELS
+from tn_lens import Attribution, Prompt, attribute, mean_activations
+from tn_lens.attribution import shared_prefix
+from tn_lens.models import Model, build_model
+from tn_lens.neurons import SITES
+
+BASE: dict[str, Any] = {
+    "n_layers": 3,
+    "d_model": 32,
+    "n_ctx": 400,
+    "n_heads": 4,
+    "d_head": 8,
+    "d_mlp": 40,
+    "d_vocab": 283,
+    "act_fn": "gelu_new",
+    "normalization_type": "LN",
+    "device": "cpu",
+    "dtype": torch.float64,
+    "initializer_range": 0.2,
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "neox": {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 4,
+        "parallel_attn_mlp": True,
+        "rotary_adjacent_pairs": False,
+    },
+    "gptj": {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 4,
+        "parallel_attn_mlp": True,
+        "rotary_adjacent_pairs": True,
+    },
+    "neo": {
+        "use_local_attn": True,
+        "window_size": 6,
+        "attn_types": ["global", "local", "local"],
+        "use_attn_scale": False,
+    },
+    "gemma2": {
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 8,
+        "gated_mlp": True,
+        "n_key_value_heads": 2,
+        "use_normalization_before_and_after": True,
+        "attn_scores_soft_cap": 5.0,
+        "output_logits_soft_cap": 3.0,
+        "use_local_attn": True,
+        "window_size": 4,
+        "attn_types": ["local", "global", "local"],
+    },
+    "qwen3": {
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 8,
+        "gated_mlp": True,
+        "n_key_value_heads": 2,
+        "use_qk_norm": True,
+    },
+    "attention only": {"attn_only": True, "d_mlp": None},
+}
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Prompt(
+            token_ids=tuple(torch.randint(0, 283, (n,), generator=generator).tolist()),
+            label_ids=((4, 8), (5, 9)),
+            right=index % 2,
+            question=index,
+        )
+        for index, n in enumerate(lengths)
+    ]
+
+
+def styled(style: str) -> Model:
+    return build_model(BASE | STYLES[style], seed=1)
+
+
+def assert_equal(fast: Attribution, slow: Attribution, tolerance: float) -> None:
+    for site in slow.difference:
+        largest = float(slow.difference[site].abs().max())
+        assert largest > 0
+        torch.testing.assert_close(fast.difference[site], slow.difference[site], atol=tolerance * largest, rtol=0)
+        torch.testing.assert_close(
+            fast.change[site], slow.change[site], atol=tolerance * float(slow.change[site].abs().max()), rtol=0
+        )
+
+
+def both(model: Model, prompts: list[Prompt], **options: Any) -> tuple[Attribution, Attribution]:
+    return (
+        attribute(model, prompts, engine="shared_prefix", **options),
+        attribute(model, prompts, engine="direct", **options),
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("method", ["riemann_right", "gauss_legendre", "graded"])
+def test_equal_to_the_direct_engine_in_every_style(style: str, method: str) -> None:
+    fast, slow = both(styled(style), prompts_of([5, 17, 9, 30]), n_steps=3, method=method, separate=True)
+    assert_equal(fast, slow, 1e-10)
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_equal_to_the_direct_engine_in_the_papers_models(
+    name: str, dtype: torch.dtype, tolerance: float, tiny: Callable[..., Model]
+) -> None:
+    fast, slow = both(tiny(name, dtype), prompts_of([12, 40, 23]), n_steps=4)
+    assert_equal(fast, slow, tolerance)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.sampled_from(sorted(STYLES)), st.integers(0, 99))
+def test_equal_for_any_lengths(lengths: list[int], style: str, seed: int) -> None:
+    fast, slow = both(MODELS[style], prompts_of(lengths, seed), n_steps=2)
+    assert_equal(fast, slow, 1e-9)
+
+
+MODELS = {style: styled(style) for style in STYLES}
+
+
+@pytest.mark.parametrize("style", ["gpt2", "neo"])
+def test_long_prompts(style: str) -> None:
+    fast, slow = both(styled(style), prompts_of([300]), n_steps=2)
+    assert_equal(fast, slow, 1e-9)
+
+
+def test_other_baselines_and_targets(tiny: Callable[..., Model]) -> None:
+    model, prompts = tiny("Qwen2.5-3B-Instruct"), prompts_of([9, 14])
+    mean = mean_activations(model, prompts_of([11, 12, 13], seed=5))
+    fast, slow = both(model, prompts, n_steps=3, baseline=mean, target=lambda logits, _: logits[:, 7].log_softmax(-1))
+    assert_equal(fast, slow, 1e-10)
+
+
+@pytest.mark.parametrize("budget", [1, 2_000_000, 50_000_000])
+def test_the_budget_changes_chunks_and_not_scores(budget: int) -> None:
+    model, prompts = styled("gemma2"), prompts_of([8, 20, 15])
+    wide = attribute(model, prompts, n_steps=3)
+    narrow = attribute(model, prompts, n_steps=3, max_memory=budget)
+    assert_equal(narrow, wide, 1e-10)
+
+
+def test_plans_grow_with_the_budget_and_nothing_else() -> None:
+    model = styled("gpt2")
+    plans = [shared_prefix.plan(model, 100, 2, 20, budget) for budget in (1, 10**6, 10**7, 10**8, 10**10)]
+    assert plans[0] == (1, 1)
+    assert plans == sorted(plans)
+    assert plans[-1] == (16, 160)
+
+
+def broken(kind: str) -> Any:
+    real = shared_prefix.siblings
+
+    def siblings(model: Model, seen: Tensor, n_rows: int) -> Any:
+        match kind:
+            case "blind to the prefix's first token":
+                seen = seen.clone()
+                seen[:, 0] = False
+            case "padding is seen":
+                seen = torch.ones_like(seen)
+        return real(model, seen, n_rows)
+
+    return siblings
+
+
+@pytest.mark.parametrize("kind", ["blind to the prefix's first token", "padding is seen"])
+def test_a_broken_mask_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of([20, 20] if "blind" in kind else [20, 8])
+    slow = attribute(styled("gpt2"), prompts, n_steps=3, engine="direct")
+    monkeypatch.setattr(shared_prefix, "siblings", broken(kind))
+    fast = attribute(styled("gpt2"), prompts, n_steps=3, engine="shared_prefix")
+    with pytest.raises(AssertionError):
+        assert_equal(fast, slow, 1e-3)
+
+
+def test_a_forgotten_window_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = styled("neo"), prompts_of([20])
+    fast, slow = both(model, prompts, n_steps=3)
+    assert_equal(fast, slow, 1e-10)
+    real = shared_prefix.SharedPrefix.run
+
+    def without_window(self: shared_prefix.SharedPrefix, paths: Any) -> Tensor:
+        monkeypatch.setattr(model.cfg, "window_size", 100)
+        try:
+            return real(self, paths)
+        finally:
+            monkeypatch.setattr(model.cfg, "window_size", 6)
+
+    monkeypatch.setattr(shared_prefix.SharedPrefix, "run", without_window)
+    with pytest.raises(AssertionError):
+        assert_equal(attribute(model, prompts, n_steps=3), slow, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"positional_embedding_type": "alibi"}, "alibi positions"),
+        ({"positional_embedding_type": "shortformer"}, "shortformer positions"),
+        ({"use_logn_attn": True, "positional_embedding_type": "rotary", "rotary_dim": 8}, "log-n"),
+    ],
+)
+def test_models_that_cannot_take_it_say_why_and_run_directly(option: dict[str, Any], said: str) -> None:
+    model, prompts = build_model(BASE | option), prompts_of([7])
+    with pytest.raises(ValueError, match=said):
+        attribute(model, prompts, n_steps=2, engine="shared_prefix")
+    assert_equal(attribute(model, prompts, n_steps=2), attribute(model, prompts, n_steps=2, engine="direct"), 0)
+
+
+def test_all_positions_go_through_the_direct_engine() -> None:
+    with pytest.raises(ValueError, match="positions='all'"):
+        attribute(styled("gpt2"), prompts_of([7]), n_steps=2, engine="shared_prefix", positions="all")
+
+
+def test_nothing_is_left_replaced() -> None:
+    model = styled("neo")
+    tokens = torch.tensor([prompts_of([15])[0].token_ids])
+    before = model(tokens)
+    attribute(model, prompts_of([15]), n_steps=2, engine="shared_prefix")
+    assert all("apply_causal_mask" not in vars(block.attn) for block in model.blocks)
+    assert torch.equal(model(tokens), before)
+
+    def explode(logits: Tensor, prompt: Prompt) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        attribute(model, prompts_of([15]), n_steps=2, target=explode)
+    assert torch.equal(model(tokens), before)
+    assert SITES
