@@ -52,6 +52,9 @@ def run(
     ] = "riemann_right",
     baseline: Annotated[Literal["zero", "mean"], typer.Option(help="Where the path begins.")] = "zero",
     positions: Annotated[Literal["last", "all"], typer.Option(help="Positions to interpolate.")] = "last",
+    engine: Annotated[
+        Literal["auto", "shared_prefix", "direct"], typer.Option(help="How the model is run; the scores are the same.")
+    ] = "auto",
     repetitions: Annotated[int, typer.Option(help="Repetitions of the evaluation.")] = 10,
     seed: Annotated[int, typer.Option(help="Of orders, halves and random neurons.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use only so many questions.")] = None,
@@ -80,6 +83,7 @@ def run(
         "method": method,
         "baseline": baseline,
         "positions": positions,
+        "engine": engine,
         "n_repetitions": repetitions,
         "seed": seed,
         "limit": limit,

@@ -19,7 +19,7 @@ import torch
 
 from .answers import ask
 from .attribution import attribute, mean_activations, post_norm_warning
-from .attribution.attribute import BATCH_SIZE
+from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, EngineName, choose_engine
 from .attribution.direct import Positions
 from .attribution.quadrature import Method
 from .errors import BadInput
@@ -55,6 +55,8 @@ class Settings:
     method: Method = "riemann_right"
     baseline: Literal["zero", "mean"] = "zero"
     positions: Positions = "last"
+    engine: EngineName = "auto"
+    """The shared prefix where the model can take it, else whole prompts; the scores are the same."""
     n_repetitions: int = 10
     """Of the evaluation (paper 3.3)."""
     seed: int = 0
@@ -272,6 +274,7 @@ def attribute_into(
             method=settings.method,
             baseline=baseline,
             positions=settings.positions,
+            engine=settings.engine,
         )
         folder.write_shard(index, attribution)
     return StoredScores(folder, neuron_space(model), shards)
@@ -290,6 +293,8 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
         weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return {
         **asdict(settings),
+        "engine": choose_engine(model, settings.engine, settings.positions),
+        "max_memory": MAX_MEMORY,
         "model": str(model.cfg.model_name),
         "architecture": model.cfg.original_architecture,
         "weights_sha256": weights.hexdigest(),
@@ -338,7 +343,7 @@ def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str,
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would cost on this machine, from one prompt that was really run."""
+    """What a run would cost on this machine, from a few prompts that were really run."""
 
     n_questions: int
     n_prompts: int
@@ -359,7 +364,7 @@ class Plan:
 
 
 def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, **settings: Any) -> Plan:
-    """Say what `find_truth_neurons` would cost, by running its stages on one prompt of middle length."""
+    """Say what `find_truth_neurons` would cost, by running its stages on a few prompts."""
     check_model(model)
     resolved = resolve_settings(model, **settings)
     finding, reporting = split_questions(questions, resolved)
@@ -367,8 +372,16 @@ def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, *
     middle = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[len(prompts) // 2]
     ask(model, [middle])
     started = time.perf_counter()
-    attribute(model, [middle], n_steps=resolved.n_steps, method=resolved.method, positions=resolved.positions)
-    per_attribution = time.perf_counter() - started
+    probe = prompts[: min(16, len(prompts))]
+    attribute(
+        model,
+        probe,
+        n_steps=resolved.n_steps,
+        method=resolved.method,
+        positions=resolved.positions,
+        engine=resolved.engine,
+    )
+    per_attribution = (time.perf_counter() - started) / len(probe)
     started = time.perf_counter()
     n_asked = min(16, len(prompts))
     ask(model, prompts[:n_asked])

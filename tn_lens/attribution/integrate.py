@@ -26,8 +26,8 @@ Place = tuple[Site, int]
 class Engine(Protocol):
     """Some prompts, run once, and ready to be run again with activations replaced."""
 
-    prompts: Sequence[Prompt]
-    own: Mapping[Site, Float[Tensor, "prompt layer position _"]]
+    prompts: list[Prompt]
+    own: dict[Site, Float[Tensor, "prompt layer position _"]]
     """The activations that are interpolated, in at least float32."""
     logits: Float[Tensor, "prompt vocab"]
     """Last logits of the untouched prompts."""

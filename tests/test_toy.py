@@ -1,0 +1,126 @@
+"""The embedded model shows the paper's effect on questions that nothing was chosen by, and the README says what it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tn_lens import TruthNeurons, find_truth_neurons, load_questions
+from tn_lens.evaluation import ARM_NAMES
+from tn_lens.models import Model
+from tn_lens.toy.train import Curriculum, build_tokenizer, choice_example, tuning_accuracy
+from tn_lens.toy.world import facts, vocabulary
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "tn_lens" / "toy" / "model"
+
+
+@pytest.fixture(scope="module")
+def demo(toy: Model) -> TruthNeurons:
+    return find_truth_neurons(toy, load_questions("toy"), progress=False)
+
+
+def test_suppressing_truth_neurons_hurts_and_random_ones_do_not(demo: TruthNeurons) -> None:
+    arms = demo.evaluation.arms
+    before, after = arms["baseline"], arms["suppressed"]
+    assert 0.80 <= before.accuracy <= 0.95
+    assert after.accuracy <= before.accuracy - 0.10
+    assert demo.evaluation.welch_p < 1e-6
+    assert abs(arms["random"].accuracy - before.accuracy) <= 0.02
+    assert arms["random_matched"].accuracy >= after.accuracy + 0.08
+    assert after.order_averaged_accuracy <= before.order_averaged_accuracy - 0.08
+    assert after.answer_mass >= 0.95
+
+
+def test_the_questions_of_the_report_were_not_used_to_find_neurons(demo: TruthNeurons) -> None:
+    questions = load_questions("toy")
+    assert demo.evaluation.n_questions == len(questions.part("report")) == 202
+    assert demo.check.n_asked == len(questions.part("find")) == 230
+    assert demo.unseen is None
+    assert set(demo.selection.half_1).isdisjoint(demo.selection.half_2)
+
+
+def test_the_readme_shows_this_run(demo: TruthNeurons) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert demo.selection.summary() in text
+    for name, arm in demo.evaluation.arms.items():
+        row = next(line for line in text.splitlines() if ARM_NAMES[name] in line and "│" in line)
+        shown = [float(number) for number in re.findall(r"\d+\.\d+", row)]
+        expected = [
+            100 * arm.accuracy,
+            100 * arm.accuracy_std,
+            100 * arm.order_averaged_accuracy,
+            arm.answer_mass,
+            arm.share_a,
+        ]
+        assert shown == pytest.approx(expected, abs=0.6)
+
+
+def test_the_model_card_names_every_seed_and_the_rules() -> None:
+    card = (MODEL / "MODEL_CARD.md").read_text(encoding="utf-8")
+    rows = [line for line in card.splitlines() if re.match(r"\| \d", line)]
+    assert [int(row.split("|")[1].split()[0]) for row in rows] == [0, 1, 2, 3, 4]
+    (shipped,) = (row for row in rows if "(shipped)" in row)
+    best = max(rows, key=lambda row: float(row.split("|")[2]))
+    assert shipped == best, "the rule is the highest accuracy on the tuning questions"
+    t = json.loads((MODEL / "tn_lens.json").read_text())["t"]
+    assert f"| {t:.0%} |" in shipped
+
+
+def test_the_shipped_weights_reach_the_accuracy_on_the_card() -> None:
+    from transformers import LlamaForCausalLM
+
+    card = (MODEL / "MODEL_CARD.md").read_text(encoding="utf-8")
+    shown = float(re.search(r"\(shipped\) \| ([\d.]+)", card)[1])
+    assert 100 * tuning_accuracy(LlamaForCausalLM.from_pretrained(MODEL)) == pytest.approx(shown, abs=0.05)
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_script_builds() -> None:
+    built = json.loads(build_tokenizer().backend_tokenizer.to_str())
+    shipped = json.loads((MODEL / "tokenizer.json").read_text())
+    assert shipped["model"]["vocab"] == built["model"]["vocab"] == {w: i for i, w in enumerate(vocabulary())}
+
+
+def test_training_never_asks_about_held_out_facts() -> None:
+    curriculum = Curriculum(seed=0)
+    curriculum.exceptions = True
+    held_out = {(f.name, f.relation) for f in facts() if f.split != "train"}
+    for kind in ("binary", "four", "statement"):
+        for _ in range(300):
+            text, _ = curriculum.draw(kind)
+            words = set(text.split())
+            assert not any(name in words and relation in words for name, relation in held_out)
+
+
+def test_training_targets_are_soft_distributions() -> None:
+    curriculum = Curriculum(seed=1)
+    for switched in (False, True):
+        curriculum.exceptions = switched
+        for examples in curriculum.batches():
+            for text, target in examples:
+                assert sum(target.values()) == pytest.approx(1)
+                assert text.endswith("Answer :")
+    text, target = choice_example("which colour is red ?", "red", ["blue"], curriculum.random)
+    right = "A" if "A : red" in text else "B"
+    assert target[right] == pytest.approx(0.64)
+    assert target[right.lower()] == pytest.approx(0.16)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """A few steps lower the loss; the whole training is `make train`."""
+    from tn_lens.toy.train import encode, last_logits, train
+
+    examples = next(iter(Curriculum(seed=5).batches()))
+    words = {word: index for index, word in enumerate(vocabulary())}
+    tokens, last, targets = encode(examples, words)
+
+    def loss(n_steps: int) -> float:
+        model = train(0, n_steps, report_every=0)
+        with torch.no_grad():
+            return float(-(targets * last_logits(model, tokens, last).log_softmax(-1)).sum(-1).mean())
+
+    assert loss(12) < loss(0) - 0.5
