@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from tn_lens import QuestionSet, load_model, load_questions
 from tn_lens.models import Model
 from tn_lens.toy.train import build_tokenizer
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

@@ -86,7 +86,7 @@ def test_truthfulqa_comes_from_its_address(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, folder = server
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache"))
     (folder / "TruthfulQA.csv").write_text(HEADER + "Adversarial,Myths,Is it?,No,Yes\n")
     monkeypatch.setattr(load, "TRUTHFULQA_URL", f"{address}/TruthfulQA.csv")

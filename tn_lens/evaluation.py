@@ -113,7 +113,7 @@ class Arm:
         return float(self.order_averaged.mean())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Evaluation:
     """Every arm on the same questions in the same orders."""
 
@@ -225,6 +225,9 @@ class Evaluation:
         if after.accuracy < 0.5 - 0.05 and len(self.prompts[0].label_ids) == 2:
             said.append("Suppressed accuracy is below chance: answers are inverted, which is not the absence of truth.")
         return said
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
         """One sentence, and a warning for every confound."""

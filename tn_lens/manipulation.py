@@ -18,7 +18,7 @@ LOPSIDED = 0.15
 """How far the share of right answers at A may be from one half before it is worth a warning."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ManipulationCheck:
     """Which questions the model answers right, in every order in which they were asked."""
 
@@ -68,6 +68,9 @@ class ManipulationCheck:
     def is_lopsided(self) -> bool:
         """Whether the check kept far more of one letter than of the other."""
         return bool(self.prompts) and abs(self.right_at_a_after - 0.5) > LOPSIDED
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
         """One or two sentences."""

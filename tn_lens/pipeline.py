@@ -64,7 +64,7 @@ class Settings:
     """Use only so many questions, drawn with the seed."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TruthNeurons:
     """What a run found, and whether it matters."""
 
@@ -109,6 +109,9 @@ class TruthNeurons:
                 "A model that does not know the answers has none to find; otherwise try a lower t."
             )
         return said + self.evaluation.warnings()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
         """What was found and what it does, in a few sentences."""

@@ -33,7 +33,7 @@ class ScoreSource(Protocol):
     def per_question(self) -> Iterator[tuple[int, Scores]]: ...
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Selection:
     """The candidates of half 1, their test on half 2, and the neurons that were found."""
 
@@ -86,6 +86,9 @@ class Selection:
         )
         frame = frame if candidates else frame[frame["found"]].drop(columns="found")
         return frame.iloc[np.argsort(-np.asarray(frame["mean_difference"]), kind="stable")].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
         """One sentence."""

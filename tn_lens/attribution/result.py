@@ -16,7 +16,7 @@ Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, per site; attention neurons are flat, head * d_head + index."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Attribution:
     """Scores of every neuron for some prompts, in the unit of the target (a probability), on the CPU."""
 
@@ -49,6 +49,20 @@ class Attribution:
         """Question index -> category."""
         return {prompt.question: prompt.category for prompt in self.prompts}
 
+    def completeness(self) -> pd.DataFrame:
+        """Per site and layer, the mean of |gap| and of |change| over the prompts."""
+        rows = [
+            {
+                "site": site,
+                "layer": layer,
+                "gap": float(gap[:, layer].abs().mean()),
+                "change": float(c[:, layer].abs().mean()),
+            }
+            for (site, gap), c in zip(self.gap.items(), self.change.values(), strict=True)
+            for layer in range(gap.shape[1])
+        ]
+        return pd.DataFrame(rows, columns=["site", "layer", "gap", "change"])
+
     def per_question(self) -> Iterator[tuple[int, Scores]]:
         """D of each question: the mean over the orders in which it was asked (one of them under order="random")."""
         start = 0
@@ -69,11 +83,17 @@ class Attribution:
         frame = pd.DataFrame(rows, columns=["neuron", "site", "layer", "D"])
         return frame.sort_values("D", ascending=False).head(n).reset_index(drop=True)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
+
     def summary(self) -> str:
         """One sentence: how much was attributed, and how well the integral was met."""
+        gaps = self.completeness()
+        worst = gaps.loc[gaps["gap"].idxmax()]
         return (
             f"{len(self)} prompts x {self.space.n_neurons:,} neurons; the scores of a site and layer sum to "
-            f"f(activation) - f(baseline) up to {self.completeness_gap:.1%} of its largest value."
+            f"f(activation) - f(baseline) up to {self.completeness_gap:.1%} of its largest value, the worst being "
+            f"{worst['site']} in layer {worst['layer']}."
         )
 
 
