@@ -190,16 +190,19 @@ def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
             )
         elif any_is(errors.RevisionNotFoundError):
             said = f"it has no revision {options.get('revision')!r}"
-        elif any_is(errors.OfflineModeIsEnabled) or constants.is_offline_mode():
-            said = "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
+        elif "model type" in text or "trust_remote_code" in text:
+            said = f"transformers does not know its architecture ({text[:200]})"
         elif (
-            any_is(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or "couldn't connect" in text.lower()
+            any_is(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+            or "couldn't connect" in text.lower()
         ):
             said = (
                 "the hub cannot be reached and the file is not in the cache; give a local folder, or try again online"
             )
-        elif "model type" in text or "trust_remote_code" in text:
-            said = f"transformers does not know its architecture ({text[:200]})"
+            if constants.is_offline_mode():
+                said = (
+                    "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
+                )
         elif isinstance(error, OSError | ValueError | KeyError):
             said = text[:300]
         else:
