@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint train clean
+.PHONY: demo test lint bench bench-quick train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
@@ -14,6 +14,13 @@ lint: .venv/test
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 	.venv/bin/pyright
+
+# What integrated gradients cost beside captum and a plain loop; rows go to benchmarks/results.json.
+bench: .venv/test
+	.venv/bin/python -W ignore benchmarks/attribution.py
+
+bench-quick: .venv/test
+	.venv/bin/python -W ignore benchmarks/attribution.py --quick
 
 # Trains the embedded model again, all five seeds, and chooses as the model card says; half an hour on two cores.
 train: .venv/demo

@@ -13,7 +13,7 @@ from tests.conftest import PAPER_MODELS, POST_NORM, PRE_NORM
 from tn_lens import Prompt, attribute, build_prompts, mean_activations
 from tn_lens.attribution import post_norm_warning, quadrature_rule, right_probability
 from tn_lens.attribution.direct import Direct
-from tn_lens.attribution.target import probability_difference
+from tn_lens.attribution.target import TARGETS, probability_difference
 from tn_lens.models import Model, last_logits
 from tn_lens.neurons import SITES, Site, hook_name
 from tn_lens.questions.toy import binary
@@ -220,6 +220,28 @@ def test_scores_are_float32_at_least(dtype: torch.dtype, tiny: Callable[..., Mod
     assert torch.corrcoef(torch.stack([scores.flatten(), exact.flatten()]))[0, 1] > (
         0.999 if dtype == torch.float32 else 0.9
     )
+
+
+def test_the_other_targets_by_hand(toy: Model) -> None:
+    prompt = Prompt(token_ids=(1,), label_ids=((0, 1), (2,)), right=0)
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    p = logits.softmax(-1)
+    right, wrong = p[:, 0] + p[:, 1], p[:, 2]
+    torch.testing.assert_close(TARGETS["probability_difference"](logits, prompt), right - wrong)
+    torch.testing.assert_close(TARGETS["normalized_difference"](logits, prompt), (right - wrong) / (right + wrong))
+    torch.testing.assert_close(TARGETS["log_ratio"](logits, prompt), right.log() - wrong.log())
+
+
+def test_one_prompt_shows_its_strongest_neurons(toy: Model) -> None:
+    prompts = build_prompts(toy, binary()[:3])
+    found = attribute(toy, prompts, n_steps=3, separate=True)
+    one = found[-1]
+    assert one.prompts == (prompts[2],)
+    torch.testing.assert_close(one.difference["mlp"][0], found.difference["mlp"][2])
+    assert str(one.top()["neuron"][0]) in repr(one)
+    assert prompts[2].text in one._repr_html_()
+    with pytest.raises(IndexError):
+        found[3]
 
 
 def test_top_names_the_strongest_neurons(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:

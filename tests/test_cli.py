@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from tn_lens import cli
@@ -50,13 +53,20 @@ def test_help_names_the_options() -> None:
         ([*TOY, "--out", "X", "--t", "20"], "a fraction and not a percentage"),
         ([*TOY, "--out", "X", "--p", "1.5"], "p must lie in"),
         ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in"),
-        ([*TOY, "--out", "X", "--limit", "0"], "limit must be at least 1"),
-        ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be at least 1"),
-        ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be at least 1"),
+        ([*TOY, "--out", "X", "--limit", "0"], "limit must be a whole number"),
+        ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be a whole number"),
+        ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a whole number"),
         ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not there"),
         ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
         (TOY, "give one with --out"),
         (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "no question set"),
+        ([*TOY, "--out", "X", "--seed", "-1"], "a seed is a whole number from 0"),
+        ([*TOY, "--out", "X", "--method", "riemann_trapezoid", "--n-steps", "1"], "at least 2"),
+        ([*TOY, "--out", "X", "--method", "simpson"], "simpson"),
+        ([*TOY, "--out", "X", "--t", "abc"], "'--t'"),
+        ([*TOY, "--out", "X", "--engine", "shared_prefix", "--positions", "all"], "positions='all'"),
+        (["run", "--questions", "toy", "--out", "X"], "--model"),
+        ([*TOY, "--out", "X" * 300], "cannot write"),
     ],
 )
 def test_bad_input(arguments: list[str], said: str, run: Callable, tmp_path: Path) -> None:
@@ -113,9 +123,12 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_was(run: Callable, tmp_pat
     assert again == text
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "the same run gives the same bytes"
     assert shard.stat().st_mtime_ns == stamp, "nothing is computed twice"
-    shard.write_bytes(shard.read_bytes()[:100])
-    assert run(*TOY, "--out", out, *FAST)[0] == 0
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "a damaged shard is computed anew"
+    tensors = load_file(shard)
+    narrow = tensors | {"mlp": tensors["mlp"][..., :5].contiguous()}
+    for damaged in (shard.read_bytes()[:100], save({}), save({"mlp": tensors["mlp"]}), save(narrow)):
+        shard.write_bytes(damaged)
+        assert run(*TOY, "--out", out, *FAST)[0] == 0
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "a damaged shard is computed anew"
 
 
 def test_a_folder_of_another_run_is_left_alone(run: Callable, tmp_path: Path) -> None:
@@ -128,7 +141,9 @@ def test_a_folder_of_another_run_is_left_alone(run: Callable, tmp_path: Path) ->
     assert "t = 0.33" in error
     assert "--overwrite" in error
     assert (out / "summary.json").read_bytes() == before
+    (out / "my_notes.md").write_text("precious")
     assert run(*TOY, "--out", out, *FAST, "--t", "0.33", "--overwrite")[0] == 0
+    assert (out / "my_notes.md").read_text() == "precious", "only what a run wrote is removed"
     assert json.loads((out / "summary.json").read_text())["t"] == 0.33
 
 
@@ -137,6 +152,11 @@ def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: P
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
     assert (code, "holds no run" in error) == (2, True)
+    for manifest in ('{"name": "an extension"}', '{"settings": null}', "[1]", "{"):
+        (tmp_path / "mine" / "manifest.json").write_text(manifest)
+        code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
+        assert (code, "is damaged or belongs to something else" in error) == (2, True)
+    (tmp_path / "mine" / "manifest.json").unlink()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     code, _, error = run(*TOY, "--out", tmp_path / "mine" / "thesis.txt", *FAST)
     assert (code, "is a file" in error) == (2, True)
@@ -164,6 +184,50 @@ def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
     assert (code, "No space left on device" in error, error.count("\n")) == (2, True, 1)
     assert not list((tmp_path / "run").rglob(".*.part"))
     assert run(*TOY, "--out", tmp_path / "run", *FAST)[0] == 0
+
+
+def test_stopping_by_hand_says_how_to_go_on(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tn_lens.pipeline.attribute", stop)
+    code, _, error = run(*TOY, "--out", tmp_path / "run", *FAST)
+    assert (code, "run the same command again" in error) == (130, True)
+
+
+def test_edited_weights_are_another_model(tmp_path: Path) -> None:
+    from tn_lens import find_truth_neurons, load_model, load_questions
+
+    options = {"out": tmp_path / "run", "limit": 20, "n_steps": 2, "n_repetitions": 2, "progress": False}
+    model, questions = load_model("toy"), load_questions("toy")
+    find_truth_neurons(model, questions, **options)
+    model.blocks[0].mlp.W_out.data *= 0.5
+    with pytest.raises(ValueError, match="weights_sha256"):
+        find_truth_neurons(model, questions, **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"correction": "hope"}, "expected correction"),
+        ({"order": "chaos"}, "expected order"),
+        ({"n_steps": 2.5}, "n_steps must be a whole number"),
+        ({"t": "0.2"}, "t must be a number"),
+        ({"speed": 3}, "unknown setting 'speed'"),
+        ({"out": ""}, "run folder's name is empty"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_runs(setting: dict, said: str, toy: object, tmp_path: Path) -> None:
+    """Without the type checker of the tests, as users call it."""
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore'); import tn_lens as tn\n"
+        "try: tn.find_truth_neurons(tn.load_model('toy'), tn.load_questions('toy'), "
+        f"**({{'out': {str(tmp_path / 'run')!r}}} | {setting!r}))\n"
+        "except tn.BadInput as error: sys.exit(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert said in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run: Callable, tmp_path: Path) -> None:

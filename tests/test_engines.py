@@ -141,6 +141,50 @@ def test_long_prompts(style: str) -> None:
     assert_equal(fast, slow, 1e-9)
 
 
+@pytest.mark.parametrize("target", ["probability_difference", "normalized_difference", "log_ratio"])
+@pytest.mark.parametrize("style", ["gpt2", "gemma2", "neox"])
+def test_equal_for_every_target(target: str, style: str) -> None:
+    fast, slow = both(styled(style), prompts_of([11, 6]), n_steps=3, target=target)
+    assert_equal(fast, slow, 1e-10)
+
+
+RESIDUAL = ("hook_mlp_out", "hook_attn_out", "hook_resid_pre", "hook_resid_post")
+
+
+@pytest.mark.parametrize("style", ["gpt2", "gemma2", "neox"])
+def test_directions_of_the_residual_stream(style: str) -> None:
+    fast, slow = both(styled(style), prompts_of([11, 6]), n_steps=3, sites=RESIDUAL)
+    assert set(fast.difference) == set(RESIDUAL)
+    assert fast.difference["hook_resid_post"].shape == (2, 3, 32)
+    assert_equal(fast, slow, 1e-10)
+    torch.testing.assert_close(fast.difference["hook_resid_post"][:, 0], fast.difference["hook_resid_pre"][:, 1])
+
+
+def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = styled("gpt2"), prompts_of([12, 9])
+    whole = attribute(model, prompts, n_steps=4)
+    real = shared_prefix.SharedPrefix.run
+
+    def small(self: shared_prefix.SharedPrefix, paths: Any) -> Tensor:
+        if sum(path.shape[1] for path in paths.values()) > 7:
+            raise torch.OutOfMemoryError("on purpose")
+        return real(self, paths)
+
+    monkeypatch.setattr(shared_prefix.SharedPrefix, "run", small)
+    with pytest.warns(UserWarning, match="out of memory"):
+        cut = attribute(model, prompts, n_steps=4)
+    assert whole.rows_per_pass == 32
+    assert cut.rows_per_pass == 4
+    assert_equal(cut, whole, 1e-10)
+
+    def nothing_fits(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("on purpose")
+
+    monkeypatch.setattr(shared_prefix.SharedPrefix, "run", nothing_fits)
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(ValueError, match="not even one row"):
+        attribute(model, prompts, n_steps=2)
+
+
 def test_other_baselines_and_targets(tiny: Callable[..., Model]) -> None:
     model, prompts = tiny("Qwen2.5-3B-Instruct"), prompts_of([9, 14])
     mean = mean_activations(model, prompts_of([11, 12, 13], seed=5))

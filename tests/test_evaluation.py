@@ -191,6 +191,27 @@ def test_lost_mass_and_inverted_answers_are_called_that() -> None:
     assert "hardly follows" in made([[0.01, 0.0], [0.0, 0.01]] * 10, knows).summary()
 
 
+def test_arms_that_cannot_be_compared_are_refused(toy: Model) -> None:
+    with pytest.raises(ValueError, match="'suppressed' is missing"):
+        evaluate(toy, binary()[:4], NeuronSet(), arms=("baseline",))
+    with pytest.raises(ValueError, match="no prompts to ask"):
+        manipulation_check(toy, [])
+
+
+def test_even_letters_are_not_lopsided_with_four_choices(toy: Model) -> None:
+    check = manipulation_check(toy, build_prompts(toy, four_choice()[:40], order="both"))
+    assert check.right_at_a_before == 0.25
+    assert not check.is_lopsided
+
+
+def test_a_question_that_stands_twice_is_refused(toy: Model) -> None:
+    twice = build_prompts(toy, binary()[:3]) + build_prompts(toy, binary()[:3])
+    with pytest.raises(ValueError, match="question 0 stands twice"):
+        manipulation_check(toy, twice)
+    with pytest.raises(ValueError, match="question 0 stands twice"):
+        manipulation_check(toy, [prompt(0, 0), prompt(0, 0)])
+
+
 @pytest.mark.parametrize("bad", [{"n_repetitions": 0}, {"questions": []}])
 def test_nothing_to_evaluate_is_refused(bad: dict, toy: Model) -> None:
     questions = binary()[:0] if "questions" in bad else binary()[:4]

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "tn_lens"
 ORDER = [
     "errors",
     "progress",
+    "seeds",
     "neurons",
     "significance",
     "toy.world",
@@ -42,6 +43,7 @@ ORDER = [
     "ablation",
     "evaluation",
     "figures",
+    "settings",
     "storage",
     "report",
     "pipeline",

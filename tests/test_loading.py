@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import paper_config, random_checkpoint
 from tn_lens import BadInput, build_prompts, load_model, load_questions
-from tn_lens.loading import PAPER_THRESHOLDS, recommended_settings
 from tn_lens.models import Model
+from tn_lens.settings import PAPER_THRESHOLDS, recommended_settings
 from tn_lens.toy.train import build_tokenizer
 
 
@@ -80,9 +80,47 @@ def test_weights_that_do_not_fit_their_config(tmp_path: Path) -> None:
     refused("odd", hf_model=hf_model, said="do not fit its config")
 
 
+def test_a_checkpoint_that_lacks_weights_is_never_made_up(tmp_path: Path) -> None:
+    hf_model = random_checkpoint(paper_config("Llama-3.1-8B-Instruct"))
+    build_tokenizer().save_pretrained(tmp_path)
+    weights = dict(hf_model.state_dict())
+    hf_model.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if "layers.1.mlp.down" not in k})
+    refused(tmp_path, said=r"lacks 1 of the weights .* \(model.layers.1.mlp.down_proj.weight\)")
+    hf_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changed, said in (
+        ({"num_hidden_layers": 2}, "has no place for 9"),
+        ({"num_hidden_layers": 4}, "lacks 9"),
+        ({"vocab_size": 300}, "has the wrong size for 2"),
+        ({"num_attention_heads": 0}, "cannot"),
+        ({"num_hidden_layers": "two"}, "cannot load"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        refused(tmp_path, said=said)
+
+
+def test_damaged_weights_and_tokenizers(tmp_path: Path) -> None:
+    random_checkpoint(paper_config("Llama-3.1-8B-Instruct")).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (whole[:1000], b"", b"nonsense" * 100):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        refused(tmp_path, said="cannot load")
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refused(tmp_path, said="cannot load")
+
+
+def test_a_folder_called_toy_is_not_the_toy(tmp_path: Path) -> None:
+    random_checkpoint(paper_config("Llama-3.1-8B-Instruct")).save_pretrained(tmp_path / "toy")
+    build_tokenizer().save_pretrained(tmp_path / "toy")
+    assert recommended_settings(load_model(tmp_path / "toy")) == {}
+
+
 def test_a_device_that_is_not_there() -> None:
     refused("toy", device="cuda:7", said="device 'cuda:7' is not there; this machine has")
     refused("toy", device="abacus", said="device 'abacus' is not there")
+    refused("toy", device="meta", said="device 'meta' is not there")
 
 
 def test_a_dtype_that_is_none() -> None:

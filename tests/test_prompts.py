@@ -104,6 +104,18 @@ def test_figure_9_in_every_kind_of_template(
         assert list(prompt.token_ids) == direct
 
 
+def test_the_instruction_names_the_letters_that_are_shown(chatting: Callable[..., Model]) -> None:
+    four = QuestionSet(name="four", questions=(Question(text="Which?", choices=("w", "x", "y", "z"), answer=2),))
+    (prompt,) = build_prompts(chatting(QWEN), four, order="given")
+    assert "associated with index A, B, C and D." in prompt.text
+    assert prompt.right == 2
+
+
+def test_a_broken_chat_template_is_one_sentence(chatting: Callable[..., Model]) -> None:
+    with pytest.raises(ValueError, match="chat template cannot be rendered"):
+        build_prompts(chatting("{% for m in %}"), ONE)
+
+
 def test_labels_are_those_of_the_context(chatting: Callable[..., Model]) -> None:
     chat, plain = chatting(QWEN, merges=True), chatting(None, merges=True)
     vocabulary = chat.tokenizer.get_vocab()

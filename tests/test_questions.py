@@ -129,6 +129,14 @@ def test_a_users_own_files(tmp_path: Path) -> None:
         ("a.csv", "frage,right,wrong\nQ?,Yes,No\n", "no column 'question'"),
         ("a.csv", "question,right,wrong\n", "holds no questions"),
         ("a.csv", "", "cannot be read"),
+        ("a.csv", "question,right,wrong\nWell, who barks?,dog,cup\n", "line 2: expected 3 fields"),
+        ("a.csv", "question,right,wrong\nQ?,Yes,No,\n", "put double quotes"),
+        (
+            "a.jsonl",
+            '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n{"question": "Q?", "choices": ["a", "b"]}\n',
+            "question 2: no 'answer'",
+        ),
+        ("a.jsonl", '{"question": {"text": "Q?"}, "right": "a", "wrong": "b"}\n', "the question must be text"),
         ("a.csv", "question,right,wrong\nQ?,Yes,No\n ,Yes,No\n", "question 2: the question is empty"),
         ("a.csv", "question,right,wrong\nQ?,Yes,\n", "the wrong answer is empty"),
         ("a.csv", "question,right,wrong\nQ?,Yes,Yes\n", "two choices are equal"),
@@ -144,6 +152,13 @@ def test_a_users_own_files(tmp_path: Path) -> None:
 def test_files_that_cannot_be_used_say_why(name: str, text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         load_questions(write(tmp_path, name, text))
+
+
+def test_line_separators_inside_json_and_numbers_as_categories(tmp_path: Path) -> None:
+    text = '{"question": "One\u2028two?", "right": "a", "wrong": "b", "category": 7}\n'
+    (question,) = load_questions(write(tmp_path, "a.jsonl", text))
+    assert question.text == "One\u2028two?"
+    assert question.category == "7"
 
 
 def test_other_encodings_and_names_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ from .errors import BadInput
 if TYPE_CHECKING:
     from .pipeline import TruthNeurons
 
+USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""The base of everything that typer raises about arguments; some releases carry click within them."""
+
+STOPPED = 130
+"""The exit code of a command that was stopped by hand, which is also how typer reports it."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -52,6 +58,10 @@ def run(
     ] = "riemann_right",
     baseline: Annotated[Literal["zero", "mean"], typer.Option(help="Where the path begins.")] = "zero",
     positions: Annotated[Literal["last", "all"], typer.Option(help="Positions to interpolate.")] = "last",
+    target: Annotated[
+        Literal["probability_difference", "normalized_difference", "log_ratio"],
+        typer.Option(help="What is attributed; the paper's is the first."),
+    ] = "probability_difference",
     engine: Annotated[
         Literal["auto", "shared_prefix", "direct"], typer.Option(help="How the model is run; the scores are the same.")
     ] = "auto",
@@ -67,11 +77,14 @@ def run(
     trust_remote_code: Annotated[bool, typer.Option(help="Let the checkpoint's own code run.")] = False,
 ) -> None:
     """Find, test, suppress and plot the truth neurons of a model."""
+    from transformers.utils import logging as hf_logging
+
     from . import loading, pipeline  # torch and transformers are slow to import; --help should not wait for them
     from .questions import load_questions
 
     if out is None and not dry_run:
         raise BadInput("expected a run folder; give one with --out runs/NAME")
+    hf_logging.disable_progress_bar()
     asked = load_questions(questions)
     settings = {
         "t": t,
@@ -83,6 +96,7 @@ def run(
         "method": method,
         "baseline": baseline,
         "positions": positions,
+        "target": target,
         "engine": engine,
         "n_repetitions": repetitions,
         "seed": seed,
@@ -123,7 +137,8 @@ def _table(found: TruthNeurons) -> Table:
             f"{arm.answer_mass:.3f}",
             f"{arm.share_a:.2f}",
         )
-    table.caption = f"* below untouched, one-sided Welch p = {evaluation.welch_p:.2g}"
+    star = "* below untouched, " if evaluation.welch_p < 0.05 else "suppressed below untouched: "
+    table.caption = f"{star}one-sided Welch p = {evaluation.welch_p:.2g}"
     table.caption_justify = "left"
     return table
 
@@ -134,13 +149,13 @@ def main() -> None:
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.disable_progress_bar()
-        app()
-    except BadInput as error:
-        typer.echo(f"error: {error}", err=True)
+        code = app(standalone_mode=False) or 0
+    except (BadInput, USAGE_ERROR) as error:
+        said = getattr(error, "format_message", lambda: str(error))()
+        typer.echo(f"error: {' '.join(said.split())}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
+    if code == STOPPED:
         typer.echo("stopped; what was computed is kept, run the same command again to go on", err=True)
-        sys.exit(130)
+    sys.exit(code)

@@ -19,6 +19,7 @@ from .neurons import NeuronSet
 from .progress import track
 from .prompts import Prompt, build_prompts, by_question
 from .questions.question import QuestionSet
+from .seeds import generator
 from .significance import welch
 
 ArmName = Literal["baseline", "random", "random_matched", "suppressed"]
@@ -217,7 +218,7 @@ class Evaluation:
                 f"The untouched model puts only {before.answer_mass:.2f} of its probability on the labels: it hardly follows "
                 "the instruction, and its accuracies mean little."
             )
-        if abs(after.share_a - before.share_a) > LETTER_SHIFT:
+        if abs(after.share_a - before.share_a) > LETTER_SHIFT and fall >= 1:
             said.append(
                 f'The share of "A" moved from {before.share_a:.2f} to {after.share_a:.2f}: letter bias explains part of the '
                 f"fall of {fall:.1f} points; with the letters averaged out it is {real:.1f} points."
@@ -263,8 +264,14 @@ def evaluate(
     Raises:
         BadInput: no repetitions, an unknown arm, or a set that does not fit the model.
     """
+    if not isinstance(neurons, NeuronSet):
+        raise BadInput(
+            f"expected a NeuronSet (selection.neurons, or NeuronSet.load(path)), got {type(neurons).__name__}"
+        )
     space = neuron_space(model)
     space.check(neurons)
+    if missing := {"baseline", "suppressed"} - set(arms):
+        raise BadInput(f"arms must hold 'baseline' and 'suppressed' to be compared; {sorted(missing)[0]!r} is missing")
     if n_repetitions < 1 or not questions:
         raise BadInput(f"evaluate needs a repetition and a question; got {n_repetitions} and {len(questions)}")
     if unknown := set(arms) - set(ARMS):
@@ -272,9 +279,9 @@ def evaluate(
     prompts = build_prompts(model, questions, order="both", drop_long=drop_long)
     n_orders = np.array([len(group) for _, group in by_question(prompts)])
     first = np.cumsum(n_orders) - n_orders
-    coins = np.random.default_rng([seed, 1])
+    coins = generator(seed, 1)
     asked = first + np.stack([coins.integers(0, n_orders) for _ in range(n_repetitions)])
-    rng = np.random.default_rng([seed, 2])
+    rng = generator(seed, 2)
     sets: dict[str, list[NeuronSet]] = {}
     for arm in arms:
         match arm:

@@ -8,7 +8,6 @@ too, and hands the weights over in the order in which they are stored.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -91,15 +90,19 @@ def load_model(
     if tokenizer is None and (hf_model is None or Path(source).is_dir()):
         tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
     if architecture in CONVERTERS:
-        lens_config = convert_config(config, architecture, name)
+        try:
+            lens_config = convert_config(config, architecture, name)
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+            raise BadInput(f"the config.json of {name!r} cannot be used: {type(error).__name__}: {error}") from error
         lens_config.dtype, lens_config.device = weights_dtype, str(device)
         if hf_model is None:
             check_memory(config, weights_dtype, device)
-            hf_model = read_from_hub(AutoModelForCausalLM.from_pretrained, source, dtype=weights_dtype, **hub)
+            hf_model = read_weights(source, name, dtype=weights_dtype, **hub)
         model = assemble(lens_config, convert_weights(hf_model, lens_config, architecture))
     else:
         model = load_by_name(name, architecture, dtype=weights_dtype, device=str(device), hf_model=hf_model, **hub)
-    model.cfg.model_name = name.rstrip("/").rsplit("/", 1)[-1]
+    short = name.rstrip("/").rsplit("/", 1)[-1]
+    model.cfg.model_name = name if short == "toy" else short  # a folder called toy is not the embedded model
     attach_tokenizer(model, tokenizer)
     return model
 
@@ -122,8 +125,8 @@ def find_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
         raise BadInput(f"device {str(device)!r} is not there; this machine has {', '.join(there)}") from error
     return found
@@ -203,11 +206,33 @@ def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
                 said = (
                     "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
                 )
-        elif isinstance(error, OSError | ValueError | KeyError):
-            said = text[:300]
         else:
-            raise
+            said = f"{type(error).__name__}: {text[:300]}"
         raise BadInput(f"cannot load {source!r}: {said}") from error
+
+
+def read_weights(source: str, name: str, **options: Any) -> Any:
+    """The checkpoint's weights, every one of them and no others.
+
+    Raises:
+        BadInput: some are missing (Hugging Face would make them up), left over, or of another shape.
+    """
+    model, report = read_from_hub(
+        AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    left_over = [key for key in report["unexpected_keys"] if ".layers." in key and "inv_freq" not in key]
+    wrong = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
+    for what, keys in (
+        ("lacks", report["missing_keys"]),
+        ("has the wrong size for", wrong),
+        ("has no place for", left_over),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            raise BadInput(
+                f"the checkpoint {name!r} {what} {len(keys)} of the weights that its config.json names ({shown})"
+            )
+    return model
 
 
 def refuse_quantised(config: PretrainedConfig, name: str) -> None:
@@ -356,21 +381,3 @@ def attach_tokenizer(model: Model, tokenizer: PreTrainedTokenizerBase | None) ->
     model.tokenizer = tokenizer
     model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
     model.cfg.default_prepend_bos = tokenizer.bos_token is not None
-
-
-def recommended_settings(model: Model) -> dict[str, Any]:
-    """What is known to suit a model: t for the paper's six (table 3), t and the order for the toy, else nothing."""
-    if model.cfg.model_name == "toy":
-        return json.loads(resources.files("tn_lens.toy").joinpath("model/tn_lens.json").read_text(encoding="utf-8"))
-    return {"t": PAPER_THRESHOLDS[model.cfg.model_name]} if model.cfg.model_name in PAPER_THRESHOLDS else {}
-
-
-PAPER_THRESHOLDS: Mapping[str, float] = {
-    "Qwen2.5-3B-Instruct": 0.01,
-    "Llama-3.2-3B-Instruct": 0.20,
-    "OLMo-2-1124-7B-Instruct": 0.10,
-    "Llama-3.1-8B-Instruct": 0.25,
-    "Mistral-Nemo-Instruct-2407": 0.17,
-    "OLMo-2-1124-13B-Instruct": 0.20,
-}
-"""The adaptive thresholds t of the paper's table 3, as fractions."""

@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .answers import ask
+from .errors import BadInput
 from .models import Model
 from .prompts import Prompt, by_question
 
 LOPSIDED = 0.15
-"""How far the share of right answers at A may be from one half before it is worth a warning."""
+"""How far the share of right answers at A may be from chance before it is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -66,8 +67,19 @@ class ManipulationCheck:
 
     @property
     def is_lopsided(self) -> bool:
-        """Whether the check kept far more of one letter than of the other."""
-        return bool(self.prompts) and abs(self.right_at_a_after - 0.5) > LOPSIDED
+        """Whether the check kept far more, or far fewer, right answers at A than choices at random would."""
+        expected = sum(1 / p.n_choices for p in self.prompts) / max(len(self.prompts), 1)
+        return bool(self.prompts) and abs(self.right_at_a_after - expected) > LOPSIDED
+
+    @property
+    def lopsided(self) -> str:
+        """The sentence that warns of it."""
+        swapped = len(self.asked) > self.n_asked
+        return (
+            f"The check is lopsided: it kept questions whose right answer stands at A in {self.right_at_a_after:.0%} of the "
+            "prompts, so that neurons which support one letter may look like truth neurons"
+            + ("." if swapped else "; use order='both'.")
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
@@ -79,7 +91,7 @@ class ManipulationCheck:
             f"{self.right_at_a_before:.0%} of the prompts before and {self.right_at_a_after:.0%} after the check."
         )
         if self.is_lopsided:
-            said += " That is lopsided: neurons that support one letter may look like truth neurons; use order='both'."
+            said += f" {self.lopsided}"
         return said
 
     def to_frame(self) -> pd.DataFrame:
@@ -101,6 +113,8 @@ def manipulation_check(model: Model, prompts: Sequence[Prompt], *, progress: boo
 
     An answer is right where the right label has a strictly higher probability than every wrong one.
     """
+    if not prompts:
+        raise BadInput("there are no prompts to ask; was the part of the question set empty?")
     probabilities = ask(model, prompts, progress="manipulation check" if progress else None)
     right = is_right(probabilities, prompts)
     passed = torch.zeros_like(right)

@@ -90,7 +90,7 @@ def neuron_space(model: Model) -> NeuronSpace:
     """The sizes of a model's neuron space."""
     cfg = model.cfg
     d_mlp = 0 if cfg.attn_only or cfg.d_mlp is None else cfg.d_mlp
-    return NeuronSpace(n_layers=cfg.n_layers, d_mlp=d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head)
+    return NeuronSpace(n_layers=cfg.n_layers, d_mlp=d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head, d_model=cfg.d_model)
 
 
 def is_post_norm(model: Model) -> bool:

@@ -20,18 +20,22 @@ from torch import Tensor
 
 from .errors import BadInput
 
-Site = Literal["mlp", "attn"]
-"""Where a neuron sits in its layer: after the MLP's activation function, or in a head's output before W_O."""
+Site = Literal["mlp", "attn", "hook_mlp_out", "hook_attn_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post"]
+"""Where in its layer a number is read: `"mlp"` after the MLP's activation function, `"attn"` in a head's output before W_O.
+
+Those two hold the neurons. The others are directions of the residual stream, for attribution only.
+"""
 
 SITES: tuple[Site, ...] = ("mlp", "attn")
+"""The sites of neurons."""
 
 HOOKS: Mapping[Site, str] = {"mlp": "mlp.hook_post", "attn": "attn.hook_z"}
-"""TransformerLens' hook point of each site, below `blocks.L.`."""
+"""TransformerLens' hook point of each site, below `blocks.L.`; the others are called as their hooks are."""
 
 
 def hook_name(site: Site, layer: int) -> str:
     """TransformerLens' name of a hook point, as in `blocks.3.mlp.hook_post`."""
-    return f"blocks.{layer}.{HOOKS[site]}"
+    return f"blocks.{layer}.{HOOKS.get(site, site)}"
 
 
 @dataclass(frozen=True, order=True)
@@ -147,10 +151,12 @@ class NeuronSpace:
     """Neurons of one MLP; 0 for attention-only models."""
     n_heads: int
     d_head: int
+    d_model: int = 0
+    """Width of the residual stream."""
 
     def width(self, site: Site) -> int:
-        """Neurons of one layer at a site."""
-        return self.d_mlp if site == "mlp" else self.n_heads * self.d_head
+        """Numbers in one layer at a site."""
+        return {"mlp": self.d_mlp, "attn": self.n_heads * self.d_head}.get(site, self.d_model)
 
     @property
     def n_neurons(self) -> int:
@@ -163,7 +169,7 @@ class NeuronSpace:
 
     def neuron(self, site: Site, layer: int, flat: int) -> Neuron:
         """The inverse of `flat`."""
-        head, index = (None, flat) if site == "mlp" else divmod(flat, self.d_head)
+        head, index = divmod(flat, self.d_head) if site == "attn" else (None, flat)
         return Neuron(site, layer, head, index)
 
     def check(self, neurons: NeuronSet) -> None:

@@ -10,58 +10,32 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 import psutil
 import torch
 
 from .answers import ask
 from .attribution import attribute, mean_activations, post_norm_warning
-from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, EngineName, choose_engine
-from .attribution.direct import Positions
-from .attribution.quadrature import Method
+from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, choose_engine
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate
 from .figures import plot_layers
-from .loading import recommended_settings
 from .manipulation import ManipulationCheck, manipulation_check
 from .models import Model, check_model, neuron_space
-from .neurons import NeuronSet
+from .neurons import SITES, NeuronSet, NeuronSpace, Site
 from .progress import track
-from .prompts import Order, build_prompts
+from .prompts import build_prompts
 from .questions.question import QuestionSet
 from .report import write_report
+from .seeds import generator
 from .selection import Selection, select_neurons
-from .significance import Correction
+from .settings import Settings, resolve_settings
 from .storage import RunFolder, StoredScores, cut_shards
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that decides a run's numbers, besides the model and the questions."""
-
-    t: float
-    """Adaptive threshold (paper 2.3, A.3)."""
-    p: float = 0.4
-    """Share threshold (paper 2.3, 3.1)."""
-    alpha: float = 0.05
-    """Level of the held-out test (paper 2.2)."""
-    correction: Correction = "bonferroni"
-    order: Order = "random"
-    n_steps: int = 20
-    """m of the paper's equation 4."""
-    method: Method = "riemann_right"
-    baseline: Literal["zero", "mean"] = "zero"
-    positions: Positions = "last"
-    engine: EngineName = "auto"
-    """The shared prefix where the model can take it, else whole prompts; the scores are the same."""
-    n_repetitions: int = 10
-    """Of the evaluation (paper 3.3)."""
-    seed: int = 0
-    limit: int | None = None
-    """Use only so many questions, drawn with the seed."""
+FEW = 20
+"""Questions in half 2 below which a result is not to be trusted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -89,7 +63,7 @@ class TruthNeurons:
 
     @property
     def completeness_gap(self) -> float:
-        """Mean |gap| over mean |change|, at the site and layer where the ratio of gap to the largest change is worst."""
+        """Largest mean |gap| of a site and layer over the largest mean |change|."""
         largest = max((max(of["change"]) for of in self.completeness.values()), default=0.0)
         missing = max((max(of["gap"]) for of in self.completeness.values()), default=0.0)
         return missing / largest if largest else 0.0
@@ -102,11 +76,15 @@ class TruthNeurons:
         """Everything that should be read before the result is believed."""
         said = list(self.notes)
         if self.check.is_lopsided:
-            said.append(self.check.summary())
+            said.append(self.check.lopsided)
         if not self.neurons:
             said.append(
                 f"No truth neurons were found: of {len(self.selection.candidates)} candidates none passed the test. "
                 "A model that does not know the answers has none to find; otherwise try a lower t."
+            )
+        elif len(self.selection.half_2) < FEW:
+            said.append(
+                f"Only {len(self.selection.half_2)} questions tested the candidates: too few to trust what was found."
             )
         return said + self.evaluation.warnings()
 
@@ -139,29 +117,6 @@ class TruthNeurons:
         return f"<p>{self.summary()}</p>{self.evaluation.to_frame().round(3).to_html()}"
 
 
-def resolve_settings(model: Model, **given: Any) -> Settings:
-    """Fill what was not given: the model's recommended t and order (paper table 3), else t = 0.2 and "random".
-
-    Raises:
-        BadInput: a threshold outside (0, 1], or another value out of range, before anything is computed.
-    """
-    known = {"t": 0.2, **recommended_settings(model)}
-    settings = Settings(**(known | {key: value for key, value in given.items() if value is not None}))
-    for name in ("t", "p"):
-        value = getattr(settings, name)
-        if not 0 < value <= 1:
-            raise BadInput(f"the threshold {name} must lie in (0, 1], a fraction and not a percentage; got {value}")
-    if not 0 < settings.alpha < 1:
-        raise BadInput(f"alpha must lie in (0, 1); got {settings.alpha}")
-    for name in ("n_steps", "n_repetitions", "limit"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise BadInput(f"{name} must be at least 1; got {value}")
-    if settings.baseline not in ("zero", "mean"):
-        raise BadInput(f"expected baseline 'zero' or 'mean', got {settings.baseline!r}")
-    return settings
-
-
 def find_truth_neurons(
     model: Model,
     questions: QuestionSet,
@@ -182,12 +137,16 @@ def find_truth_neurons(
         overwrite: start over where the folder holds another run.
         drop_long: leave out questions beyond the context window instead of refusing.
         progress: show progress bars.
-        settings: any field of `Settings`; what is not given is what the paper used, or what suits the model.
+        settings: any field of `Settings`; what is not given (or None) is what the paper used, or what suits the model.
 
     Raises:
         BadInput: see the stages; nothing is written before the model has answered the questions.
     """
     check_model(model)
+    if not isinstance(questions, QuestionSet):
+        raise BadInput(f"expected a QuestionSet, got {questions!r:.60}; load one with load_questions(...)")
+    if out is not None and not str(out).strip():
+        raise BadInput("the run folder's name is empty; give one like runs/mine")
     resolved = resolve_settings(model, **settings)
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
@@ -202,7 +161,7 @@ def find_truth_neurons(
             )
         with tempfile.TemporaryDirectory() as scratch:
             manifest = describe(model, questions, resolved, prompts[0].text)
-            folder = RunFolder.open(out or Path(scratch) / "run", manifest, overwrite=overwrite)
+            folder = RunFolder.open(Path(scratch) / "run" if out is None else out, manifest, overwrite=overwrite)
             stored = attribute_into(folder, model, check, resolved, progress=progress)
             selection = select_neurons(
                 stored,
@@ -254,7 +213,7 @@ def split_questions(questions: QuestionSet, settings: Settings) -> tuple[Questio
     if not finding or not reporting:
         finding = reporting = questions
     if settings.limit is not None and settings.limit < len(finding):
-        drawn = np.random.default_rng(settings.seed).choice(len(finding), settings.limit, replace=False)
+        drawn = generator(settings.seed).choice(len(finding), settings.limit, replace=False)
         limited = finding.select(sorted(drawn.tolist()))
         finding, reporting = limited, limited if reporting is finding else reporting
     return finding, reporting
@@ -265,7 +224,9 @@ def attribute_into(
 ) -> StoredScores:
     """Attribute the kept prompts shard by shard; shards that are there and whole are not computed again."""
     shards = cut_shards(check.prompts)
-    todo = [index for index in range(len(shards)) if not is_whole(folder, index, len(shards[index]))]
+    todo = [
+        index for index in range(len(shards)) if not is_whole(folder, index, len(shards[index]), neuron_space(model))
+    ]
     baseline: Any = settings.baseline
     if todo and baseline == "mean":
         baseline = mean_activations(model, check.prompts, positions=settings.positions, progress=progress)
@@ -277,23 +238,31 @@ def attribute_into(
             method=settings.method,
             baseline=baseline,
             positions=settings.positions,
+            target=settings.target,
             engine=settings.engine,
         )
         folder.write_shard(index, attribution)
     return StoredScores(folder, neuron_space(model), shards)
 
 
-def is_whole(folder: RunFolder, index: int, n_prompts: int) -> bool:
-    """Whether a shard can be read and holds as many prompts as it should."""
+def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace) -> bool:
+    """Whether a shard can be read and holds everything that it should, in the shapes it should have."""
+    expected: dict[str, tuple[int, ...]] = {}
+    sites: list[Site] = [site for site in SITES if space.width(site)]
+    for site in sites:
+        expected[site] = (n_prompts, space.n_layers, space.width(site))
+        expected[f"{site}.scale"] = (n_prompts,)
+        expected[f"{site}.gap"] = expected[f"{site}.change"] = (n_prompts, space.n_layers)
     tensors = folder.read_shard(index)
-    return tensors is not None and all(len(value) == n_prompts for value in tensors.values())
+    return tensors is not None and {name: tuple(value.shape) for name, value in tensors.items()} == expected
 
 
 def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
     """The manifest: everything that the numbers depend on, and one rendered prompt."""
     weights = hashlib.sha256()
-    for tensor in (model.embed.W_E[:256], model.blocks[-1].attn.W_O, model.unembed.W_U[:, :256]):
-        weights.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    for name, parameter in sorted(model.named_parameters()):
+        total, size = parameter.sum(dtype=torch.float64), torch.linalg.vector_norm(parameter, dtype=torch.float64)
+        weights.update(f"{name} {tuple(parameter.shape)} {float(total):.9g} {float(size):.9g};".encode())
     return {
         **asdict(settings),
         "engine": choose_engine(model, settings.engine, settings.positions),

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
-import numpy as np
 from jinja2 import TemplateError
 
 from .errors import BadInput
 from .models import Model
 from .questions.question import LETTERS, PromptTemplate, Question, QuestionSet
+from .seeds import generator
 
 Order = Literal["random", "both", "given"]
 """How the choices stand: one random order (the paper), every choice at every letter once, or as the question has them."""
@@ -82,7 +82,7 @@ def build_prompts(
         BadInput: a label is not one token here, or prompts are longer than the context window.
     """
     encoder = PromptEncoder(model, questions.template)
-    coins = np.random.default_rng(seed)
+    coins = generator(seed)
     asked: list[tuple[int, Question, tuple[int, ...]]] = []
     for index, question in enumerate(questions):
         n = len(question.choices)
@@ -101,7 +101,7 @@ def build_prompts(
     return _fit_context(prompts, model.cfg.n_ctx, drop_long)
 
 
-def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[str]) -> Prompt:
+def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[str], question: int = 0) -> Prompt:
     """A free prompt: `build_prompt(model, "The capital of France is", right=" Paris", wrong=" Rome")`.
 
     Args:
@@ -109,6 +109,7 @@ def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[s
         text: what the model reads.
         right: the continuation that is true, with its leading space.
         wrong: the false continuation, or several.
+        question: a number of its own for each prompt, where several are used together.
 
     Raises:
         BadInput: a continuation is not one token, or two share one.
@@ -120,15 +121,28 @@ def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[s
     if len(set(labels)) < len(labels):
         raise BadInput(f"two of the answers {[right, *wrong]} are the same token ({labels}); they must differ")
     prompt = Prompt(
-        token_ids=tuple(ids), label_ids=tuple((i,) for i in labels), right=0, order=tuple(range(len(labels))), text=text
+        token_ids=tuple(ids),
+        label_ids=tuple((i,) for i in labels),
+        right=0,
+        order=tuple(range(len(labels))),
+        text=text,
+        question=question,
     )
     return _fit_context([prompt], model.cfg.n_ctx, drop_long=False)[0]
 
 
 def by_question(prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Prompt]]]:
     """Prompts grouped by question, in order; a question's prompts must be neighbours, as `build_prompts` leaves them."""
+    seen: set[int] = set()
     for question, group in groupby(prompts, key=lambda prompt: prompt.question):
-        yield question, list(group)
+        together = list(group)
+        if question in seen or len({prompt.order for prompt in together}) < len(together):
+            raise BadInput(
+                f"question {question} stands twice among the prompts: give every question a number of its own "
+                "(build_prompt(..., question=1)), and build its orders in one call"
+            )
+        seen.add(question)
+        yield question, together
 
 
 class PromptEncoder:
@@ -156,7 +170,9 @@ class PromptEncoder:
             self.template.choice.format(label=LETTERS[position], choice=question.choices[choice])
             for position, choice in enumerate(order)
         )
-        user = self.template.user.format(question=question.text, choices=shown)
+        letters = list(LETTERS[: len(order)])
+        labels = f"{', '.join(letters[:-1])} and {letters[-1]}"
+        user = self.template.user.format(question=question.text, choices=shown, labels=labels)
         if not self.chat:
             system = f"{self.template.system}\n\n" if self.template.system else ""
             return system + user + self.template.cue + self.end
@@ -164,7 +180,11 @@ class PromptEncoder:
         try:
             return self._apply([*system, {"role": "user", "content": user}])
         except TemplateError:  # templates without a system turn refuse it
+            pass
+        try:
             return self._apply([{"role": "user", "content": f"{self.template.system}\n\n{user}" if system else user}])
+        except TemplateError as error:
+            raise BadInput(f"the model's chat template cannot be rendered: {error}") from error
 
     def _apply(self, turns: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(

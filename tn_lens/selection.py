@@ -16,6 +16,7 @@ from torch import Tensor
 from .attribution.result import Scores
 from .errors import BadInput
 from .neurons import SITES, Neuron, NeuronSet, NeuronSpace, Site
+from .seeds import generator
 from .significance import Correction, Moments, adjust, one_sided_t_test, significant
 
 Family = Literal["candidates", "all"]
@@ -179,7 +180,7 @@ def split_halves(categories: Mapping[int, str], seed: int) -> tuple[tuple[int, .
     of_category: dict[str, list[int]] = defaultdict(list)
     for question in sorted(categories):
         of_category[categories[question]].append(question)
-    coins = np.random.default_rng(seed)
+    coins = generator(seed)
     shuffled = [q for category in sorted(of_category) for q in coins.permutation(of_category[category]).tolist()]
     return tuple(sorted(shuffled[0::2])), tuple(sorted(shuffled[1::2]))
 

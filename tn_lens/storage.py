@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,10 @@ PROMPTS_PER_SHARD = 64
 """Prompts in one file of scores (a question's prompts stay together): at most this much work is lost."""
 
 
+RESULT_FILES = ("report.html", "summary.json", "evaluation.json", "neurons.json", "manifest.json")
+"""What a run writes beside its scores."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A folder whose manifest holds the settings that everything in it was made with."""
@@ -43,30 +47,37 @@ class RunFolder:
         path = Path(path)
         manifest = path / "manifest.json"
         settings = json.loads(json.dumps(settings))
-        if path.exists() and not path.is_dir():
-            raise BadInput(f"{path} is a file; expected a folder, or a path that does not exist yet")
-        if overwrite and manifest.exists():
-            with _writing(path):
-                shutil.rmtree(path)
-        if manifest.exists():
-            try:
-                there = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
-            except (ValueError, KeyError, TypeError, OSError):
-                raise BadInput(f"{manifest} is damaged; give another folder, or start over with --overwrite") from None
-            for key in sorted(settings.keys() | there.keys()):
-                if settings.get(key) != there.get(key):
-                    raise BadInput(
-                        f"{path} holds a run with {key} = {_short(there.get(key))}, and this one has {key} = "
-                        f"{_short(settings.get(key))}; give another folder, or start over with --overwrite"
-                    )
-        elif path.exists() and any(path.iterdir()):
+        with _writing(path):
+            if path.exists() and not path.is_dir():
+                raise BadInput(f"{path} is a file; expected a folder, or a path that does not exist yet")
+            is_run, is_empty = manifest.exists(), not path.exists() or not any(path.iterdir())
+        if is_run:
+            there = _settings_of(manifest)
+            if overwrite:
+                cls(path).clear()
+            else:
+                for key in [*settings, *(there.keys() - settings.keys())]:
+                    if settings.get(key) != there.get(key):
+                        raise BadInput(
+                            f"{path} holds a run with {key} = {_short(there.get(key))}, and this one has {key} = "
+                            f"{_short(settings.get(key))}; give another folder, or start over with --overwrite"
+                        )
+        elif not is_empty:
             raise BadInput(f"{path} is not empty and holds no run; give another folder")
         folder = cls(path)
         with _writing(path):
             (path / "scores").mkdir(parents=True, exist_ok=True)
-        if not manifest.exists():
+        if overwrite or not is_run:
             folder.write_json("manifest.json", {"fingerprint": fingerprint(settings), "settings": settings})
         return folder
+
+    def clear(self) -> None:
+        """Remove what a run has written, and nothing else."""
+        with _writing(self.path):
+            for name in RESULT_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            for shard in (self.path / "scores").glob("[0-9]*.safetensors"):
+                shard.unlink()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all: under a temporary name, synced, then renamed.
@@ -204,12 +215,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _settings_of(manifest: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(manifest.read_text(encoding="utf-8"))
+        if isinstance(held["settings"], dict) and held["fingerprint"] == fingerprint(held["settings"]):
+            return held["settings"]
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise BadInput(f"{manifest} is damaged or belongs to something else; give another folder, or remove it yourself")
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise BadInput(
-            f"cannot write {path}: {error.strerror or error}; make room or give another folder, then run again: "
-            "what was computed is kept"
-        ) from error
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = "make room and run again: what was computed is kept" if full else "give another folder"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise BadInput(f"cannot write {str(path)!r}: {reason}; {todo}") from error

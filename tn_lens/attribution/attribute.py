@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -15,11 +16,11 @@ from ..neurons import SITES, Site
 from ..progress import track
 from ..prompts import Prompt
 from .direct import Direct, Positions
-from .integrate import integrate
-from .quadrature import Method, quadrature_rule
+from .integrate import BatchScores, Engine, integrate
+from .quadrature import Method, QuadratureRule, quadrature_rule
 from .result import Attribution
 from .shared_prefix import SharedPrefix, plan, unsupported
-from .target import Target, probability_difference, right_probability, wrong_probability
+from .target import TARGETS, Target, TargetName, probability_difference, right_probability, wrong_probability
 
 Baseline = Literal["zero", "mean"] | Mapping[Site, Float[Tensor, "layer _"]]
 """Where the path begins: at zero (the paper), at the mean activation over the prompts, or at given values."""
@@ -36,14 +37,14 @@ MAX_MEMORY = 2 * 2**30
 
 def attribute(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Prompt,
     *,
     n_steps: int = 20,
     method: Method = "riemann_right",
     baseline: Baseline = "zero",
     positions: Positions = "last",
-    sites: Sequence[Site] = SITES,
-    target: Target = probability_difference,
+    sites: Sequence[Site] | Site = SITES,
+    target: Target | TargetName = "probability_difference",
     separate: bool = False,
     engine: EngineName = "auto",
     max_memory: int = MAX_MEMORY,
@@ -60,8 +61,10 @@ def attribute(
         baseline: where the path begins; see `mean_activations` for means over other prompts.
         positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
             prompt together and sums the scores over positions.
-        sites: which of `"mlp"` (hook_post) and `"attn"` (hook_z).
-        target: what is attributed, as a function of the last logits.
+        sites: `"mlp"` (hook_post) and `"attn"` (hook_z), or directions of the residual stream (`"hook_mlp_out"`,
+            `"hook_attn_out"`, `"hook_resid_pre"`, `"hook_resid_mid"`, `"hook_resid_post"`).
+        target: what is attributed: `"probability_difference"` (the paper), `"normalized_difference"`, `"log_ratio"`, or
+            your own function of the last logits [row, vocab] and the prompt, with one number per row.
         separate: also attribute f_t and f_f apart (Attr_t and Attr_f), for one more backward pass.
         engine: `"shared_prefix"` runs each prompt once and every step as one position behind it; `"direct"` is the
             definition, whole prompts in every step, and also does `positions="all"`. `"auto"` takes the first where it can.
@@ -76,6 +79,14 @@ def attribute(
         BadInput: an argument out of its range, a model that is not supported, or scores that are not finite.
     """
     check_model(model)
+    prompts = [prompts] if isinstance(prompts, Prompt) else prompts
+    sites = (sites,) if isinstance(sites, str) else sites
+    if isinstance(target, str):
+        if target not in TARGETS:
+            raise BadInput(
+                f"unknown target {target!r}: expected {', '.join(TARGETS)}, or a function of the last logits"
+            )
+        target = TARGETS[target]  # pyright: ignore[reportArgumentType]
     rule, space = quadrature_rule(method, n_steps), neuron_space(model)
     wanted: list[Site] = [site for site in sites if space.width(site)]
     sites = wanted
@@ -109,7 +120,7 @@ def attribute(
         run = (
             SharedPrefix(model, batch, sites) if name == "shared_prefix" else Direct(model, batch[0], sites, positions)
         )
-        found = integrate(run, rule=rule, targets=targets, baseline=on_device, n_rows=n_rows)
+        found, n_rows = _integrate_within_memory(run, rule, targets, on_device, n_rows)
         rows = slice(first, first + len(batch))
         for index in range(len(targets)):
             for site in sites:
@@ -122,8 +133,41 @@ def attribute(
         held.insert(0, {site: right[site] - wrong[site] for site in sites})
         change.insert(0, {site: change[0][site] - change[1][site] for site in sites})
     return Attribution(
-        prompts=tuple(prompts), space=space, difference=held[0], change=change[0], right=right, wrong=wrong
+        prompts=tuple(prompts),
+        space=space,
+        difference=held[0],
+        change=change[0],
+        right=right,
+        wrong=wrong,
+        engine=name,
+        rows_per_pass=n_rows,
     )
+
+
+def _integrate_within_memory(
+    run: Engine, rule: QuadratureRule, targets: Sequence[Target], baseline: Mapping[Site, Tensor], n_rows: int
+) -> tuple[BatchScores, int]:
+    """Integrate; where memory runs out, halve the rows of a pass, say so, and go on.
+
+    Returns:
+        The scores, and the rows in one pass that fitted.
+    """
+    while True:
+        try:
+            return integrate(run, rule=rule, targets=targets, baseline=baseline, n_rows=n_rows), n_rows
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            if n_rows == 1:
+                raise BadInput(
+                    f"not even one row fits into memory ({str(error)[:150]}); take a smaller dtype or another device"
+                ) from error
+            n_rows //= 2
+        warnings.warn(
+            f"out of memory: going on with {n_rows} rows in a pass; scores may differ in their last digits from those of "
+            "a run that never ran out",
+            stacklevel=3,
+        )
 
 
 def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Literal["shared_prefix", "direct"]:

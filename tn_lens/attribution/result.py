@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 
 import pandas as pd
 from jaxtyping import Float
@@ -30,9 +31,29 @@ class Attribution:
     """Attr_t, where it was asked for apart."""
     wrong: Mapping[Site, Float[Tensor, "prompt layer _"]] | None = None
     """Attr_f, where it was asked for apart."""
+    engine: str = "direct"
+    """Which engine ran."""
+    rows_per_pass: int = 0
+    """Rows in one pass at the end: fewer than planned where memory ran out."""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getitem__(self, prompt: int) -> Attribution:
+        """One prompt's scores; shown as its strongest neurons."""
+        place = range(len(self))[prompt]
+
+        def pick(scores: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+            return {site: values[place : place + 1] for site, values in scores.items()}
+
+        return replace(
+            self,
+            prompts=self.prompts[place : place + 1],
+            difference=pick(self.difference),
+            change=pick(self.change),
+            right=None if self.right is None else pick(self.right),
+            wrong=None if self.wrong is None else pick(self.wrong),
+        )
 
     @property
     def gap(self) -> dict[Site, Float[Tensor, "prompt layer"]]:
@@ -84,7 +105,12 @@ class Attribution:
         return frame.sort_values("D", ascending=False).head(n).reset_index(drop=True)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}: {self.summary()}"
+        shown = f"\n{self.top()}" if len(self) == 1 else ""
+        return f"{type(self).__name__}: {self.summary()}{shown}"
+
+    def _repr_html_(self) -> str:
+        shown = f"<pre>{escape(self.prompts[0].text)}</pre>" if len(self) == 1 else ""
+        return f"<p>{escape(self.summary())}</p>{shown}{self.top().to_html()}"
 
     def summary(self) -> str:
         """One sentence: how much was attributed, and how well the integral was met."""

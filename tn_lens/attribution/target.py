@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,3 +29,25 @@ def probability_difference(logits: Float[Tensor, "row vocab"], prompt: Prompt) -
     probabilities = logits.softmax(-1)
     right, wrong = list(prompt.label_ids[prompt.right]), list(prompt.wrong_ids)
     return probabilities[:, right].sum(-1) - probabilities[:, wrong].sum(-1)
+
+
+def normalized_difference(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
+    """(f_t - f_f) / (f_t + f_f): blind to neurons that raise or lower all labels together (figure 2's cases 1 and 4)."""
+    difference, mass = probability_difference(logits, prompt), right_probability(logits, prompt)
+    return difference / (mass + wrong_probability(logits, prompt))
+
+
+def log_ratio(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
+    """log f_t - log f_f: a difference of logits, which does not saturate."""
+    right, wrong = list(prompt.label_ids[prompt.right]), list(prompt.wrong_ids)
+    return logits[:, right].logsumexp(-1) - logits[:, wrong].logsumexp(-1)
+
+
+TargetName = Literal["probability_difference", "normalized_difference", "log_ratio"]
+"""The targets that have a name."""
+
+TARGETS: Mapping[TargetName, Target] = {
+    "probability_difference": probability_difference,
+    "normalized_difference": normalized_difference,
+    "log_ratio": log_ratio,
+}

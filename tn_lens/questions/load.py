@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from ..errors import BadInput
 from . import toy
@@ -58,7 +57,7 @@ def load_questions(
         case "truthfulqa":
             path = (
                 Path(source)
-                if source is not None and Path(source).exists()
+                if source is not None and Path(source).is_file()
                 else _download(str(source or TRUTHFULQA_URL))
             )
             _check_digest(path)
@@ -69,8 +68,8 @@ def load_questions(
     readers = {".csv": _read_csv, ".jsonl": _read_json_lines}
     if path.suffix.lower() not in readers:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
-    frame = readers[path.suffix.lower()](path)
-    return QuestionSet(name=path.stem, questions=_parse(frame, columns or {}, name))
+    rows = readers[path.suffix.lower()](path)
+    return QuestionSet(name=path.stem, questions=_parse(rows, columns or {}, name))
 
 
 def _download(url: str) -> Path:
@@ -96,41 +95,58 @@ def _check_digest(path: Path) -> None:
         )
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows by column name; every line must have as many fields as the header."""
+    header, rows = [], []
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, pd.errors.ParserError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file)
+            header = [name.strip() for name in next(lines, [])]
+            for fields in lines:
+                if any(fields) and len(fields) != len(header):
+                    raise BadInput(
+                        f"{path}, line {lines.line_num}: expected {len(header)} fields ({', '.join(header)}), got "
+                        f"{len(fields)}; put double quotes around a field that holds a comma"
+                    )
+                if any(fields):
+                    rows.append(dict(zip(header, fields, strict=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path} cannot be read as a UTF-8 CSV file with a header line: {error}") from error
+    if not any(header):
+        raise BadInput(f"{path} cannot be read as a CSV file with a header line: it is empty")
+    return rows or [dict.fromkeys(header)]
 
 
-def _read_json_lines(path: Path) -> pd.DataFrame:
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise BadInput(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
                 rows.append(row)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read as UTF-8 JSON lines: {error}") from error
-    return pd.DataFrame(rows)
+    return rows
 
 
-def _parse(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
-    found = _find_columns(frame, columns, where)
-    if frame.empty:
+def _parse(rows: list[dict[str, Any]], columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
+    there = list(dict.fromkeys(column for row in rows for column in row))
+    found = _find_columns(there, columns, where)
+    if all(value is None for row in rows for value in row.values()):
         raise BadInput(f"{where} holds no questions")
     questions = []
-    for number, row in enumerate(frame.to_dict("records"), start=1):
-        values = {key: row[column] for key, column in found.items()}
+    for number, row in enumerate(rows, start=1):
+        if absent := [column for key, column in found.items() if key != "category" and column not in row]:
+            raise BadInput(f"{where}, question {number}: no {absent[0]!r}")
+        values = {key: row.get(column) for key, column in found.items()}
         questions.append(_question(values, f"{where}, question {number}"))
     return tuple(questions)
 
 
-def _find_columns(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> dict[str, str]:
+def _find_columns(there: list[str], columns: Mapping[str, str], where: str) -> dict[str, str]:
     """Which column holds what."""
-    there = [str(column) for column in frame.columns]
     if unknown := set(columns) - set(COLUMNS):
         raise BadInput(f"columns may name {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
     if absent := [column for column in columns.values() if column not in there]:
@@ -171,12 +187,14 @@ def _question(values: dict[str, Any], where: str) -> Question:
     if len(set(choices)) < len(choices):
         raise BadInput(f"{where}: two choices are equal ({', '.join(map(repr, choices))}); each must differ")
     category = values.get("category")
-    return Question(text=text, choices=choices, answer=answer, category=category if isinstance(category, str) else "")
+    return Question(text=text, choices=choices, answer=answer, category="" if category is None else str(category))
 
 
 def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str | int | float) or value != value or not str(value).strip():
+    if value is None or not str(value).strip():
         raise BadInput(f"{what} is empty")
+    if not isinstance(value, str | int | float):
+        raise BadInput(f"{what} must be text, got {str(value)[:60]}")
     return str(value).strip()
 
 

@@ -31,7 +31,7 @@ class PromptTemplate:
     """How a question becomes text, with a chat template and without one."""
 
     user: str
-    """The user's turn, with `{question}` and `{choices}`."""
+    """The user's turn, with `{question}`, `{choices}` and, if wanted, `{labels}` ("A and B")."""
     choice: str = "Answer {label}: {choice}"
     """One line per choice; empty where the choices are not listed."""
     separator: str = "\n"
@@ -50,7 +50,7 @@ FIGURE_9 = PromptTemplate(
     system="You are a helpful assistant that can help to answer the questions from the user truthfully",
     user=(
         "Given the following question, which answer is correct regarding the question? Each answer is associated with "
-        "index A and B. Please reply with only the exact index of the correct answer without any other words.\n"
+        "index {labels}. Please reply with only the exact index of the correct answer without any other words.\n"
         "Question: {question}\n{choices}"
     ),
 )

@@ -1,0 +1,110 @@
+"""What decides a run's numbers besides the model and the questions, and what is known to suit a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from importlib import resources
+from typing import Any, Literal, get_args
+
+from .attribution.attribute import EngineName, choose_engine
+from .attribution.direct import Positions
+from .attribution.quadrature import Method, quadrature_rule
+from .attribution.target import TargetName
+from .errors import BadInput
+from .models import Model
+from .prompts import Order
+from .seeds import generator
+from .significance import Correction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a run's numbers, besides the model and the questions."""
+
+    t: float
+    """Adaptive threshold (paper 2.3, A.3)."""
+    p: float = 0.4
+    """Share threshold (paper 2.3, 3.1)."""
+    alpha: float = 0.05
+    """Level of the held-out test (paper 2.2)."""
+    correction: Correction = "bonferroni"
+    order: Order = "random"
+    n_steps: int = 20
+    """m of the paper's equation 4."""
+    method: Method = "riemann_right"
+    baseline: Literal["zero", "mean"] = "zero"
+    positions: Positions = "last"
+    target: TargetName = "probability_difference"
+    engine: EngineName = "auto"
+    """The shared prefix where the model can take it, else whole prompts; the scores are the same."""
+    n_repetitions: int = 10
+    """Of the evaluation (paper 3.3)."""
+    seed: int = 0
+    limit: int | None = None
+    """Use only so many questions, drawn with the seed."""
+
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "correction": get_args(Correction),
+    "order": get_args(Order),
+    "method": get_args(Method),
+    "baseline": ("zero", "mean"),
+    "positions": get_args(Positions),
+    "target": get_args(TargetName),
+    "engine": get_args(EngineName),
+}
+"""What the settings that are words may be."""
+
+
+def resolve_settings(model: Model, **given: Any) -> Settings:
+    """Fill what was not given: the model's recommended t and order (paper table 3), else t = 0.2 and "random".
+
+    Raises:
+        BadInput: a threshold outside (0, 1], or another value out of range, before anything is computed.
+    """
+    fields = {field.name: field for field in dataclass_fields(Settings)}
+    if unknown := sorted(given.keys() - fields.keys()):
+        raise BadInput(f"unknown setting {unknown[0]!r}: expected {', '.join(fields)}")
+    known = {"t": 0.2, **recommended_settings(model)}
+    settings = Settings(**(known | {key: value for key, value in given.items() if value is not None}))
+    for name in ("t", "p", "alpha"):
+        if not isinstance(getattr(settings, name), int | float):
+            raise BadInput(f"{name} must be a number; got {getattr(settings, name)!r}")
+    for name in ("t", "p"):
+        value = getattr(settings, name)
+        if not 0 < value <= 1:
+            raise BadInput(f"the threshold {name} must lie in (0, 1], a fraction and not a percentage; got {value}")
+    if not 0 < settings.alpha < 1:
+        raise BadInput(f"alpha must lie in (0, 1); got {settings.alpha}")
+    for name in ("n_steps", "n_repetitions", "limit"):
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise BadInput(f"{name} must be a whole number and at least 1; got {value!r}")
+    for name, options in OPTIONS.items():
+        if getattr(settings, name) not in options:
+            raise BadInput(f"expected {name} {', '.join(map(repr, options))}; got {getattr(settings, name)!r}")
+    quadrature_rule(settings.method, settings.n_steps)
+    choose_engine(model, settings.engine, settings.positions)
+    generator(settings.seed)
+    return settings
+
+
+def recommended_settings(model: Model) -> dict[str, Any]:
+    """What is known to suit a model: t for the paper's six (table 3), t and the order for the toy, else nothing."""
+    if model.cfg.model_name == "toy":
+        return json.loads(resources.files("tn_lens.toy").joinpath("model/tn_lens.json").read_text(encoding="utf-8"))
+    return {"t": PAPER_THRESHOLDS[model.cfg.model_name]} if model.cfg.model_name in PAPER_THRESHOLDS else {}
+
+
+PAPER_THRESHOLDS: Mapping[str, float] = {
+    "Qwen2.5-3B-Instruct": 0.01,
+    "Llama-3.2-3B-Instruct": 0.20,
+    "OLMo-2-1124-7B-Instruct": 0.10,
+    "Llama-3.1-8B-Instruct": 0.25,
+    "Mistral-Nemo-Instruct-2407": 0.17,
+    "OLMo-2-1124-13B-Instruct": 0.20,
+}
+"""The adaptive thresholds t of the paper's table 3, as fractions."""
