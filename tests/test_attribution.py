@@ -58,21 +58,27 @@ def prompts(tiny: Callable[..., Model]) -> list[Prompt]:
 
 
 @pytest.mark.parametrize("name", PRE_NORM)
-def test_completeness_of_pre_norm_models(name: str, tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("engine", ["direct", "shared_prefix"])
+def test_completeness_of_pre_norm_models(engine: str, name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
-    found = attribute(model, build_prompts(model, binary()[:2]), method="gauss_legendre", n_steps=64)
+    prompts = build_prompts(model, binary()[:2])
+    found = attribute(model, prompts, method="gauss_legendre", n_steps=64, engine=engine)
     assert found.completeness_gap < 1e-5
     assert all(found.change[site].abs().max() > 1e-4 for site in SITES)
 
 
 @pytest.mark.parametrize("name", POST_NORM)
-def test_completeness_of_post_norm_models_needs_another_path(name: str, tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("engine", ["direct", "shared_prefix"])
+def test_completeness_of_post_norm_models_needs_another_path(
+    engine: str, name: str, tiny: Callable[..., Model]
+) -> None:
     model = tiny(name)
     prompts = build_prompts(model, binary()[:2])
-    assert attribute(model, prompts, n_steps=20).completeness_gap > 0.5, "the paper's rule misses it"
-    assert attribute(model, prompts, n_steps=40, method="graded").completeness_gap < 0.05
+    assert attribute(model, prompts, n_steps=20, engine=engine).completeness_gap > 0.5, "the paper's rule misses it"
+    assert attribute(model, prompts, n_steps=40, method="graded", engine=engine).completeness_gap < 0.05
     others = mean_activations(model, build_prompts(model, binary()[10:30]))
-    assert attribute(model, prompts, n_steps=20, method="gauss_legendre", baseline=others).completeness_gap < 0.05
+    from_mean = attribute(model, prompts, n_steps=20, method="gauss_legendre", baseline=others, engine=engine)
+    assert from_mean.completeness_gap < 0.05
     assert "normalises" in (post_norm_warning(model, "riemann_right", "zero") or "")
     assert post_norm_warning(model, "graded", "zero") is None
     assert post_norm_warning(model, "riemann_right", "mean") is None
