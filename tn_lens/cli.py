@@ -152,7 +152,8 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except (BadInput, USAGE_ERROR) as error:
         said = getattr(error, "format_message", lambda: str(error))()
-        typer.echo(f"error: {' '.join(said.split())}", err=True)
+        if said.strip():  # without arguments the help has been shown already
+            typer.echo(f"error: {' '.join(said.split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
