@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import Literal, get_args
 
 import numpy as np
@@ -195,7 +196,7 @@ class Evaluation:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """`to_frame` as plain numbers, rounded to what its repetitions can support."""
+        """`to_frame` as plain numbers, rounded to six decimals."""
         return {
             str(arm): {k: round(v, 6) for k, v in row.items()} for arm, row in self.to_frame().to_dict("index").items()
         }
@@ -241,7 +242,7 @@ class Evaluation:
         return " ".join([said, *self.warnings()])
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.summary()}</p>{self.to_frame().round(3).to_html()}"
+        return f"<p>{escape(self.summary())}</p>{self.to_frame().round(3).to_html()}"
 
 
 def evaluate(

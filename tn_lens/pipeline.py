@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class TruthNeurons:
         return summary
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.summary()}</p>{self.evaluation.to_frame().round(3).to_html()}"
+        return f"<p>{escape(self.summary())}</p>{self.evaluation.to_frame().round(3).to_html()}"
 
 
 def find_truth_neurons(
@@ -284,16 +285,10 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
 
 def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str, Any]) -> None:
     """neurons.json, evaluation.json, summary.json and report.html."""
-    neurons = [
-        {**row, "head": None if row["head"] is None or row["head"] != row["head"] else int(row["head"])}
-        for row in found.selection.to_frame().astype({"head": object}).to_dict("records")
-    ]
-    for row in neurons:
-        row["head"] = None if row["site"] == "mlp" else row["head"]
     provenance = {
         key: manifest[key] for key in ("model", "questions", "t", "p", "alpha", "correction", "order", "seed")
     }
-    folder.write_json("neurons.json", {**provenance, "neurons": neurons})
+    folder.write_json("neurons.json", {**provenance, "neurons": found.selection.to_records()})
     evaluation = found.evaluation
     folder.write_json(
         "evaluation.json",
@@ -341,23 +336,22 @@ def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, *
     resolved = resolve_settings(model, **settings)
     finding, reporting = split_questions(questions, resolved)
     prompts = build_prompts(model, finding, order=resolved.order, seed=resolved.seed, drop_long=drop_long)
-    middle = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[len(prompts) // 2]
-    ask(model, [middle])
+    probe = prompts[:16]
+    ask(model, probe)  # whatever is set up once
     started = time.perf_counter()
-    probe = prompts[: min(16, len(prompts))]
     attribute(
         model,
         probe,
         n_steps=resolved.n_steps,
         method=resolved.method,
         positions=resolved.positions,
+        target=resolved.target,
         engine=resolved.engine,
     )
     per_attribution = (time.perf_counter() - started) / len(probe)
     started = time.perf_counter()
-    n_asked = min(16, len(prompts))
-    ask(model, prompts[:n_asked])
-    per_answer = (time.perf_counter() - started) / n_asked
+    ask(model, probe)
+    per_answer = (time.perf_counter() - started) / len(probe)
     n_answers = len(prompts) + 2 * len(reporting) * (2 + 2 * resolved.n_repetitions)
     on_gpu = str(model.cfg.device).startswith("cuda")
     return Plan(

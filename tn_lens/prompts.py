@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
@@ -282,7 +282,7 @@ def _label_id(tokenizer: Any, text: str, ids: list[int], label: str, *, special:
     if longer[: len(ids)] != ids:
         raise BadInput(
             f"the label {label!r} cannot be found in context: the prompt's ids end with {ids[-4:]}, and with the label "
-            f"appended the text has the ids {longer[len(ids) - 4 :]} there; word the prompt so that it ends in a whole token"
+            f"appended the text has the ids {longer[max(0, len(ids) - 4) :]} there; word the prompt so that it ends in a whole token"
         )
     if len(added) != 1:
         raise BadInput(f"the label {label!r} must be one token after this prompt, and is {len(added)} (ids {added})")
@@ -297,7 +297,7 @@ def _fit_context(prompts: list[Prompt], n_ctx: int, drop_long: bool) -> list[Pro
     said = (
         f"{len(long)} questions need more than the context window of {n_ctx} tokens (the longest prompt has {longest})"
     )
-    kept = [replace(p) for p in prompts if p.question not in long]
+    kept = [p for p in prompts if p.question not in long]
     if not drop_long or not kept:
         raise BadInput(f"{said}; shorten them, or leave them out with drop_long=True (--drop-long)")
     warnings.warn(f"{said}; they are left out", stacklevel=3)

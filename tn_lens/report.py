@@ -25,16 +25,8 @@ def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("tn_lens"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    table = found.selection.to_frame()
-    rows = [
-        {
-            **row,
-            "name": str(
-                Neuron(row["site"], row["layer"], None if row["site"] == "mlp" else int(row["head"]), row["index"])
-            ),
-        }
-        for row in table.head(N_ROWS).to_dict("records")
-    ]
+    records = found.selection.to_records()
+    rows = [{**record, "name": str(Neuron.from_dict(record))} for record in records[:N_ROWS]]
     layers = found.plot_layers().to_html(
         full_html=False, include_plotlyjs=False, div_id="layers", config={"displaylogo": False, "responsive": True}
     )
@@ -43,7 +35,7 @@ def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:
         found=found,
         arm_names=ARM_NAMES,
         rows=rows,
-        n_hidden=max(0, len(table) - N_ROWS),
+        n_hidden=max(0, len(records) - N_ROWS),
         layers=Markup(layers),
         plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
         manifest=json.dumps(settings, indent=1),

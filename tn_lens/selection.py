@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from html import escape
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -88,6 +89,14 @@ class Selection:
         frame = frame if candidates else frame[frame["found"]].drop(columns="found")
         return frame.iloc[np.argsort(-np.asarray(frame["mean_difference"]), kind="stable")].reset_index(drop=True)
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """`to_frame` as plain values for JSON: the head of an MLP neuron is None."""
+        rows = self.to_frame().to_dict("records")
+        return [
+            {str(k): v for k, v in row.items()} | {"head": int(row["head"]) if row["site"] == "attn" else None}
+            for row in rows
+        ]
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
 
@@ -100,7 +109,7 @@ class Selection:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.summary()}</p>{self.to_frame().head(20).to_html()}"
+        return f"<p>{escape(self.summary())}</p>{self.to_frame().head(20).to_html()}"
 
 
 def select_neurons(
