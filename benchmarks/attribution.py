@@ -26,7 +26,6 @@ from tn_lens import Prompt, attribute
 from tn_lens.attribution.direct import Direct
 from tn_lens.attribution.integrate import integrate
 from tn_lens.attribution.quadrature import quadrature_rule
-from tn_lens.attribution.shared_prefix import plan
 from tn_lens.attribution.target import probability_difference
 from tn_lens.models import Model, build_model, lay_out_weights
 from tn_lens.neurons import SITES, Site, hook_name
@@ -189,7 +188,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int) -> list[dict[str, Any]]:
     attribute(model, [random_prompt(4)], n_steps=1)  # whatever is set up once
     found, peak = with_peak(ours)
     seconds = min(timed(ours)[1] for _ in range(3))
-    rate = max(matrix_rate(model, found.rows_per_pass), matrix_rate(model, 2048))
+    rate = max(matrix_rate(model, found.pass_size.n_rows), matrix_rate(model, 2048))
     captum_scores, captum = per_layer(by_captum, model, prompt, layers)
     loop_scores, loop = per_layer(by_loop, model, prompt, layers)
     plain_scores, plain = per_layer(by_loop, random_model(d_model, n_layers), prompt, layers)  # the same seed
@@ -211,7 +210,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int) -> list[dict[str, Any]]:
             lambda: integrate(direct, rule=rule, targets=[probability_difference], baseline=zero, n_rows=64)
         )
         rows.append(("ours, direct", took, False))
-    n_rows = plan(model, n_tokens, len(SITES), N_STEPS, 2**31)[1]
+    n_rows = found.pass_size.n_rows
     share = engine_flops(model, n_tokens, n_rows) / seconds / rate
     table = []
     for engine, took, extrapolated in rows:

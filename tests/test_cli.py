@@ -186,6 +186,35 @@ def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
     assert run(*TOY, "--out", tmp_path / "run", *FAST)[0] == 0
 
 
+def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tn_lens.attribution.shared_prefix import SharedPrefix
+
+    real, sizes = SharedPrefix.run, []
+
+    def small(self: SharedPrefix, paths: dict) -> torch.Tensor:
+        sizes.append(len(self.prompts))
+        if len(self.prompts) > 4:
+            raise torch.OutOfMemoryError("on purpose")
+        return real(self, paths)
+
+    out = tmp_path / "run"
+    assert run(*TOY, "--out", tmp_path / "whole", *FAST)[0] == 0
+    monkeypatch.setattr(SharedPrefix, "run", small)
+    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    assert json.loads((out / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 16}
+    assert "Out of memory: going on with 16 rows of 4 prompts" in (out / "report.html").read_text()
+    found = [json.loads((f / "neurons.json").read_text())["neurons"] for f in (out, tmp_path / "whole")]
+    assert [row["index"] for row in found[0]] == [row["index"] for row in found[1]]
+    sizes.clear()
+    next((out / "scores").iterdir()).unlink()
+    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    assert max(sizes) == 4, "a resumed run keeps the size that fitted"
+
+
 def test_stopping_by_hand_says_how_to_go_on(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

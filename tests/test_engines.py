@@ -173,8 +173,9 @@ def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shared_prefix.SharedPrefix, "run", small)
     with pytest.warns(UserWarning, match="out of memory"):
         cut = attribute(model, prompts, n_steps=4)
-    assert whole.rows_per_pass == 32
-    assert cut.rows_per_pass == 4
+    assert whole.pass_size == whole.planned == (16, 32)
+    assert cut.pass_size == (1, 4)
+    assert cut.planned == (16, 32)
     assert_equal(cut, whole, 1e-10)
 
     def nothing_fits(*_: object) -> Tensor:
@@ -183,6 +184,23 @@ def test_out_of_memory_halves_the_rows_and_goes_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shared_prefix.SharedPrefix, "run", nothing_fits)
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(ValueError, match="not even one row"):
         attribute(model, prompts, n_steps=2)
+
+
+def test_out_of_memory_while_the_prompts_are_run_takes_fewer_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = styled("gemma2"), prompts_of([12, 9, 20, 7, 15])
+    whole = attribute(model, prompts, n_steps=3)
+    real = shared_prefix.SharedPrefix.__init__
+
+    def small(self: shared_prefix.SharedPrefix, model: Model, prompts: list[Prompt], sites: Any) -> None:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("on purpose")
+        real(self, model, prompts, sites)
+
+    monkeypatch.setattr(shared_prefix.SharedPrefix, "__init__", small)
+    with pytest.warns(UserWarning, match="out of memory: going on with 24 rows of 2 prompts"):
+        cut = attribute(model, prompts, n_steps=3)
+    assert cut.pass_size == (2, 24)
+    assert_equal(cut, whole, 1e-10)
 
 
 def test_other_baselines_and_targets(tiny: Callable[..., Model]) -> None:
@@ -211,14 +229,14 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
 def broken(kind: str) -> Any:
     real = shared_prefix.siblings
 
-    def siblings(model: Model, seen: Tensor, n_rows: int) -> Any:
+    def siblings(model: Model, seen: Tensor) -> Any:
         match kind:
             case "blind to the prefix's first token":
                 seen = seen.clone()
                 seen[:, 0] = False
             case "padding is seen":
                 seen = torch.ones_like(seen)
-        return real(model, seen, n_rows)
+        return real(model, seen)
 
     return siblings
 

@@ -20,6 +20,7 @@ import torch
 from .answers import ask
 from .attribution import attribute, mean_activations, post_norm_warning
 from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, choose_engine
+from .attribution.integrate import PassSize
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate
 from .figures import plot_layers
@@ -223,7 +224,10 @@ def split_questions(questions: QuestionSet, settings: Settings) -> tuple[Questio
 def attribute_into(
     folder: RunFolder, model: Model, check: ManipulationCheck, settings: Settings, *, progress: bool
 ) -> StoredScores:
-    """Attribute the kept prompts shard by shard; shards that are there and whole are not computed again."""
+    """Attribute the kept prompts shard by shard; shards that are there and whole are not computed again.
+
+    Where memory runs out, the size of a pass that fitted serves all further shards, and stands in the manifest.
+    """
     shards = cut_shards(check.prompts)
     todo = [
         index for index in range(len(shards)) if not is_whole(folder, index, len(shards[index]), neuron_space(model))
@@ -231,6 +235,8 @@ def attribute_into(
     baseline: Any = settings.baseline
     if todo and baseline == "mean":
         baseline = mean_activations(model, check.prompts, positions=settings.positions, progress=progress)
+    backed_off = folder.noted("backed_off")
+    size = PassSize(**backed_off) if backed_off else None
     for index in track(todo, "attribution" if progress else None):
         attribution = attribute(
             model,
@@ -241,7 +247,11 @@ def attribute_into(
             positions=settings.positions,
             target=settings.target,
             engine=settings.engine,
+            pass_size=size,
         )
+        if attribution.pass_size != attribution.planned:
+            size = attribution.pass_size
+            folder.note("backed_off", size._asdict())
         folder.write_shard(index, attribution)
     return StoredScores(folder, neuron_space(model), shards)
 

@@ -71,6 +71,15 @@ class RunFolder:
             folder.write_json("manifest.json", {"fingerprint": fingerprint(settings), "settings": settings})
         return folder
 
+    def noted(self, key: str) -> Any:
+        """What was noted in the manifest beside the settings; None where nothing was."""
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8")).get(key)
+
+    def note(self, key: str, value: Any) -> None:
+        """Note something in the manifest that happened on the way and does not make it another run."""
+        manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        self.write_json("manifest.json", manifest | {key: value})
+
     def clear(self) -> None:
         """Remove what a run has written, and nothing else."""
         with _writing(self.path):

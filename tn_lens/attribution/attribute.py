@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -16,8 +16,8 @@ from ..neurons import SITES, Site
 from ..progress import track
 from ..prompts import Prompt
 from .direct import Direct, Positions
-from .integrate import BatchScores, Engine, integrate
-from .quadrature import Method, QuadratureRule, quadrature_rule
+from .integrate import BatchScores, PassSize, integrate
+from .quadrature import Method, quadrature_rule
 from .result import Attribution
 from .shared_prefix import SharedPrefix, plan, unsupported
 from .target import TARGETS, Target, TargetName, probability_difference, right_probability, wrong_probability
@@ -49,6 +49,7 @@ def attribute(
     engine: EngineName = "auto",
     max_memory: int = MAX_MEMORY,
     batch_size: int = BATCH_SIZE,
+    pass_size: PassSize | None = None,
     progress: bool = False,
 ) -> Attribution:
     """Integrated gradients of the target for every neuron of every layer (paper eq. 3, 4, 8).
@@ -70,6 +71,7 @@ def attribute(
             definition, whole prompts in every step, and also does `positions="all"`. `"auto"` takes the first where it can.
         max_memory: bytes that one pass of the shared prefix may take above the weights.
         batch_size: whole prompts in one pass of the direct engine; memory grows with it, time falls.
+        pass_size: prompts and rows in one pass, in place of a plan by `max_memory` or `batch_size`.
         progress: show a progress bar.
 
     Returns:
@@ -110,24 +112,29 @@ def attribute(
         {site: torch.empty(len(prompts), space.n_layers, dtype=dtype) for site in sites} for _ in targets
     ]
     name = choose_engine(model, engine, positions)
-    n_prompts, n_rows = 1, batch_size
+    planned = PassSize(1, batch_size)
     if name == "shared_prefix":
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        n_prompts, n_rows = plan(model, longest, len(sites), n_steps, max_memory)
-    firsts = range(0, len(prompts), n_prompts)
-    for first in track(firsts, "attribution" if progress else None):
-        batch = prompts[first : first + n_prompts]
-        run = (
-            SharedPrefix(model, batch, sites) if name == "shared_prefix" else Direct(model, batch[0], sites, positions)
-        )
-        found, n_rows = _integrate_within_memory(run, rule, targets, on_device, n_rows)
-        rows = slice(first, first + len(batch))
-        for index in range(len(targets)):
-            for site in sites:
-                scores = found.scores[index][site]
-                _refuse_not_finite(scores, site, model)
-                held[index][site][rows] = scores.cpu()
-                change[index][site][rows] = found.change[index][site].cpu()
+        planned = plan(model, longest, len(sites), n_steps, max_memory)
+    planned = size = pass_size or planned
+
+    def integrated(batch: Sequence[Prompt], n_rows: int) -> BatchScores:
+        shared = name == "shared_prefix"
+        run = SharedPrefix(model, batch, sites) if shared else Direct(model, batch[0], sites, positions)
+        return integrate(run, rule=rule, targets=targets, baseline=on_device, n_rows=n_rows)
+
+    for first in track(range(0, len(prompts), planned.n_prompts), "attribution" if progress else None):
+        last = min(first + planned.n_prompts, len(prompts))
+        while first < last:
+            found, size = _within_memory(integrated, prompts[first:last], size)
+            rows = slice(first, min(first + size.n_prompts, last))
+            for index in range(len(targets)):
+                for site in sites:
+                    scores = found.scores[index][site]
+                    _refuse_not_finite(scores, site, model)
+                    held[index][site][rows] = scores.cpu()
+                    change[index][site][rows] = found.change[index][site].cpu()
+            first = rows.stop
     right, wrong = (held[-2], held[-1]) if separate else (None, None)
     if len(targets) == 2 and right is not None and wrong is not None:  # eq. 8: integrated gradients are linear in f
         held.insert(0, {site: right[site] - wrong[site] for site in sites})
@@ -140,32 +147,36 @@ def attribute(
         right=right,
         wrong=wrong,
         engine=name,
-        rows_per_pass=n_rows,
+        pass_size=size,
+        planned=planned,
     )
 
 
-def _integrate_within_memory(
-    run: Engine, rule: QuadratureRule, targets: Sequence[Target], baseline: Mapping[Site, Tensor], n_rows: int
-) -> tuple[BatchScores, int]:
-    """Integrate; where memory runs out, halve the rows of a pass, say so, and go on.
+def _within_memory(
+    integrated: Callable[[Sequence[Prompt], int], BatchScores], prompts: Sequence[Prompt], size: PassSize
+) -> tuple[BatchScores, PassSize]:
+    """Integrate as many of the prompts as go into a pass; where memory runs out, halve the pass, say so, and go on.
 
     Returns:
-        The scores, and the rows in one pass that fitted.
+        The scores, and the size of a pass that fitted.
     """
     while True:
         try:
-            return integrate(run, rule=rule, targets=targets, baseline=baseline, n_rows=n_rows), n_rows
+            return integrated(prompts[: size.n_prompts], size.n_rows), size
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            if n_rows == 1:
+            smaller = PassSize(min(size.n_prompts, len(prompts)), size.n_rows).smaller()
+            if smaller is None:
                 raise BadInput(
                     f"not even one row fits into memory ({str(error)[:150]}); take a smaller dtype or another device"
                 ) from error
-            n_rows //= 2
+        size = smaller  # outside the except, whose traceback holds on to the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         warnings.warn(
-            f"out of memory: going on with {n_rows} rows in a pass; scores may differ in their last digits from those of "
-            "a run that never ran out",
+            f"out of memory: going on with {size.n_rows} rows of {size.n_prompts} prompts in a pass; scores may differ in "
+            "their last digits from those of a run that never ran out",
             stacklevel=3,
         )
 

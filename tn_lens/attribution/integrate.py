@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,20 @@ T = TypeVar("T")
 
 Place = tuple[Site, int]
 """A site of a layer."""
+
+
+class PassSize(NamedTuple):
+    """What goes through the model together."""
+
+    n_prompts: int
+    n_rows: int
+    """Rows of each prompt."""
+
+    def smaller(self) -> PassSize | None:
+        """Half of the prompts, or of the rows of a single one; None for a single row."""
+        if self.n_prompts > 1:
+            return PassSize(self.n_prompts // 2, self.n_rows)
+        return PassSize(1, self.n_rows // 2) if self.n_rows > 1 else None
 
 
 @runtime_checkable

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..neurons import NeuronSpace, Site
 from ..prompts import Prompt, by_question
+from .integrate import PassSize
+
+ONE_ROW = PassSize(1, 1)
 
 Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, per site; attention neurons are flat, head * d_head + index."""
@@ -33,8 +36,10 @@ class Attribution:
     """Attr_f, where it was asked for apart."""
     engine: str = "direct"
     """Which engine ran."""
-    rows_per_pass: int = 0
-    """Rows in one pass at the end: fewer than planned where memory ran out."""
+    pass_size: PassSize = ONE_ROW
+    """Prompts and rows in one pass at the end: fewer than `planned` where memory ran out."""
+    planned: PassSize = ONE_ROW
+    """Prompts and rows in one pass, as planned from the budget."""
 
     def __len__(self) -> int:
         return len(self.prompts)

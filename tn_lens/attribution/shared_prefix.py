@@ -12,12 +12,13 @@ position T - 1. Each attention's causal mask is replaced, for the length of a pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import TransformerLensKeyValueCache
 
@@ -26,7 +27,7 @@ from ..models import Model, unembed
 from ..neurons import Site, hook_name
 from ..prompts import Prompt
 from .direct import stack_layers
-from .integrate import Place, replacing
+from .integrate import PassSize, Place, replacing
 
 
 def unsupported(model: Model) -> str | None:
@@ -48,21 +49,26 @@ PROMPTS_PER_PASS = 16
 """At most so many prompts side by side, where memory allows."""
 
 
-def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int) -> tuple[int, int]:
+def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int) -> PassSize:
     """How many prompts and rows go into one pass: constants of the model's shape and the budget, never of free memory.
 
     Args:
         n_tokens: of the longest prompt.
         n_places: sites of one layer.
-        max_memory: bytes that one pass may take above the weights, by an estimate of what its backward pass keeps.
+        max_memory: bytes that one pass may take above the weights, by an estimate of what its backward pass keeps and of
+            what running the prompts takes.
     """
     cfg = model.cfg
     n_rows = LAYERS_PER_PASS * n_places * n_steps
     d_mlp, d_attn = cfg.d_mlp or 0, cfg.n_heads * cfg.d_head
+    d_cached = 2 * cfg.d_head * (cfg.n_key_value_heads or cfg.n_heads)
+    size = cfg.dtype.itemsize
     of_layer = 8 * cfg.d_model + 6 * d_attn + 5 * d_mlp + 4 * cfg.n_heads * (n_tokens + n_rows)
-    of_row = cfg.dtype.itemsize * cfg.n_layers * of_layer + 5 * 4 * cfg.d_vocab_out
+    of_row = size * cfg.n_layers * of_layer + 5 * 4 * cfg.d_vocab_out
+    of_position = cfg.n_layers * d_cached + 6 * cfg.d_model + 3 * d_attn + 4 * d_mlp + 4 * cfg.n_heads * n_tokens
     fitting = max_memory // of_row
-    return max(1, min(PROMPTS_PER_PASS, fitting // n_rows)), max(1, min(n_rows, fitting))
+    n_prompts = min(PROMPTS_PER_PASS, fitting // n_rows, max_memory // (size * n_tokens * of_position))
+    return PassSize(max(1, n_prompts), max(1, min(n_rows, fitting)))
 
 
 class SharedPrefix:
@@ -92,47 +98,58 @@ class SharedPrefix:
         self.cache.freeze()
 
     def run(self, paths: Mapping[Place, Float[Tensor, "prompt _ 1 _"]]) -> Float[Tensor, "prompt row vocab"]:
-        """Last logits of the rows, entered at the lowest layer that any of them touches."""
-        n_rows = sum(path.shape[1] for path in paths.values())
-        first = min(layer for _, layer in paths)
-        rows = self.entering[first].expand(-1, n_rows, -1)
-        mask = torch.zeros(len(rows), self.seen.shape[1] + n_rows, dtype=torch.long, device=rows.device)
-        mask[:, : self.seen.shape[1]] = self.seen
-        mask[:, self.seen.shape[1]] = 1
+        """Last logits of the rows; `paths` go up the layers, and the rows of each join at theirs."""
+        of_layer: Counter[int] = Counter()
+        for (_, layer), path in paths.items():
+            of_layer[layer] += path.shape[1]
         hooks = replacing(paths, lambda rows: (slice(None), rows))
-        with siblings(self.model, self.seen, n_rows), self.model.hooks(fwd_hooks=hooks):
-            residual = self.model(
-                rows,
-                start_at_layer=first,
-                stop_at_layer=self.model.cfg.n_layers,
-                past_kv_cache=self.cache,
-                attention_mask=mask,
-            )
+        residual = self.entering[min(of_layer)][:, :0]
+        with siblings(self.model, self.seen) as see, self.model.hooks(fwd_hooks=hooks):
+            for layer in range(min(of_layer), self.model.cfg.n_layers):
+                joining = self.entering[layer].expand(-1, of_layer[layer], -1)
+                residual = torch.cat([residual, joining], dim=1) if of_layer[layer] else residual
+                residual = self.model(
+                    residual,
+                    start_at_layer=layer,
+                    stop_at_layer=layer + 1,
+                    past_kv_cache=self.cache,
+                    attention_mask=see(residual.shape[1]),
+                )
         return unembed(self.model, residual)
 
 
 @contextmanager
-def siblings(model: Model, seen: Bool[Tensor, "prompt prefix"], n_rows: int) -> Iterator[None]:
-    """Let every row attend to the prefix, as far as its position T - 1 would see, and to itself."""
-    itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
+def siblings(model: Model, seen: Bool[Tensor, "prompt prefix"]) -> Iterator[Callable[[int], Tensor]]:
+    """Let every row attend to the prefix, as far as its position T - 1 would see, and to itself.
 
-    def visible(attention: Any) -> Bool[Tensor, "prompt 1 row key"]:
-        near = seen
-        if attention.attn_type == "local":  # position T - 1 sees the window that ends with itself
-            places = torch.arange(seen.shape[1], device=seen.device)
-            near = seen & (places > seen.shape[1] - (model.cfg.window_size or 0))
-        return torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]
-
+    Yields:
+        From the number of rows to the attention mask that gives all of them the position T - 1; to be called before each
+        pass.
+    """
     attentions: list[Any] = [block.attn for block in model.blocks]
-    masks = {attention.attn_type: visible(attention) for attention in attentions}
+    visible: dict[str, Tensor] = {}
+
+    def see(n_rows: int) -> Int[Tensor, "prompt key"]:
+        itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
+        if not visible or next(iter(visible.values())).shape[2] != n_rows:
+            for attn_type in {attention.attn_type for attention in attentions}:
+                near = seen
+                if attn_type == "local":  # position T - 1 sees the window that ends with itself
+                    places = torch.arange(seen.shape[1], device=seen.device)
+                    near = seen & (places > seen.shape[1] - (model.cfg.window_size or 0))
+                visible[attn_type] = torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]
+        one_place = torch.zeros(len(seen), n_rows, dtype=torch.long, device=seen.device)
+        one_place[:, 0] = 1
+        return torch.cat([seen.long(), one_place], dim=1)
+
     try:
         for attention in attentions:
 
             def mask(scores: Tensor, *_: object, attention: Any = attention, **__: object) -> Tensor:
-                return torch.where(masks[attention.attn_type], scores, attention.IGNORE)
+                return torch.where(visible[attention.attn_type], scores, attention.IGNORE)
 
             attention.apply_causal_mask = mask
-        yield
+        yield see
     finally:
         for attention in attentions:
             vars(attention).pop("apply_causal_mask", None)
