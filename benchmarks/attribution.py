@@ -2,105 +2,44 @@
 
 One process, the same random weights, threads and prompt for all, float32, and equal results asserted before anything is
 timed. A baseline that takes whole prompts is measured on two layers that lie symmetrically about the middle, since its cost
-is linear in the depth of the layer, and scaled by the number of layers; such rows say `extrapolated`.
+is linear in the depth of the layer, and scaled by the number of layers; such rows say `extrapolated`. The quick run and
+long prompts take one site in each of the two layers, the others both.
+
+knowledge-neurons is timed on a random GPT-2 of the usual size, MLP neurons only, as it knows no others. `slopes` are our own
+seconds by layers, steps and tokens, with the time of running the prompt itself apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from captum.attr import IntegratedGradients
+from measuring import machine, random_model, random_prompt, timed, with_peak
 from torch import Tensor
 
 from tn_lens import Prompt, attribute
 from tn_lens.attribution.direct import Direct
 from tn_lens.attribution.integrate import integrate
 from tn_lens.attribution.quadrature import quadrature_rule
+from tn_lens.attribution.shared_prefix import SharedPrefix
 from tn_lens.attribution.target import probability_difference
 from tn_lens.models import Model, build_model, lay_out_weights
 from tn_lens.neurons import SITES, Site, hook_name
 
 RESULTS = Path(__file__).parent / "results.json"
 N_STEPS = 20
-VOCABULARY = 32000
 FULL = [(d, layers, tokens) for d, layers in ((512, 4), (512, 12), (512, 24)) for tokens in (32, 128, 512)] + [
     (1024, 12, 128),
     (1024, 12, 512),
 ]
 QUICK = [(1024, 12, 128)]
-
-
-def random_model(d_model: int, n_layers: int) -> Model:
-    """A Llama-shaped model with random weights, in the order TransformerLens makes them."""
-    return build_model(
-        {
-            "n_layers": n_layers,
-            "d_model": d_model,
-            "n_heads": d_model // 64,
-            "d_head": 64,
-            "d_mlp": 4 * d_model,
-            "d_vocab": VOCABULARY,
-            "n_ctx": 1024,
-            "act_fn": "silu",
-            "gated_mlp": True,
-            "normalization_type": "RMS",
-            "positional_embedding_type": "rotary",
-            "rotary_dim": 64,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-        }
-    )
-
-
-def random_prompt(n_tokens: int) -> Prompt:
-    """Random tokens and two answer labels."""
-    tokens = torch.randint(10, VOCABULARY, (n_tokens,), generator=torch.Generator().manual_seed(0))
-    return Prompt(token_ids=tuple(tokens.tolist()), label_ids=((4, 5), (6, 7)), right=0)
-
-
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """A result, and the seconds it took."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
-
-
-def with_peak(function: Callable[[], Any]) -> tuple[Any, int]:
-    """A result, and the bytes that the process (or the device) held above the start while it was made."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        return function(), torch.cuda.max_memory_allocated() - start
-    process, done = psutil.Process(), threading.Event()
-    start = process.memory_info().rss
-    peak = start
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.005)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        return function(), peak - start
-    finally:
-        done.set()
-        thread.join()
 
 
 def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Callable[[Tensor], Tensor]:
@@ -120,9 +59,12 @@ def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Cal
     return function
 
 
-def by_captum(function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
-    """captum's IntegratedGradients, all steps in one batch (the fastest of 5, 10 and 20 rows here)."""
-    return IntegratedGradients(function).attribute(activation, n_steps=N_STEPS, method="riemann_right")[0]
+def by_captum(function: Callable[[Tensor], Tensor], activation: Tensor, internal_batch_size: int) -> Tensor:
+    """captum's IntegratedGradients."""
+    captum = IntegratedGradients(function)
+    return captum.attribute(
+        activation, n_steps=N_STEPS, method="riemann_right", internal_batch_size=internal_batch_size
+    )[0]
 
 
 def by_loop(function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
@@ -133,20 +75,22 @@ def by_loop(function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
     return activation[0] * gradients.mean(0)
 
 
-def per_layer(
-    score: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], model: Model, prompt: Prompt, layers: list[int]
+def per_place(
+    score: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
+    model: Model,
+    prompt: Prompt,
+    places: list[tuple[Site, int]],
 ) -> tuple[dict[tuple[Site, int], Tensor], float]:
-    """Scores of some layers, and the seconds for all layers that they stand for."""
+    """Scores of some sites and layers, and the seconds for all that they stand for."""
     own = Direct(model, prompt, SITES, "last").own
     scores: dict[tuple[Site, int], Tensor] = {}
     seconds = 0.0
-    for site in SITES:
-        for layer in layers:
-            function = hooked_function(model, prompt, site, layer)
-            activation = own[site][0, layer]
-            scores[site, layer], took = timed(lambda f=function, a=activation: score(f, a))
-            seconds += took
-    return scores, seconds * model.cfg.n_layers / len(layers)
+    for site, layer in places:
+        function = hooked_function(model, prompt, site, layer)
+        activation = own[site][0, layer]
+        scores[site, layer], took = timed(lambda f=function, a=activation: score(f, a))
+        seconds += took
+    return scores, seconds * len(SITES) * model.cfg.n_layers / len(places)
 
 
 def matrix_rate(model: Model, n_rows: int) -> float:
@@ -157,50 +101,95 @@ def matrix_rate(model: Model, n_rows: int) -> float:
     return 10 * 2 * n_rows * b.numel() / best
 
 
-def engine_flops(model: Model, n_tokens: int, n_rows: int) -> float:
-    """The matrix products of one prompt: 2 a weight and token forward, as many backward; the first layer entered counts whole.
+def engine_flops(model: Model, n_tokens: int) -> float:
+    """The matrix products of one prompt: 2 a weight and token forward, as many backward.
 
-    The prompt is run once, the rows of each group of layers from its first layer on, forward and backward, and one row
-    per site and layer at the baseline, forward only.
+    The prompt is run once, the rows of every layer from that layer on, forward and backward, one of them at the baseline.
     """
     cfg = model.cfg
     of_layer = 4 * cfg.d_model * cfg.n_heads * cfg.d_head + 3 * cfg.d_model * (cfg.d_mlp or 0)
     of_unembedding = cfg.d_model * cfg.d_vocab
-    total = 2.0 * n_tokens * cfg.n_layers * of_layer
-    places = [layer for layer in range(cfg.n_layers) for _ in SITES]
-    for passes, rows in ((2, [layer for layer in places for _ in range(N_STEPS)]), (1, places)):
-        for first in range(0, len(rows), n_rows):
-            chunk = rows[first : first + n_rows]
-            total += passes * 2.0 * len(chunk) * ((cfg.n_layers - chunk[0]) * of_layer + of_unembedding)
-    return total
+    of_rows = sum((cfg.n_layers - layer) * of_layer + of_unembedding for layer in range(cfg.n_layers)) * len(SITES)
+    return 2.0 * (n_tokens * cfg.n_layers * of_layer + 2 * (N_STEPS + 1) * of_rows)
 
 
-def measure(d_model: int, n_layers: int, n_tokens: int) -> list[dict[str, Any]]:
+def ours(model: Model, prompt: Prompt, n_steps: int = N_STEPS, **options: Any) -> Any:
+    """The shared-prefix engine."""
+    return attribute(model, [prompt], n_steps=n_steps, engine="shared_prefix", **options)
+
+
+def row(engine: str, model: Model, n_tokens: int, seconds: float, of_ours: float, **more: Any) -> dict[str, Any]:
+    """One row of results.json; printed too."""
+    print(f"  {engine:40s} {seconds:9.2f} s  {seconds / of_ours:7.1f} x", flush=True)
+    return {
+        "engine": engine,
+        "n_layers": model.cfg.n_layers,
+        "d_model": model.cfg.d_model,
+        "n_tokens": n_tokens,
+        "n_steps": N_STEPS,
+        "sites": list(SITES),
+        "seconds": round(seconds, 3),
+        "extrapolated": False,
+        "ratio_to_ours": round(seconds / of_ours, 1),
+        "peak_memory_bytes": None,
+        "matrix_product_rate": None,
+        "share_of_matrix_product_rate": None,
+        "machine": machine(),
+        "n_threads": torch.get_num_threads(),
+    } | more
+
+
+def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[dict[str, Any]]:
     """Every engine at one size."""
     model, prompt = lay_out_weights(random_model(d_model, n_layers)), random_prompt(n_tokens)
-    middle = n_layers // 2
-    layers = [middle - 2, middle + 1] if n_layers > 4 else [0, n_layers - 1]
+    low, high = (n_layers // 2 - 2, n_layers // 2 + 1) if n_layers > 4 else (0, n_layers - 1)
+    places: list[tuple[Site, int]] = [("mlp", low), ("attn", high)]
+    if not quick and n_tokens < 512:
+        places.extend([("attn", low), ("mlp", high)])
     print(f"d_model {d_model}, {n_layers} layers, {n_tokens} tokens", flush=True)
 
-    def ours() -> Any:
-        return attribute(model, [prompt], n_steps=N_STEPS, engine="shared_prefix")
-
-    attribute(model, [random_prompt(4)], n_steps=1)  # whatever is set up once
-    found, peak = with_peak(ours)
-    seconds = min(timed(ours)[1] for _ in range(3))
+    ours(model, random_prompt(4), n_steps=1)  # whatever is set up once
+    found, peak = with_peak(lambda: ours(model, prompt))
+    tries = [timed(lambda: ours(model, prompt))[1] for _ in range(2)]
     rate = max(matrix_rate(model, found.pass_size.n_rows), matrix_rate(model, 2048))
-    captum_scores, captum = per_layer(by_captum, model, prompt, layers)
-    loop_scores, loop = per_layer(by_loop, model, prompt, layers)
-    plain_scores, plain = per_layer(by_loop, random_model(d_model, n_layers), prompt, layers)  # the same seed
+    sizes = [N_STEPS] if quick else [5, N_STEPS]
+    by_size = {
+        size: per_place(partial(by_captum, internal_batch_size=size), model, prompt, places[:1]) for size in sizes
+    }
+    best = min(by_size, key=lambda size: by_size[size][1])
+    captum_scores, captum = per_place(partial(by_captum, internal_batch_size=best), model, prompt, places)
+    loop_scores, loop = per_place(by_loop, model, prompt, places)
+    plain_scores, plain = per_place(by_loop, random_model(d_model, n_layers), prompt, places)  # the same seed
+    tries += [timed(lambda: ours(model, prompt))[1] for _ in range(2)]  # again at the end: machines drift
+    rate = max(rate, matrix_rate(model, 2048))
+    seconds = sum(tries) / len(tries)
     for scores in (plain_scores, captum_scores, loop_scores):
         for (site, layer), expected in scores.items():
             score = found.difference[site][0, layer].to(expected.device)
             torch.testing.assert_close(score, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
-    rows = [
-        ("ours, shared prefix", seconds, False),
-        ("captum 0.9, laid-out weights", captum, True),
-        ("TransformerLens loop, laid-out weights", loop, True),
-        ("TransformerLens loop", plain, True),
+    share = engine_flops(model, n_tokens) / seconds / rate
+    table = [
+        row(
+            "ours, shared prefix",
+            model,
+            n_tokens,
+            seconds,
+            seconds,
+            peak_memory_bytes=peak,
+            matrix_product_rate=round(rate),
+            share_of_matrix_product_rate=round(share, 3),
+        ),
+        row(
+            "captum 0.9, laid-out weights",
+            model,
+            n_tokens,
+            captum,
+            seconds,
+            extrapolated=True,
+            internal_batch_size=best,
+        ),
+        row("TransformerLens loop, laid-out weights", model, n_tokens, loop, seconds, extrapolated=True),
+        row("TransformerLens loop", model, n_tokens, plain, seconds, extrapolated=True),
     ]
     if n_layers <= 4 or n_tokens <= 32:
         direct = Direct(model, prompt, SITES, "last")
@@ -209,31 +198,100 @@ def measure(d_model: int, n_layers: int, n_tokens: int) -> list[dict[str, Any]]:
         _, took = timed(
             lambda: integrate(direct, rule=rule, targets=[probability_difference], baseline=zero, n_rows=64)
         )
-        rows.append(("ours, direct", took, False))
-    n_rows = found.pass_size.n_rows
-    share = engine_flops(model, n_tokens, n_rows) / seconds / rate
+        table.append(row("ours, direct", model, n_tokens, took, seconds))
+    print(f"  {share:.0%} of {rate / 1e9:.0f} GFLOP/s, peak {peak / 2**20:.0f} MiB above the weights", flush=True)
+    return table
+
+
+def measure_knowledge_neurons(n_tokens: int = 128) -> list[dict[str, Any]]:
+    """knowledge-neurons 0.0.2 on a random GPT-2, MLP neurons only; two layers, scaled."""
+    from knowledge_neurons import KnowledgeNeurons
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    prompt = random_prompt(n_tokens)
+    encoded = {
+        "input_ids": torch.tensor([prompt.token_ids]),
+        "attention_mask": torch.ones(1, n_tokens, dtype=torch.long),
+    }
+
+    class Encoder:
+        def encode(self, target: str) -> list[int]:
+            return [4]
+
+    theirs = KnowledgeNeurons(GPT2LMHeadModel(GPT2Config()).eval(), Encoder(), model_type="gpt")  # pyright: ignore[reportArgumentType]
+    on_device: Any = {name: tensor.to(theirs.device) for name, tensor in encoded.items()}
+
+    def score(layer: int) -> Tensor:
+        return theirs.get_scores_for_layer("", "", layer, batch_size=N_STEPS, steps=N_STEPS, encoded_input=on_device)
+
+    model = lay_out_weights(
+        build_model(
+            {
+                "n_layers": 12,
+                "d_model": 768,
+                "n_heads": 12,
+                "d_head": 64,
+                "d_mlp": 3072,
+                "d_vocab": 50257,
+                "n_ctx": 1024,
+                "act_fn": "gelu_new",
+                "normalization_type": "LN",
+                "device": str(theirs.device),
+            }
+        )
+    )
+    print(f"GPT-2, 12 layers, {n_tokens} tokens, MLP neurons", flush=True)
+    ours(model, random_prompt(4), n_steps=1)
+    score(6)
+    seconds = min(timed(lambda: ours(model, prompt, sites=("mlp",)))[1] for _ in range(3))
+    took = sum(timed(partial(score, layer))[1] for layer in (4, 7)) * 12 / 2
+    common: dict[str, Any] = {"sites": ["mlp"], "architecture": "gpt2"}
+    return [
+        row("ours, shared prefix", model, n_tokens, seconds, seconds, **common),
+        row("knowledge-neurons 0.0.2", model, n_tokens, took, seconds, extrapolated=True, **common),
+    ]
+
+
+def measure_slopes(d_model: int = 512) -> list[dict[str, Any]]:
+    """Our seconds by layers, steps and tokens; running the prompt itself apart.
+
+    A row passes L - l layers, (L + 1) / 2 on average, so the rows of a prompt are 2 L m (L + 1) / 2 single layers: seconds
+    over that number should be the same in every line.
+    """
     table = []
-    for engine, took, extrapolated in rows:
-        is_ours = engine == "ours, shared prefix"
+    print("slopes: layers, steps, tokens; seconds, of which the prompt; microseconds a row and layer", flush=True)
+    cases = [(layers, N_STEPS, 128) for layers in (4, 8, 12, 24)]
+    cases += [(12, steps, 128) for steps in (10, 40, 80)] + [(12, N_STEPS, tokens) for tokens in (32, 256, 512)]
+    for n_layers, n_steps, n_tokens in cases:
+        model, prompt = lay_out_weights(random_model(d_model, n_layers)), random_prompt(n_tokens)
+        ours(model, random_prompt(4), n_steps=1)
+        seconds = min(timed(lambda m=model, p=prompt, n=n_steps: ours(m, p, n_steps=n))[1] for _ in range(5))
+        prefill = min(timed(lambda m=model, p=prompt: SharedPrefix(m, [p], SITES))[1] for _ in range(5))
+        of_row = (seconds - prefill) / (2 * n_layers * n_steps * (n_layers + 1) / 2)
+        print(
+            f"  {n_layers:3d} {n_steps:3d} {n_tokens:4d}  {seconds:6.2f} {prefill:6.2f}  {1e6 * of_row:6.0f}",
+            flush=True,
+        )
         table.append(
             {
-                "engine": engine,
                 "n_layers": n_layers,
                 "d_model": d_model,
                 "n_tokens": n_tokens,
-                "n_steps": N_STEPS,
-                "sites": list(SITES),
-                "seconds": round(took, 3),
-                "extrapolated": extrapolated,
-                "ratio_to_ours": round(took / seconds, 1),
-                "peak_memory_bytes": peak if is_ours else None,
-                "matrix_product_rate": round(rate) if is_ours else None,
-                "share_of_matrix_product_rate": round(share, 3) if is_ours else None,
+                "n_steps": n_steps,
+                "seconds": round(seconds, 3),
+                "prefill_seconds": round(prefill, 3),
+                "microseconds_per_row_and_layer": round(1e6 * of_row, 1),
+                "machine": machine(),
+                "n_threads": torch.get_num_threads(),
             }
         )
-        print(f"  {engine:40s} {took:9.2f} s  {took / seconds:7.1f} x", flush=True)
-    print(f"  {share:.0%} of {rate / 1e9:.0f} GFLOP/s, peak {peak / 2**20:.0f} MiB above the weights", flush=True)
     return table
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row replaces."""
+    return row["machine"], row.get("architecture", ""), row["d_model"], row["n_layers"], row["n_tokens"]
 
 
 def main() -> None:
@@ -241,19 +299,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size: 12 layers, 128 tokens, d_model 1024")
     arguments = parser.parse_args()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    there = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    there: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = {"rows": [], "slopes": []} | there | {"torch": torch.__version__}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        measured = {key(row) for row in rows}
+        results["rows"] = sorted([row for row in results["rows"] if key(row) not in measured] + rows, key=key)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
     for size in QUICK if arguments.quick else FULL:
-        rows = measure(*size)
-        for row in rows:
-            row |= {"machine": machine, "n_threads": torch.get_num_threads()}
-        kept = [
-            row
-            for row in there
-            if (row["d_model"], row["n_layers"], row["n_tokens"], row["machine"]) != (*size, machine)
-        ]
-        there = sorted(kept + rows, key=lambda r: (r["machine"], r["d_model"], r["n_layers"], r["n_tokens"]))
-        RESULTS.write_text(json.dumps({"torch": torch.__version__, "rows": there}, indent=1) + "\n")
+        keep(measure(*size, quick=arguments.quick))
+    if not arguments.quick:
+        keep(measure_knowledge_neurons())
+        slopes = measure_slopes()
+        results["slopes"] = [row for row in results["slopes"] if row["machine"] != machine()] + slopes
+        keep([])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from .answers import ask
 from .attribution import attribute, mean_activations, post_norm_warning
 from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, choose_engine
-from .attribution.integrate import PassSize
+from .attribution.result import PassSize
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate
 from .figures import plot_layers

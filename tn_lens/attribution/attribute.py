@@ -16,9 +16,9 @@ from ..neurons import SITES, Site
 from ..progress import track
 from ..prompts import Prompt
 from .direct import Direct, Positions
-from .integrate import BatchScores, PassSize, integrate
+from .integrate import BatchScores, integrate
 from .quadrature import Method, quadrature_rule
-from .result import Attribution
+from .result import Attribution, PassSize
 from .shared_prefix import SharedPrefix, plan, unsupported
 from .target import TARGETS, Target, TargetName, probability_difference, right_probability, wrong_probability
 

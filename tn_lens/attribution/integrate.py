@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,20 +20,6 @@ T = TypeVar("T")
 
 Place = tuple[Site, int]
 """A site of a layer."""
-
-
-class PassSize(NamedTuple):
-    """What goes through the model together."""
-
-    n_prompts: int
-    n_rows: int
-    """Rows of each prompt."""
-
-    def smaller(self) -> PassSize | None:
-        """Half of the prompts, or of the rows of a single one; None for a single row."""
-        if self.n_prompts > 1:
-            return PassSize(self.n_prompts // 2, self.n_rows)
-        return PassSize(1, self.n_rows // 2) if self.n_rows > 1 else None
 
 
 @runtime_checkable
@@ -84,32 +70,31 @@ def integrate(
     scores: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0]) for s in own} for _ in targets]
     change: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0, 0]) for s in own} for _ in targets]
 
-    for chunk in _chunks([(place, step) for place in places for step in range(rule.n_steps)], n_rows):
-        steps = {place: [step for _, step in group] for place, group in groupby(chunk, key=lambda row: row[0])}
+    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])  # the baseline itself, for `change`
+    reached = [_values(target, engine.logits[:, None], engine.prompts)[:, 0] for target in targets]
+    for chunk in _chunks([(place, node) for place in places for node in range(len(nodes))], n_rows):
+        of_place = {place: [node for _, node in group] for place, group in groupby(chunk, key=lambda row: row[0])}
         paths = {
             place: (
-                start[place] + rule.nodes[which].to(start[place])[:, None, None] * delta[place][:, None]
+                start[place] + nodes[which].to(start[place])[:, None, None] * delta[place][:, None]
             ).requires_grad_()
-            for place, which in steps.items()
+            for place, which in of_place.items()
         }
         with torch.enable_grad():
             logits = engine.run(paths)
-            values = [_values(target, logits, engine.prompts).sum() for target in targets]
+            values = [_values(target, logits, engine.prompts) for target in targets]
         for index, value in enumerate(values):
-            gradients = torch.autograd.grad(value, list(paths.values()), retain_graph=index + 1 < len(values))
-            for (site, layer), gradient in zip(paths, gradients, strict=True):
-                weights = rule.weights[steps[site, layer]].to(gradient)
-                weighted = torch.einsum("s,bspn->bpn", weights, gradient)
-                scores[index][site][:, layer] += (delta[site, layer] * weighted).sum(1)
-
-    with torch.no_grad():
-        reached = [_values(target, engine.logits[:, None], engine.prompts) for target in targets]
-        for chunk in _chunks(places, n_rows):
-            logits = engine.run({place: start[place].expand_as(delta[place])[:, None] for place in chunk})
-            for index, target in enumerate(targets):
-                missing = reached[index] - _values(target, logits, engine.prompts)
-                for row, (site, layer) in enumerate(chunk):
-                    change[index][site][:, layer] = missing[:, row]
+            gradients = torch.autograd.grad(value.sum(), list(paths.values()), retain_graph=index + 1 < len(values))
+            first = 0
+            for (place, which), gradient in zip(of_place.items(), gradients, strict=True):
+                site, layer = place
+                at_baseline = which[0] == 0
+                if at_baseline:
+                    change[index][site][:, layer] = reached[index] - value[:, first].detach()
+                weights = rule.weights[[node - 1 for node in which[at_baseline:]]].to(gradient)
+                weighted = torch.einsum("s,bspn->bpn", weights, gradient[:, at_baseline:])
+                scores[index][site][:, layer] += (delta[place] * weighted).sum(1)
+                first += len(which)
     return BatchScores(scores, change)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from html import escape
+from typing import NamedTuple
 
 import pandas as pd
 from jaxtyping import Float
@@ -12,12 +13,26 @@ from torch import Tensor
 
 from ..neurons import NeuronSpace, Site
 from ..prompts import Prompt, by_question
-from .integrate import PassSize
-
-ONE_ROW = PassSize(1, 1)
 
 Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, per site; attention neurons are flat, head * d_head + index."""
+
+
+class PassSize(NamedTuple):
+    """What goes through the model together."""
+
+    n_prompts: int
+    n_rows: int
+    """Rows of each prompt."""
+
+    def smaller(self) -> PassSize | None:
+        """Half of the prompts, or of the rows of a single one; None for a single row."""
+        if self.n_prompts > 1:
+            return PassSize(self.n_prompts // 2, self.n_rows)
+        return PassSize(1, self.n_rows // 2) if self.n_rows > 1 else None
+
+
+ONE_ROW = PassSize(1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
