@@ -16,7 +16,7 @@ lint: .venv/test
 	.venv/bin/pyright
 
 # What integrated gradients cost beside captum and a plain loop; rows go to benchmarks/results.json.
-bench: .venv/test
+bench: .venv/bench
 	.venv/bin/python -W ignore benchmarks/attribution.py
 
 bench-quick: .venv/test
@@ -36,6 +36,10 @@ train: .venv/demo
 
 .venv/test: .venv/demo
 	$(PIP) --editable '.[test,notebook]'
+	touch $@
+
+.venv/bench: .venv/test
+	$(PIP) --editable '.[bench]'
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from tn_lens import cli
+from tn_lens.storage import RESULT_FILES
 
 TOY = ["run", "--model", "toy", "--questions", "toy"]
 FAST = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
@@ -114,7 +115,7 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_was(run: Callable, tmp_pat
     assert re.search(r"untouched.*truth neurons at zero", text, re.DOTALL)
     assert 'share of "A"' in text
     files = sorted(p.name for p in out.iterdir())
-    assert files == ["evaluation.json", "manifest.json", "neurons.json", "report.html", "scores", "summary.json"]
+    assert files == sorted([*RESULT_FILES, "scores"])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     shard = next((out / "scores").iterdir())
     stamp = shard.stat().st_mtime_ns
@@ -213,6 +214,73 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     next((out / "scores").iterdir()).unlink()
     assert run(*TOY, "--out", out, *FAST)[0] == 0
     assert max(sizes) == 4, "a resumed run keeps the size that fitted"
+
+
+def test_selecting_again_needs_no_model(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr("tn_lens.loading.load_model", None)
+    found = json.loads((out / "neurons.json").read_text())
+    code, text, error = run("select", out, "--t", found["t"], "--out", tmp_path / "again.json")
+    assert code == 0, error
+    again = json.loads((tmp_path / "again.json").read_text())
+    places = [[(n["site"], n["layer"], n["head"], n["index"]) for n in of["neurons"]] for of in (found, again)]
+    assert places[0] == places[1] != []
+    code, text, error = run(
+        "select",
+        out,
+        "--t",
+        "0.05",
+        "--correction",
+        "holm",
+        "--sweep",
+        "--splits",
+        "3",
+        "--out",
+        tmp_path / "loose.json",
+    )
+    assert code == 0, error
+    assert "Over 3 splits" in text
+    assert "neurons found, t down, p across" in text
+    assert (tmp_path / "loose.html").stat().st_size > 1_000_000, "works offline"
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "the run is left as it was"
+    assert {"verdict", "case", "cohens_d", "ci_low"} <= found["neurons"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--t", "20"], "fraction and not a percentage"),
+        (["--splits", "1"], "needs at least 2"),
+        (["--alpha", "0"], "alpha must lie in (0, 1)"),
+        (["--out", "/nowhere/at/all.json"], "a folder that exists"),
+    ],
+)
+def test_bad_input_to_select(arguments: list[str], said: str, run: Callable, tmp_path: Path) -> None:
+    code, _, error = run("select", tmp_path, "--t", "0.1")
+    assert (code, "holds no run" in error) == (2, True)
+    out = tmp_path / "run"
+    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    code, _, error = run("select", out, *arguments)
+    assert (code, said in error, error.count("\n")) == (2, True, 1)
+    (out / "prompts.json").write_text("{")
+    code, _, error = run("select", out)
+    assert (code, "is missing or damaged" in error) == (2, True)
+
+
+def test_t_is_searched_on_questions_of_its_own(run: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text, error = run(*TOY, "--out", out, *FAST, "--t", "auto")
+    assert code == 0, error
+    summary = json.loads((out / "summary.json").read_text())
+    tuning = json.loads((out / "diagnosis.json").read_text())["tuning"]
+    assert summary["t"] == tuning["t"]
+    assert tuning["n_questions"] == 144
+    assert "How t was chosen" in (out / "report.html").read_text()
+    assert f"t = {summary['t']:.0%} lowers" in " ".join(text.split())
+    code, _, error = run(*TOY, "--out", tmp_path / "other", *FAST, "--t", "often")
+    assert (code, "a number in (0, 1] or 'auto'" in error) == (2, True)
 
 
 def test_stopping_by_hand_says_how_to_go_on(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

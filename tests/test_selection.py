@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +30,10 @@ class Table:
     def categories(self) -> Mapping[int, str]:
         return dict.fromkeys(range(len(self.rows)), "all")
 
-    def per_question(self) -> Iterator[tuple[int, Scores]]:
+    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
         for question, row in enumerate(self.rows):
+            if questions is not None and question not in questions:
+                continue
             yield question, {"mlp": row.reshape(2, 2), "attn": torch.zeros(2, 1)}
 
 
@@ -94,6 +96,20 @@ def test_one_question_cannot_be_tested() -> None:
     found = select_neurons(Table(torch.tensor([[1.0, 0.0, 0.0, 0.0]])))
     assert NeuronSet(found.candidates) == neurons(0)
     assert not found.neurons
+
+
+def test_a_model_of_one_neuron() -> None:
+    @dataclass(frozen=True)
+    class One(Table):
+        def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
+            for question, row in enumerate(self.rows):
+                if questions is None or question in questions:
+                    yield question, {"mlp": row[None]}
+
+    rows = torch.tensor([[0.9], [1.0], [1.1], [1.2], [0.8], [1.05]])
+    only = NeuronSpace(n_layers=1, d_mlp=1, n_heads=0, d_head=1)
+    assert select_neurons(One(rows, only)).neurons == NeuronSet([Neuron("mlp", 0, None, 0)])
+    assert not select_neurons(One(-rows, only)).neurons
 
 
 def test_ties_are_all_salient() -> None:

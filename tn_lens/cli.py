@@ -16,6 +16,8 @@ from rich.table import Table
 from .errors import BadInput
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .pipeline import TruthNeurons
 
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -32,24 +34,21 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `run` a command of its own."""
-
-
 @app.command()
 def run(
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
     questions: Annotated[str, typer.Option(help="'truthfulqa', 'toy', or a .csv or .jsonl file.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; resumed if it holds this run.")] = None,
     t: Annotated[
-        float | None, typer.Option(help="Adaptive threshold; by default the paper's for its models, else 0.2.")
+        str | None,
+        typer.Option(help="Adaptive threshold, or 'auto' to tune it; by default the paper's for its models, else 0.2."),
     ] = None,
     p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
     alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
     correction: Annotated[
         Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
     ] = "bonferroni",
+    family: Annotated[Literal["candidates", "all"], typer.Option(help="What the correction counts.")] = "candidates",
     order: Annotated[Literal["random", "both", "given"] | None, typer.Option(help="Order of the answers.")] = None,
     n_steps: Annotated[int, typer.Option(help="Interpolation steps, m.")] = 20,
     method: Annotated[
@@ -79,7 +78,11 @@ def run(
     """Find, test, suppress and plot the truth neurons of a model."""
     from transformers.utils import logging as hf_logging
 
-    from . import loading, pipeline  # torch and transformers are slow to import; --help should not wait for them
+    from . import (
+        loading,
+        pipeline,
+        planning,
+    )  # torch and transformers are slow to import; --help should not wait for them
     from .questions import load_questions
 
     if out is None and not dry_run:
@@ -87,10 +90,11 @@ def run(
     hf_logging.disable_progress_bar()
     asked = load_questions(questions)
     settings = {
-        "t": t,
+        "t": t if t in (None, "auto") else _number(t),
         "p": p,
         "alpha": alpha,
         "correction": correction,
+        "family": family,
         "order": order,
         "n_steps": n_steps,
         "method": method,
@@ -106,15 +110,101 @@ def run(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     if dry_run:
-        typer.echo(pipeline.plan_run(loaded, asked, drop_long=drop_long, **settings).summary())
+        typer.echo(planning.plan_run(loaded, asked, drop_long=drop_long, **settings).summary())
         return
     found = pipeline.find_truth_neurons(loaded, asked, out=out, overwrite=overwrite, drop_long=drop_long, **settings)
     console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(f"\n{found.check.summary()}\n{found.selection.summary()}\n", highlight=False)
+    console.print(f"\n{found.check.summary()}", highlight=False)
+    if found.tuning:
+        console.print(found.tuning.summary(), highlight=False)
+    console.print(f"{found.selection.summary()}\n", highlight=False)
     console.print(_table(found))
+    console.print(f"{found.diagnosis.summary()}", highlight=False)
     for warning in found.warnings():
         console.print(f"[yellow]Note:[/] {escape(warning)}", highlight=False)
     console.print(f"\nReport: {out / 'report.html'}" if out else "", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def select(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    t: Annotated[float, typer.Option(help="Adaptive threshold.")] = 0.2,
+    p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
+    alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
+    correction: Annotated[
+        Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
+    ] = "bonferroni",
+    family: Annotated[Literal["candidates", "all"], typer.Option(help="What the correction counts.")] = "candidates",
+    seed: Annotated[int, typer.Option(help="Of the split into halves.")] = 0,
+    grid: Annotated[bool, typer.Option("--sweep", help="Also a table over t and p, and its figure.")] = False,
+    splits: Annotated[int, typer.Option(help="Also compare so many splits into halves.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the neurons (JSON); with --sweep the figure beside it.")
+    ] = None,
+) -> None:
+    """Select again from a run's stored scores: other thresholds, tests and splits, without the model."""
+    import json
+
+    from .figures import plot_sweep
+    from .reselection import stability, sweep
+    from .selection import select_neurons
+    from .storage import StoredScores, without_nan
+
+    stored = StoredScores.load(folder)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise BadInput(f"expected a file in a folder that exists for --out, got {str(out)!r}")
+    if splits == 1 or splits < 0:
+        raise BadInput(f"--splits compares splits and needs at least 2; got {splits}")
+    settings = {"t": t, "p": p, "alpha": alpha, "correction": correction, "family": family}
+    selection = select_neurons(stored, seed=seed, **settings)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(selection.summary(), highlight=False)
+    shown = selection.to_frame().head(20)
+    if len(shown):
+        columns = ["site", "layer", "head", "index", "mean_difference", "cohens_d", "p_adjusted"]
+        console.print(_frame(shown.filter(columns)))
+    if splits:
+        console.print(stability(stored, seeds=range(splits), **settings).summary(), highlight=False)
+    if grid:
+        frame = sweep(stored, alpha=alpha, correction=correction, seed=seed)
+        wide = frame.pivot(index="t", columns="p", values="n_found").reset_index()
+        console.print(_frame(wide, title="neurons found, t down, p across"))
+        path = (out or folder / "sweep").with_suffix(".html")
+        _write(path, plot_sweep(frame).to_html(include_plotlyjs=True, div_id="sweep"))
+        console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
+    if out is not None:
+        provenance = {**settings, "seed": seed, "run": folder.name}
+        _write(out, json.dumps(without_nan({**provenance, "neurons": selection.to_records()}), indent=1) + "\n")
+        console.print(f"Neurons: {out}", highlight=False, soft_wrap=True)
+
+
+def _number(given: str) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise BadInput(f"expected a number in (0, 1] or 'auto' for '--t', got {given!r}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot write {str(path)!r}: {error.strerror}; give another --out") from error
+
+
+def _frame(frame: pd.DataFrame, title: str | None = None) -> Table:
+    """A data frame as a table of the terminal."""
+    table = Table(title=title, title_justify="left")
+    for column in frame.columns:
+        table.add_column(str(column), justify="right")
+    for row in frame.itertuples(index=False):
+        table.add_row(
+            *(
+                "-" if str(value) == "<NA>" else f"{value:.3g}" if isinstance(value, float) else str(value)
+                for value in row
+            )
+        )
+    return table
 
 
 def _table(found: TruthNeurons) -> Table:

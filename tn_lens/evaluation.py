@@ -93,7 +93,7 @@ class Arm:
         """Share of answers that choose the first label; letter bias moves it away from the share of right answers there."""
         return float(self._drawn((self.probabilities.argmax(-1) == 0).astype(np.float64)).mean())
 
-    @property
+    @cached_property
     def order_averaged(self) -> Float[np.ndarray, "draw question"]:
         """1 where the right choice wins after averaging its probability over all orders of the question, else 0.
 

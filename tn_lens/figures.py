@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from .errors import BadInput
@@ -55,18 +58,63 @@ def plot_layers(found: Selection | NeuronSet, n_layers: int | None = None, *, ti
     if n_layers <= 12 and len(neurons):
         shown = [[str(n) if n else "" for n in counts[site]] for site in SITES]
         figure.update_traces(text=shown, texttemplate="%{text}", textfont={"size": 13})
-    figure.update_layout(
-        title={
-            "text": title or f"{len(neurons)} truth neurons over {n_layers} layers",
-            "x": 0,
-            "xanchor": "left",
-            "xref": "paper",
-        },
-        font={"family": FONT, "size": 14, "color": "#1c2733"},
-        template="plotly_white",
+    return _finish(
+        figure,
+        title or f"{len(neurons)} truth neurons over {n_layers} layers",
         height=270,
         margin={"l": 150, "r": 30, "t": 60, "b": 55},
         xaxis={"title": {"text": "layer"}, "tickmode": "linear", "dtick": max(1, n_layers // 16), "showgrid": False},
         yaxis={"autorange": "reversed", "showgrid": False},
+    )
+
+
+def plot_sweep(frame: pd.DataFrame, *, title: str = "Neurons found, by thresholds") -> go.Figure:
+    """How many neurons each pair of thresholds finds (see `sweep`).
+
+    Args:
+        frame: columns t, p, n_candidates, n_found.
+        title: of the figure.
+
+    Returns:
+        A heatmap, t by p, with the count in every cell.
+
+    Raises:
+        BadInput: a column is missing.
+    """
+    if missing := {"t", "p", "n_candidates", "n_found"} - set(frame.columns):
+        raise BadInput(f"plot_sweep needs what sweep(...) returns; the column {sorted(missing)[0]!r} is missing")
+    found, candidates = (frame.pivot(index="t", columns="p", values=name) for name in ("n_found", "n_candidates"))
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.log10(1 + found.to_numpy()),
+            x=[f"{p:.0%}" for p in found.columns],
+            y=[f"{t:.0%}" for t in found.index],
+            text=found.to_numpy(),
+            texttemplate="%{text}",
+            customdata=candidates.to_numpy(),
+            colorscale=SCALE,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+            hovertemplate="t = %{y}, p = %{x}<br>%{text} found of %{customdata} candidates<extra></extra>",
+        )
+    )
+    return _finish(
+        figure,
+        title,
+        height=90 + 38 * len(found.index) + 60,
+        margin={"l": 80, "r": 30, "t": 60, "b": 55},
+        xaxis={"title": {"text": "share threshold p"}, "type": "category", "showgrid": False},
+        yaxis={"title": {"text": "adaptive threshold t"}, "type": "category", "showgrid": False},
+    )
+
+
+def _finish(figure: go.Figure, title: str, **layout: Any) -> go.Figure:
+    """The look that all figures share."""
+    figure.update_layout(
+        title={"text": title, "x": 0, "xanchor": "left", "xref": "paper"},
+        font={"family": FONT, "size": 14, "color": "#1c2733"},
+        template="plotly_white",
+        **layout,
     )
     return figure

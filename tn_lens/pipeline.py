@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,31 +12,35 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
-import psutil
 import torch
 
-from .answers import ask
 from .attribution import attribute, mean_activations, post_norm_warning
 from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, choose_engine
 from .attribution.result import PassSize
+from .diagnosis import Diagnosis, diagnose
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate
 from .figures import plot_layers
 from .manipulation import ManipulationCheck, manipulation_check
 from .models import Model, check_model, neuron_space
-from .neurons import SITES, NeuronSet, NeuronSpace, Site
+from .neurons import SITES, Neuron, NeuronSet, NeuronSpace, Site
 from .progress import track
 from .prompts import build_prompts
 from .questions.question import QuestionSet
 from .report import write_report
+from .reselection import Stability, found_again, stability
 from .seeds import generator
 from .selection import Selection, select_neurons
 from .settings import Settings, resolve_settings
 from .storage import RunFolder, StoredScores, cut_shards
+from .tuning import Tuning, tune_threshold
 
 FEW = 20
 """Questions in half 2 below which a result is not to be trusted."""
+TUNING_SHARE = 0.2
+"""Share of a set without parts that t is tuned on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -55,6 +58,14 @@ class TruthNeurons:
     """The arms on the reporting questions of the toy, on the whole set elsewhere (as in the paper)."""
     unseen: Evaluation | None
     """The arms on the questions that selection and test did not use, where `evaluation` holds others too."""
+    diagnosis: Diagnosis
+    """Whether the neurons support truth, the model's choice, or the format."""
+    stability: Stability
+    """The same selection on other splits."""
+    found_again: float | None
+    """Share of the neurons found with one order per question that every order finds again; None for one order."""
+    tuning: Tuning | None
+    """The search for t, where t was "auto"."""
     notes: tuple[str, ...]
     """Warnings of the stages, in sentences."""
 
@@ -88,14 +99,26 @@ class TruthNeurons:
             said.append(
                 f"Only {len(self.selection.half_2)} questions tested the candidates: too few to trust what was found."
             )
+        verdicts = self.diagnosis.verdicts
+        if verdicts.count("choice") > len(verdicts) / 2:
+            said.append(
+                f"{verdicts.count('choice')} of {len(verdicts)} neurons support what the model chose, right or wrong: they are "
+                "choice neurons rather than truth neurons."
+            )
         return said + self.evaluation.warnings()
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record a neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""
+        diagnosed = self.diagnosis.records()
+        return [record | diagnosed[Neuron.from_dict(record)] for record in self.selection.to_records()]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
         """What was found and what it does, in a few sentences."""
-        return " ".join([self.check.summary(), self.selection.summary(), self.evaluation.summary()])
+        said = [self.check.summary(), self.selection.summary(), self.evaluation.summary()]
+        return " ".join([*said, self.diagnosis.summary()])
 
     def to_dict(self) -> dict[str, Any]:
         """summary.json: accuracies in percent (std with ddof 1), everything else a fraction in [0, 1]."""
@@ -104,7 +127,7 @@ class TruthNeurons:
             "model": self.model_name,
             "questions": self.questions_name,
             "n_neurons": len(self.neurons),
-            "t": self.settings.t,
+            "t": self.selection.t,
             "p": self.settings.p,
             "n_layers": space.n_layers,
             "neurons_by_layer": self.neurons.by_layer(space.n_layers),
@@ -114,6 +137,19 @@ class TruthNeurons:
         if self.unseen is not None:
             summary["arms_unseen"] = self.unseen.to_dict()
         return summary
+
+    def checks_to_dict(self) -> dict[str, Any]:
+        """diagnosis.json: what the neurons support, how stable the set is, and how t was chosen."""
+        checks: dict[str, Any] = {
+            **self.diagnosis.to_dict(),
+            "stability": {
+                "n_splits": len(self.stability.seeds),
+                "mean_jaccard": float(np.mean(self.stability.jaccards)),
+                "n_in_every_split": len(self.stability.core),
+            },
+            "found_again_in_both_orders": self.found_again,
+        }
+        return checks if self.tuning is None else checks | {"tuning": self.tuning.to_dict()}
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.summary())}</p>{self.evaluation.to_frame().round(3).to_html()}"
@@ -152,7 +188,7 @@ def find_truth_neurons(
     resolved = resolve_settings(model, **settings)
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", UserWarning)
-        finding, reporting = split_questions(questions, resolved)
+        finding, reporting, tuning_questions = split_questions(questions, resolved)
         prompts = build_prompts(model, finding, order=resolved.order, seed=resolved.seed, drop_long=drop_long)
         check = manipulation_check(model, prompts, progress=progress)
         if not check.prompts:
@@ -164,15 +200,26 @@ def find_truth_neurons(
         with tempfile.TemporaryDirectory() as scratch:
             manifest = describe(model, questions, resolved, prompts[0].text)
             folder = RunFolder.open(Path(scratch) / "run" if out is None else out, manifest, overwrite=overwrite)
-            stored = attribute_into(folder, model, check, resolved, progress=progress)
-            selection = select_neurons(
-                stored,
-                t=resolved.t,
-                p=resolved.p,
-                alpha=resolved.alpha,
-                correction=resolved.correction,
-                seed=resolved.seed,
-            )
+            options = attribution_options(model, check, resolved, progress=progress)
+            stored = attribute_into(folder, model, check, options, progress=progress)
+            if fitted := folder.noted("backed_off"):
+                options["pass_size"] = PassSize(**fitted)
+            selecting: dict[str, Any] = {
+                name: getattr(resolved, name) for name in ("p", "alpha", "correction", "family")
+            }
+            tuning = None
+            if resolved.t == "auto":
+                tuning = tune_threshold(
+                    model,
+                    stored,
+                    tuning_questions,
+                    drop_long=drop_long,
+                    progress=progress,
+                    seed=resolved.seed,
+                    **selecting,
+                )
+            selecting["t"] = tuning.t if tuning else resolved.t
+            selection = select_neurons(stored, seed=resolved.seed, **selecting)
             evaluation = evaluate(
                 model,
                 reporting,
@@ -202,6 +249,20 @@ def find_truth_neurons(
                 selection=selection,
                 evaluation=evaluation,
                 unseen=unseen,
+                diagnosis=diagnose(
+                    model,
+                    selection.neurons,
+                    check,
+                    finding,
+                    tested=set(selection.half_2),
+                    n_repetitions=resolved.n_repetitions,
+                    seed=resolved.seed,
+                    progress=progress,
+                    **options,
+                ),
+                stability=stability(stored, **selecting),
+                found_again=found_again(stored, selection, seed=resolved.seed),
+                tuning=tuning,
                 notes=tuple(dict.fromkeys(notes)),
             )
             if out is not None:
@@ -209,51 +270,59 @@ def find_truth_neurons(
     return found
 
 
-def split_questions(questions: QuestionSet, settings: Settings) -> tuple[QuestionSet, QuestionSet]:
-    """The questions to find neurons on, and those to report on: parts where the set has them, else the whole set twice."""
-    finding, reporting = questions.part("find"), questions.part("report")
+def split_questions(questions: QuestionSet, settings: Settings) -> tuple[QuestionSet, QuestionSet, QuestionSet]:
+    """The questions to find neurons on, those to report on, and those to tune t on.
+
+    Parts where the set has them, else the whole set twice; with t = "auto" a share of it, drawn with the seed, tunes only.
+    """
+    finding, reporting, tuning = (questions.part(name) for name in ("find", "report", "tune"))
     if not finding or not reporting:
         finding = reporting = questions
+    if settings.t == "auto" and not tuning:
+        shuffled = generator(settings.seed, 5).permutation(len(questions)).tolist()
+        n_tuning = max(1, round(TUNING_SHARE * len(questions)))
+        tuning, finding = (questions.select(sorted(part)) for part in (shuffled[:n_tuning], shuffled[n_tuning:]))
+        if not finding:
+            raise BadInput(f"{len(questions)} questions are too few to tune t on some of them; give a t")
+        reporting = finding
     if settings.limit is not None and settings.limit < len(finding):
         drawn = generator(settings.seed).choice(len(finding), settings.limit, replace=False)
         limited = finding.select(sorted(drawn.tolist()))
         finding, reporting = limited, limited if reporting is finding else reporting
-    return finding, reporting
+    return finding, reporting, tuning
+
+
+def attribution_options(
+    model: Model, check: ManipulationCheck, settings: Settings, *, progress: bool
+) -> dict[str, Any]:
+    """The arguments of `attribute`; a mean baseline is that of the kept prompts."""
+    baseline: Any = settings.baseline
+    if baseline == "mean":
+        baseline = mean_activations(model, check.prompts, positions=settings.positions, progress=progress)
+    names = ("n_steps", "method", "positions", "target", "engine")
+    return {"baseline": baseline, **{name: getattr(settings, name) for name in names}}
 
 
 def attribute_into(
-    folder: RunFolder, model: Model, check: ManipulationCheck, settings: Settings, *, progress: bool
+    folder: RunFolder, model: Model, check: ManipulationCheck, options: Mapping[str, Any], *, progress: bool
 ) -> StoredScores:
     """Attribute the kept prompts shard by shard; shards that are there and whole are not computed again.
 
     Where memory runs out, the size of a pass that fitted serves all further shards, and stands in the manifest.
     """
-    shards = cut_shards(check.prompts)
-    todo = [
-        index for index in range(len(shards)) if not is_whole(folder, index, len(shards[index]), neuron_space(model))
-    ]
-    baseline: Any = settings.baseline
-    if todo and baseline == "mean":
-        baseline = mean_activations(model, check.prompts, positions=settings.positions, progress=progress)
-    backed_off = folder.noted("backed_off")
-    size = PassSize(**backed_off) if backed_off else None
+    stored = StoredScores(folder, neuron_space(model), cut_shards(check.prompts))
+    stored.save_index()
+    fitted = folder.noted("backed_off")
+    size = PassSize(**fitted) if fitted else None
+    shards = stored.shards
+    todo = [index for index, shard in enumerate(shards) if not is_whole(folder, index, len(shard), stored.space)]
     for index in track(todo, "attribution" if progress else None):
-        attribution = attribute(
-            model,
-            shards[index],
-            n_steps=settings.n_steps,
-            method=settings.method,
-            baseline=baseline,
-            positions=settings.positions,
-            target=settings.target,
-            engine=settings.engine,
-            pass_size=size,
-        )
+        attribution = attribute(model, shards[index], pass_size=size, **options)
         if attribution.pass_size != attribution.planned:
             size = attribution.pass_size
             folder.note("backed_off", size._asdict())
         folder.write_shard(index, attribution)
-    return StoredScores(folder, neuron_space(model), shards)
+    return stored
 
 
 def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace) -> bool:
@@ -296,9 +365,9 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
 def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str, Any]) -> None:
     """neurons.json, evaluation.json, summary.json and report.html."""
     provenance = {
-        key: manifest[key] for key in ("model", "questions", "t", "p", "alpha", "correction", "order", "seed")
+        key: manifest[key] for key in ("model", "questions", "p", "alpha", "correction", "family", "order", "seed")
     }
-    folder.write_json("neurons.json", {**provenance, "neurons": found.selection.to_records()})
+    folder.write_json("neurons.json", {**provenance, "t": found.selection.t, "neurons": found.records()})
     evaluation = found.evaluation
     folder.write_json(
         "evaluation.json",
@@ -314,60 +383,6 @@ def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str,
             "warnings": found.warnings(),
         },
     )
+    folder.write_json("diagnosis.json", found.checks_to_dict())
     folder.write_json("summary.json", found.to_dict())
     folder.write("report.html", write_report(found, manifest).encode())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run would cost on this machine, from a few prompts that were really run."""
-
-    n_questions: int
-    n_prompts: int
-    longest_prompt: int
-    """Tokens."""
-    seconds: float
-    """Expected, if every question passes the check."""
-    memory: int
-    """Bytes of this process (of the device, on CUDA) at its peak so far."""
-
-    def summary(self) -> str:
-        """One sentence."""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        return (
-            f"{self.n_questions} questions, {self.n_prompts} prompts of up to {self.longest_prompt} tokens; at most about "
-            f"{minutes} min {seconds} s on this machine, and {self.memory / 2**30:.1f} GiB of memory."
-        )
-
-
-def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, **settings: Any) -> Plan:
-    """Say what `find_truth_neurons` would cost, by running its stages on a few prompts."""
-    check_model(model)
-    resolved = resolve_settings(model, **settings)
-    finding, reporting = split_questions(questions, resolved)
-    prompts = build_prompts(model, finding, order=resolved.order, seed=resolved.seed, drop_long=drop_long)
-    probe = prompts[:16]
-    ask(model, probe)  # whatever is set up once
-    started = time.perf_counter()
-    attribute(
-        model,
-        probe,
-        n_steps=resolved.n_steps,
-        method=resolved.method,
-        positions=resolved.positions,
-        target=resolved.target,
-        engine=resolved.engine,
-    )
-    per_attribution = (time.perf_counter() - started) / len(probe)
-    started = time.perf_counter()
-    ask(model, probe)
-    per_answer = (time.perf_counter() - started) / len(probe)
-    n_answers = len(prompts) + 2 * len(reporting) * (2 + 2 * resolved.n_repetitions)
-    on_gpu = str(model.cfg.device).startswith("cuda")
-    return Plan(
-        n_questions=len(finding),
-        n_prompts=len(prompts),
-        longest_prompt=max(len(p.token_ids) for p in prompts),
-        seconds=per_attribution * len(prompts) + per_answer * n_answers,
-        memory=torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss,
-    )

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from .diagnosis import CASES, VERDICTS
 from .evaluation import ARM_NAMES
 from .neurons import Neuron
 
@@ -25,7 +26,7 @@ def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("tn_lens"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    records = found.selection.to_records()
+    records = found.records()
     rows = [{**record, "name": str(Neuron.from_dict(record))} for record in records[:N_ROWS]]
     layers = found.plot_layers().to_html(
         full_html=False, include_plotlyjs=False, div_id="layers", config={"displaylogo": False, "responsive": True}
@@ -35,6 +36,9 @@ def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:
         found=found,
         arm_names=ARM_NAMES,
         rows=rows,
+        verdicts=VERDICTS,
+        cases=CASES,
+        case_counts={case: int((found.diagnosis.case == case).sum()) for case in CASES},
         n_hidden=max(0, len(records) - N_ROWS),
         layers=Markup(layers),
         plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),

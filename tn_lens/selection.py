@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .attribution.result import Scores
 from .errors import BadInput
 from .neurons import SITES, Neuron, NeuronSet, NeuronSpace, Site
 from .seeds import generator
-from .significance import Correction, Moments, adjust, one_sided_t_test, significant
+from .significance import Correction, Moments, adjust, half_width, one_sided_t_test, significant
 
 Family = Literal["candidates", "all"]
 """What the correction counts as tested: the candidates that were, or every neuron of the model."""
@@ -32,7 +32,7 @@ class ScoreSource(Protocol):
     def space(self) -> NeuronSpace: ...
     @property
     def categories(self) -> Mapping[int, str]: ...
-    def per_question(self) -> Iterator[tuple[int, Scores]]: ...
+    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -44,6 +44,8 @@ class Selection:
     """Share of half 1's questions in which the neuron is salient, in [0, 1]."""
     mean_difference: Float[np.ndarray, " candidate"]
     """Mean D over half 2 (paper eq. 9)."""
+    std: Float[np.ndarray, " candidate"]
+    """Standard deviation of D over half 2 (ddof 1)."""
     t_statistic: Float[np.ndarray, " candidate"]
     p_value: Float[np.ndarray, " candidate"]
     """One-sided, uncorrected."""
@@ -70,8 +72,19 @@ class Selection:
         """The truth neurons."""
         return NeuronSet(n for n, found in zip(self.candidates, self.found, strict=True) if found)
 
+    @property
+    def cohens_d(self) -> Float[np.ndarray, " candidate"]:
+        """Effect size: mean D over its standard deviation; NaN for a constant."""
+        return np.divide(self.mean_difference, self.std, out=np.full_like(self.std, np.nan), where=self.std > 0)
+
+    def interval(self, level: float = 0.95) -> tuple[Float[np.ndarray, " candidate"], Float[np.ndarray, " candidate"]]:
+        """Two-sided confidence interval of mean D, by Student's t over the questions of half 2."""
+        half = half_width(self.std, len(self.half_2), level)
+        return self.mean_difference - half, self.mean_difference + half
+
     def to_frame(self, *, candidates: bool = False) -> pd.DataFrame:
-        """One row per found neuron (or per candidate), strongest first."""
+        """One row per found neuron (or per candidate), strongest first; ci is the 95 % interval of mean D."""
+        low, high = self.interval()
         frame = pd.DataFrame(
             {
                 "site": [n.site for n in self.candidates],
@@ -79,6 +92,9 @@ class Selection:
                 "head": pd.array([n.head for n in self.candidates], dtype="Int64"),
                 "index": [n.index for n in self.candidates],
                 "mean_difference": self.mean_difference,
+                "ci_low": low,
+                "ci_high": high,
+                "cohens_d": self.cohens_d,
                 "t_statistic": self.t_statistic,
                 "p_value": self.p_value,
                 "p_adjusted": self.p_adjusted,
@@ -140,38 +156,27 @@ def select_neurons(
     Raises:
         BadInput: a threshold outside its range, or no scores.
     """
-    for name, value in (("t", t), ("p", p)):
-        if value is not None and not 0 < value <= 1:
-            raise BadInput(f"the threshold {name} must lie in (0, 1], a fraction and not a percentage; got {value}")
-    if alpha is not None and not 0 < alpha < 1:
-        raise BadInput(f"alpha must lie in (0, 1); got {alpha}")
-    if family not in ("candidates", "all"):
-        raise BadInput(f"expected family 'candidates' or 'all', got {family!r}")
+    check_thresholds(t=t, p=p, alpha=alpha, family=family)
     if not scores.categories:
         raise BadInput("there are no scores to select from: no question was attributed")
     half_1, half_2 = split_halves(scores.categories, seed)
-    counts = _count_salient(scores, set(half_1), t)
-    least = 1 if p is None else max(1, int(np.ceil(p * len(half_1) - 1e-9)))
-    chosen = {site: count >= least for site, count in counts.items()}
-    places: list[tuple[Site, int, int]] = [
-        (site, layer, flat) for site in SITES if site in chosen for layer, flat in chosen[site].nonzero().tolist()
-    ]
-    moments = Moments.empty(len(places))
-    for question, difference in scores.per_question():
-        if question in half_2:
-            row = [difference[site][chosen[site]].double() for site in SITES if site in chosen]
-            moments = moments.add(torch.cat(row).numpy())
+    (counts,) = count_salient(scores, set(half_1), [t])
+    least = least_count(p, len(half_1))
+    chosen: dict[Site, Tensor] = {
+        site: (count >= least).flatten().nonzero().flatten() for site, count in counts.items()
+    }
+    moments = moments_of(scores, set(half_2), chosen)
     test = one_sided_t_test(moments)
     adjusted = adjust(test.p_value, correction, None if family == "candidates" else scores.space.n_neurons)
-    share = [counts[site][layer, flat].item() / len(half_1) for site, layer, flat in places]
     return Selection(
-        candidates=tuple(scores.space.neuron(site, layer, flat) for site, layer, flat in places),
-        share=np.array(share, dtype=np.float64),
+        candidates=neurons_at(scores.space, chosen),
+        share=np.concatenate([(counts[s].flatten()[at] / len(half_1)).double().numpy() for s, at in chosen.items()]),
         mean_difference=moments.mean,
+        std=moments.standard_error * np.sqrt(moments.n),
         t_statistic=test.statistic,
         p_value=test.p_value,
         p_adjusted=adjusted,
-        found=np.ones(len(places), dtype=bool) if alpha is None else significant(adjusted, alpha),
+        found=np.ones(len(adjusted), dtype=bool) if alpha is None else significant(adjusted, alpha),
         space=scores.space,
         half_1=half_1,
         half_2=half_2,
@@ -182,6 +187,21 @@ def select_neurons(
         family=family,
         seed=seed,
     )
+
+
+def check_thresholds(*, t: float | None, p: float | None, alpha: float | None, family: str = "candidates") -> None:
+    """Refuse what no selection can be made with.
+
+    Raises:
+        BadInput: a threshold outside its range, or an unknown family.
+    """
+    for name, value in (("t", t), ("p", p)):
+        if value is not None and not 0 < value <= 1:
+            raise BadInput(f"the threshold {name} must lie in (0, 1], a fraction and not a percentage; got {value}")
+    if alpha is not None and not 0 < alpha < 1:
+        raise BadInput(f"alpha must lie in (0, 1); got {alpha}")
+    if family not in get_args(Family):
+        raise BadInput(f"expected family 'candidates' or 'all', got {family!r}")
 
 
 def split_halves(categories: Mapping[int, str], seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -200,11 +220,35 @@ def salient(difference: Float[Tensor, "layer neuron"], t: float | None) -> Bool[
     return difference > (0 if t is None else t) * largest.clamp(min=0) if largest > 0 else difference.isnan()
 
 
-def _count_salient(scores: ScoreSource, questions: set[int], t: float | None) -> dict[Site, Tensor]:
-    counts: dict[Site, Tensor] = {}
-    for question, difference in scores.per_question():
-        for site, values in difference.items():
-            count = counts.setdefault(site, torch.zeros(values.shape, dtype=torch.int32))
-            if question in questions:
-                count += salient(values, t)
+def least_count(p: float | None, n_questions: int) -> int:
+    """In how many of the questions a candidate is salient at least."""
+    return 1 if p is None else max(1, int(np.ceil(p * n_questions - 1e-9)))
+
+
+def count_salient(
+    scores: ScoreSource, questions: Set[int], ts: Sequence[float | None]
+) -> list[dict[Site, Int[Tensor, "layer neuron"]]]:
+    """In how many of the questions every neuron is salient, for each threshold, in one pass over the scores."""
+    counts: list[dict[Site, Tensor]] = [
+        {s: torch.zeros(scores.space.n_layers, w, dtype=torch.int32) for s in SITES if (w := scores.space.width(s))}
+        for _ in ts
+    ]
+    for _, difference in scores.per_question(questions):
+        for t, of_site in zip(ts, counts, strict=True):
+            for site in of_site:
+                of_site[site] += salient(difference[site], t)
     return counts
+
+
+def moments_of(scores: ScoreSource, questions: Set[int], places: Mapping[Site, Int[Tensor, " _"]]) -> Moments:
+    """Mean and spread of D of some neurons (flat places, layer after layer) over the questions."""
+    moments = Moments.empty(sum(map(len, places.values())))
+    for _, difference in scores.per_question(questions):
+        row = [difference[site].flatten()[at].double() for site, at in places.items()]
+        moments = moments.add(torch.cat(row).numpy())
+    return moments
+
+
+def neurons_at(space: NeuronSpace, places: Mapping[Site, Int[Tensor, " _"]]) -> tuple[Neuron, ...]:
+    """The neurons at flat places."""
+    return tuple(space.neuron(s, *divmod(flat, space.width(s))) for s, at in places.items() for flat in at.tolist())

@@ -17,6 +17,7 @@ from .errors import BadInput
 from .models import Model
 from .prompts import Order
 from .seeds import generator
+from .selection import Family, check_thresholds
 from .significance import Correction
 
 
@@ -24,13 +25,15 @@ from .significance import Correction
 class Settings:
     """Everything that decides a run's numbers, besides the model and the questions."""
 
-    t: float
-    """Adaptive threshold (paper 2.3, A.3)."""
+    t: float | Literal["auto"]
+    """Adaptive threshold (paper 2.3, A.3); "auto" searches for it on questions that serve nothing else."""
     p: float = 0.4
     """Share threshold (paper 2.3, 3.1)."""
     alpha: float = 0.05
     """Level of the held-out test (paper 2.2)."""
     correction: Correction = "bonferroni"
+    family: Family = "candidates"
+    """What the correction counts as tested."""
     order: Order = "random"
     n_steps: int = 20
     """m of the paper's equation 4."""
@@ -49,6 +52,7 @@ class Settings:
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "correction": get_args(Correction),
+    "family": get_args(Family),
     "order": get_args(Order),
     "method": get_args(Method),
     "baseline": ("zero", "mean"),
@@ -70,15 +74,12 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
         raise BadInput(f"unknown setting {unknown[0]!r}: expected {', '.join(fields)}")
     known = {"t": 0.2, **recommended_settings(model)}
     settings = Settings(**(known | {key: value for key, value in given.items() if value is not None}))
-    for name in ("t", "p", "alpha"):
-        if not isinstance(getattr(settings, name), int | float):
-            raise BadInput(f"{name} must be a number; got {getattr(settings, name)!r}")
-    for name in ("t", "p"):
-        value = getattr(settings, name)
-        if not 0 < value <= 1:
-            raise BadInput(f"the threshold {name} must lie in (0, 1], a fraction and not a percentage; got {value}")
-    if not 0 < settings.alpha < 1:
-        raise BadInput(f"alpha must lie in (0, 1); got {settings.alpha}")
+    t = None if settings.t == "auto" else settings.t
+    for name, value in (("t", t), ("p", settings.p), ("alpha", settings.alpha)):
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            also = ", or 'auto'" if name == "t" else ""
+            raise BadInput(f"{name} must be a number{also}; got {value!r}")
+    check_thresholds(t=t, p=settings.p, alpha=settings.alpha)
     for name in ("n_steps", "n_repetitions", "limit"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or value < 1):

@@ -128,3 +128,8 @@ def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"
 def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:
     """Which tests reject at alpha."""
     return adjusted < alpha
+
+
+def half_width(std: Float[Array, " column"], n: int, level: float = 0.95) -> Float[Array, " column"]:
+    """Half of a confidence interval of a mean, by Student's t; NaN below two observations."""
+    return stats.t.ppf((1 + level) / 2, max(n - 1, 1)) * std / np.sqrt(n) if n > 1 else np.full_like(std, np.nan)

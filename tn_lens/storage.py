@@ -7,12 +7,13 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -21,12 +22,21 @@ from .attribution.result import Attribution, Scores
 from .errors import BadInput
 from .neurons import NeuronSpace
 from .prompts import Prompt, by_question
+from .seeds import generator
 
 PROMPTS_PER_SHARD = 64
 """Prompts in one file of scores (a question's prompts stay together): at most this much work is lost."""
 
 
-RESULT_FILES = ("report.html", "summary.json", "evaluation.json", "neurons.json", "manifest.json")
+RESULT_FILES = (
+    "report.html",
+    "summary.json",
+    "diagnosis.json",
+    "evaluation.json",
+    "neurons.json",
+    "prompts.json",
+    "manifest.json",
+)
 """What a run writes beside its scores."""
 
 
@@ -136,22 +146,73 @@ class StoredScores:
     folder: RunFolder
     space: NeuronSpace
     shards: tuple[tuple[Prompt, ...], ...]
+    drawn: int | None = None
+    """A seed, to count each question by one order drawn at random, as if it had been asked once; None for the mean of all."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> StoredScores:
+        """The scores of a finished or interrupted run, without its model.
+
+        Raises:
+            BadInput: there is no run, or it has not come to its scores.
+        """
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
+        _settings_of(path / "manifest.json")
+        try:
+            held = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
+            shards = tuple(
+                tuple(
+                    Prompt(
+                        token_ids=(),
+                        label_ids=(),
+                        right=prompt["right"],
+                        question=prompt["question"],
+                        order=tuple(prompt["order"]),
+                        category=prompt["category"],
+                    )
+                    for prompt in shard
+                )
+                for shard in held["shards"]
+            )
+            return cls(RunFolder(path), NeuronSpace(**held["space"]), shards)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"{path / 'prompts.json'} is missing or damaged; run the same command again, or another version wrote it"
+            ) from error
+
+    def save_index(self) -> None:
+        """Write prompts.json: which prompt each score belongs to, so that `load` needs no model."""
+        shards = [
+            [{"question": p.question, "category": p.category, "right": p.right, "order": p.order} for p in shard]
+            for shard in self.shards
+        ]
+        self.folder.write_json("prompts.json", {"space": asdict(self.space), "shards": shards})
 
     @property
     def categories(self) -> dict[int, str]:
         """Question index -> category."""
         return {prompt.question: prompt.category for shard in self.shards for prompt in shard}
 
-    def per_question(self) -> Iterator[tuple[int, Scores]]:
-        """D of each question, averaged over its orders."""
+    @property
+    def n_orders(self) -> int:
+        """In how many orders questions were asked, at most."""
+        return max((len(group) for shard in self.shards for _, group in by_question(shard)), default=0)
+
+    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
+        """D of each question (or of some), averaged over its orders."""
         for index, prompts in enumerate(self.shards):
-            tensors = self._read(index)
-            scores = {
-                site: tensors[site].float() * tensors[f"{site}.scale"][:, None, None] for site in self.sites(tensors)
-            }
+            tensors: dict[str, Tensor] | None = None
             start = 0
             for question, group in by_question(prompts):
-                yield question, {site: values[start : start + len(group)].mean(0) for site, values in scores.items()}
+                if questions is None or question in questions:
+                    tensors = self._read(index) if tensors is None else tensors
+                    rows = range(start, start + len(group))
+                    if self.drawn is not None:
+                        place = int(generator(self.drawn, question).integers(len(group)))
+                        rows = rows[place : place + 1]
+                    yield question, {site: _unpack(tensors, site, rows) for site in self.sites(tensors)}
                 start += len(group)
 
     def completeness(self) -> dict[str, dict[str, list[float]]]:
@@ -217,6 +278,14 @@ def _pack(attribution: Attribution) -> dict[str, Tensor]:
         tensors[f"{site}.gap"] = attribution.gap[site].float().contiguous()
         tensors[f"{site}.change"] = attribution.change[site].float().contiguous()
     return tensors
+
+
+def _unpack(tensors: Mapping[str, Tensor], site: str, rows: range) -> Float[Tensor, "layer neuron"]:
+    """The mean of some prompts' scores."""
+    total = tensors[site][rows[0]].float() * tensors[f"{site}.scale"][rows[0]]
+    for row in rows[1:]:
+        total += tensors[site][row].float() * tensors[f"{site}.scale"][row]
+    return total / len(rows) if len(rows) > 1 else total
 
 
 def _short(value: Any) -> str:

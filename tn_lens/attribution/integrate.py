@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -88,11 +89,14 @@ def integrate(
             first = 0
             for (place, which), gradient in zip(of_place.items(), gradients, strict=True):
                 site, layer = place
-                at_baseline = which[0] == 0
-                if at_baseline:
+                steps = [node - 1 for node in which if node > 0]
+                if len(steps) < len(which):
                     change[index][site][:, layer] = reached[index] - value[:, first].detach()
-                weights = rule.weights[[node - 1 for node in which[at_baseline:]]].to(gradient)
-                weighted = torch.einsum("s,bspn->bpn", weights, gradient[:, at_baseline:])
+                weighted = einsum(
+                    rule.weights[steps].to(gradient),
+                    gradient[:, len(which) - len(steps) :],
+                    "step, prompt step position neuron -> prompt position neuron",
+                )
                 scores[index][site][:, layer] += (delta[place] * weighted).sum(1)
                 first += len(which)
     return BatchScores(scores, change)

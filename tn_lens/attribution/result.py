@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from html import escape
 from typing import NamedTuple
@@ -104,12 +104,13 @@ class Attribution:
         ]
         return pd.DataFrame(rows, columns=["site", "layer", "gap", "change"])
 
-    def per_question(self) -> Iterator[tuple[int, Scores]]:
-        """D of each question: the mean over the orders in which it was asked (one of them under order="random")."""
+    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
+        """D of each question (or of some): the mean over the orders in which it was asked (one under order="random")."""
         start = 0
         for question, group in by_question(self.prompts):
             rows = slice(start, start + len(group))
-            yield question, {site: scores[rows].mean(0) for site, scores in self.difference.items()}
+            if questions is None or question in questions:
+                yield question, {site: scores[rows].mean(0) for site, scores in self.difference.items()}
             start += len(group)
 
     def top(self, n: int = 10, prompt: int | None = None) -> pd.DataFrame:

@@ -1,0 +1,61 @@
+"""What attribution holds above the weights: against its budget, and over 10 and 1,000 prompts: `python benchmarks/memory.py`.
+
+Writes memory.json. Scores go to a run folder shard by shard, as in a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from measuring import machine, random_model, random_prompt, with_peak
+
+from tn_lens import Prompt, attribute
+from tn_lens.models import Model, lay_out_weights
+from tn_lens.storage import RunFolder, cut_shards
+
+RESULTS = Path(__file__).with_suffix(".json")
+MIB = 2**20
+
+
+def run(model: Model, prompts: list[Prompt], max_memory: int) -> tuple[int, int]:
+    """Peak bytes above the start, and rows in a pass."""
+    rows = 0
+
+    def shards() -> None:
+        nonlocal rows
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = RunFolder.open(Path(scratch) / "run", {})
+            for index, shard in enumerate(cut_shards(prompts)):
+                found = attribute(model, shard, engine="shared_prefix", max_memory=max_memory)
+                rows = found.pass_size.n_rows * min(found.pass_size.n_prompts, len(shard))
+                folder.write_shard(index, found)
+
+    _, peak = with_peak(shards)
+    return peak, rows
+
+
+def main() -> None:
+    """Measure and write."""
+    model = lay_out_weights(random_model(512, 12))
+    prompts = [random_prompt(128, seed) for seed in range(4)]
+    attribute(model, prompts[0], n_steps=1)
+    budgets = []
+    for budget in (64, 128, 256, 512, 1024, 2048):
+        peak, rows = run(model, prompts, budget * MIB)
+        budgets.append({"max_memory_mib": budget, "peak_mib": round(peak / MIB), "rows_in_a_pass": rows})
+        print(budgets[-1], flush=True)
+    small = lay_out_weights(random_model(256, 4))
+    counts = []
+    for n in (10, 100, 1000):
+        peak, _ = run(small, [random_prompt(64, seed) for seed in range(n)], 128 * MIB)
+        counts.append({"n_prompts": n, "peak_mib": round(peak / MIB)})
+        print(counts[-1], flush=True)
+    results = {"machine": machine(), "budgets": budgets, "prompts": counts}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""One prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL] [--captum]`.
+
+Builds a Hugging Face model of the named shape in bfloat16, hands its weights to `load_model`, and attributes one prompt of
+TruthfulQA's length for every neuron of both sites. With --captum two layers are also measured with captum, and scaled. Adds
+a row to real_size.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attribution import N_STEPS, by_captum, ours, per_place
+from measuring import machine, timed, with_peak
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
+
+from tn_lens import Prompt, load_model
+from tn_lens.neurons import SITES, Site
+
+RESULTS = Path(__file__).with_suffix(".json")
+N_TOKENS = 110
+"""Figure 9's system prompt, a question and two answers, with a chat template."""
+SHAPES: dict[str, Any] = {
+    "Qwen2.5-3B-Instruct": partial(
+        Qwen2Config,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Llama-3.2-3B-Instruct": partial(
+        LlamaConfig,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "OLMo-2-1124-7B-Instruct": partial(
+        Olmo2Config,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=100352,
+    ),
+    "Llama-3.1-8B-Instruct": partial(
+        LlamaConfig,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "Mistral-Nemo-Instruct-2407": partial(
+        MistralConfig,
+        hidden_size=5120,
+        intermediate_size=14336,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=131072,
+        sliding_window=None,
+    ),
+    "OLMo-2-1124-13B-Instruct": partial(
+        Olmo2Config,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        vocab_size=100352,
+    ),
+}
+"""The paper's models, as their config.json has them."""
+
+
+def main() -> None:
+    """Measure one model and replace its row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="Qwen2.5-3B-Instruct", choices=SHAPES)
+    parser.add_argument("--captum", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_config(SHAPES[arguments.model](), dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(arguments.model, hf_model=source, dtype=torch.bfloat16, device=device)
+    del source
+    weights = sum({p.data_ptr(): p.numel() * p.itemsize for p in model.parameters()}.values())
+    tokens = torch.randint(100, 90000, (N_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = Prompt(token_ids=tuple(tokens), label_ids=((32, 64), (33, 65)), right=0)
+    ours(model, Prompt(token_ids=tuple(tokens[:4]), label_ids=prompt.label_ids, right=0), n_steps=1)
+    (found, seconds), peak = with_peak(lambda: timed(lambda: ours(model, prompt)))
+    row = {
+        "model": arguments.model,
+        "n_layers": model.cfg.n_layers,
+        "n_neurons": found.space.n_neurons,
+        "n_tokens": N_TOKENS,
+        "n_steps": N_STEPS,
+        "dtype": "bfloat16",
+        "weights_bytes": weights,
+        "seconds": round(seconds, 1),
+        "rows_per_pass": found.pass_size.n_rows,
+        "peak_memory_bytes_above_weights": peak,
+        "machine": machine(),
+        "n_threads": torch.get_num_threads(),
+    }
+    print(row, flush=True)
+    if arguments.captum:
+        middle = model.cfg.n_layers // 2
+        places: list[tuple[Site, int]] = [("mlp", middle - 2), ("attn", middle + 1)]
+        scores, captum = per_place(partial(by_captum, internal_batch_size=N_STEPS), model, prompt, places)
+        row |= {"captum_seconds_extrapolated": round(captum, 1), "ratio": round(captum / seconds, 1)}
+        for (site, layer), expected in scores.items():
+            score, other = found.difference[site][0, layer], expected.float().cpu()
+            row[f"correlation_{site}"] = round(float(torch.corrcoef(torch.stack([score, other]))[0, 1]), 5)
+        print(row, flush=True)
+    assert all(found.difference[site].abs().max() > 0 for site in SITES)
+    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    there = [r for r in there if (r["model"], r["machine"]) != (row["model"], row["machine"])]
+    RESULTS.write_text(json.dumps([*there, row], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Other thresholds, splits and orders from the same scores, and the search for t."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tn_lens import (
+    Attribution,
+    NeuronSet,
+    QuestionSet,
+    ablate,
+    attribute,
+    build_prompts,
+    evaluate,
+    manipulation_check,
+    select_neurons,
+)
+from tn_lens import tuning as tuning_module
+from tn_lens.figures import plot_sweep
+from tn_lens.models import Model
+from tn_lens.reselection import found_again, stability, sweep
+from tn_lens.storage import RunFolder, StoredScores, cut_shards
+from tn_lens.toy import planted
+from tn_lens.tuning import tune_threshold
+
+
+@pytest.fixture(scope="module")
+def scores() -> Attribution:
+    world = planted(seed=0)
+    return attribute(world.model, manipulation_check(world.model, world.prompts).prompts, n_steps=5)
+
+
+@pytest.fixture
+def stored(scores: Attribution, tmp_path: Path) -> StoredScores:
+    """The same scores in a run folder."""
+    folder = RunFolder.open(tmp_path / "run", {"model": "planted"})
+    shards = cut_shards(list(scores.prompts))
+    held = StoredScores(folder, scores.space, shards)
+    held.save_index()
+    first = 0
+    for index, shard in enumerate(shards):
+        part = replace(
+            scores,
+            prompts=shard,
+            difference={s: d[first : first + len(shard)] for s, d in scores.difference.items()},
+            change={s: c[first : first + len(shard)] for s, c in scores.change.items()},
+        )
+        folder.write_shard(index, part)
+        first += len(shard)
+    return held
+
+
+def test_stored_scores_are_half_precision_of_the_prompts_largest(stored: StoredScores, scores: Attribution) -> None:
+    again = StoredScores.load(stored.folder.path)
+    assert again.space == scores.space
+    assert again.categories == scores.categories
+    for (q, held), (question, exact) in zip(again.per_question(), scores.per_question(), strict=True):
+        assert q == question
+        for site, values in exact.items():
+            torch.testing.assert_close(held[site], values, atol=2**-11 * float(values.abs().max()), rtol=0)
+    sizes = [stored.folder.shard(i).stat().st_size for i in range(len(stored.shards))]
+    per_score = (sum(sizes) - 8000) / (len(scores) * scores.space.n_neurons)
+    assert per_score <= 2 + 8 * 4 * scores.space.n_layers / scores.space.n_neurons, "2 bytes a score and the sums"
+
+
+def test_tiny_scores_do_not_vanish(scores: Attribution, tmp_path: Path) -> None:
+    small = replace(scores, difference={s: d * 1e-9 for s, d in scores.difference.items()})
+    folder = RunFolder.open(tmp_path / "run", {})
+    folder.write_shard(0, small)
+    held = StoredScores(folder, scores.space, (scores.prompts,))
+    assert select_neurons(held, t=0.1).neurons == select_neurons(scores, t=0.1).neurons
+
+
+def test_selections_from_disk_are_those_from_memory(stored: StoredScores, scores: Attribution) -> None:
+    loaded = StoredScores.load(stored.folder.path)
+    for settings in ({"t": 0.1}, {"t": 0.3, "p": 0.6}, {"t": 0.02, "correction": "holm"}, {"family": "all", "seed": 3}):
+        assert select_neurons(loaded, **settings).neurons == select_neurons(scores, **settings).neurons
+
+
+def test_a_sweep_is_every_selection(scores: Attribution) -> None:
+    ts, ps = (0.03, 0.1, 0.3), (0.1, 0.4, 0.8)
+    table = sweep(scores, ts=ts, ps=ps, seed=4).set_index(["t", "p"])
+    for t in ts:
+        for p in ps:
+            one = select_neurons(scores, t=t, p=p, seed=4)
+            assert tuple(table.loc[(t, p)]) == (len(one.candidates), len(one.neurons))
+    figure = plot_sweep(table.reset_index())
+    assert np.array(figure.data[0].text).tolist() == table["n_found"].unstack().to_numpy().tolist()
+    with pytest.raises(ValueError, match="'n_found' is missing"):
+        plot_sweep(table.reset_index().drop(columns="n_found"))
+    with pytest.raises(ValueError, match="fraction and not a percentage"):
+        sweep(scores, ts=(20.0,))
+
+
+def test_stability_compares_the_splits(scores: Attribution) -> None:
+    stable = stability(scores, seeds=(0, 1, 2), t=0.1)
+    assert stable.jaccards == [1.0] * 3
+    assert stable.core == planted(seed=0).truth
+    loose = stability(scores, seeds=range(4), t=0.001, p=0.1, alpha=None)
+    assert 0 < np.mean(loose.jaccards) < 1
+    assert loose.core == NeuronSet(set.intersection(*map(set, loose.sets)))
+    assert "Over 4 splits" in repr(loose)
+    with pytest.raises(ValueError, match="at least two seeds"):
+        stability(scores, seeds=(1,))
+
+
+def test_effect_sizes_and_intervals_by_scipy(scores: Attribution) -> None:
+    from scipy import stats
+
+    found = select_neurons(scores, t=0.1)
+    half_2 = [i for i, p in enumerate(scores.prompts) if p.question in found.half_2]
+    low, high = found.interval()
+    for place, neuron in enumerate(found.candidates):
+        column = scores.difference[neuron.site][half_2, neuron.layer, scores.space.flat(neuron)].double().numpy()
+        assert found.cohens_d[place] == pytest.approx(column.mean() / column.std(ddof=1))
+        expected = stats.t.interval(0.95, len(column) - 1, column.mean(), stats.sem(column))
+        assert (low[place], high[place]) == pytest.approx(expected)
+
+
+def test_neurons_of_one_letter_are_not_found_again_in_both_orders(
+    toy: Model, toy_questions: QuestionSet, tmp_path: Path
+) -> None:
+    prompts = build_prompts(toy, toy_questions.part("find").select(range(80)), order="both")
+    kept = manipulation_check(toy, prompts).prompts
+    scores = attribute(toy, kept, n_steps=3)
+    # A neuron that supports A: twice as much as it is weakened by B at its place.
+    letters = torch.tensor([1.0 if p.right == 0 else -0.9 for p in kept])
+    scores.difference["mlp"][:, 0, 0] = letters * scores.difference["mlp"].amax((1, 2))
+    folder = RunFolder.open(tmp_path / "run", {})
+    stored = StoredScores(folder, scores.space, (tuple(kept),))
+    folder.write_shard(0, scores)
+    selection = select_neurons(stored, t=0.05)
+    again = found_again(stored, selection)
+    once = select_neurons(replace(stored, drawn=0), t=0.05).neurons
+    assert again == len(once & selection.neurons) / len(once)
+    assert again is not None
+    assert 0.3 < again <= 1
+    single = replace(stored, shards=(tuple(p for p in kept if p.right == 0),))
+    assert found_again(single, selection) is None
+
+
+@pytest.fixture(scope="module")
+def tuned(toy: Model, toy_questions: QuestionSet) -> tuple[Any, Attribution]:
+    check = manipulation_check(toy, build_prompts(toy, toy_questions.part("find"), order="both"))
+    scores = attribute(toy, check.prompts)
+    return tune_threshold(toy, scores, toy_questions.part("tune")), scores
+
+
+def test_the_tuned_t_is_nearly_the_best_on_unseen_questions(
+    tuned: tuple[Any, Attribution], toy: Model, toy_questions: QuestionSet
+) -> None:
+    tuning, scores = tuned
+    unseen = toy_questions.part("report")
+
+    def arm(t: float) -> Any:
+        neurons = select_neurons(scores, t=t).neurons
+        return evaluate(toy, unseen, neurons, n_repetitions=2, arms=("baseline", "suppressed")).arms["suppressed"]
+
+    arms = [arm(t) for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)]
+    best = min(a.order_averaged_accuracy for a in arms if a.answer_mass >= 0.95)
+    assert arm(tuning.t).order_averaged_accuracy <= best + 0.03
+    assert len({a.order_averaged_accuracy for a in arms}) > 3, "the choice of t matters"
+
+
+def test_the_search_is_written_down(tuned: tuple[Any, Attribution], toy: Model, toy_questions: QuestionSet) -> None:
+    tuning, scores = tuned
+    assert tuning.steps[0].t == 0.2
+    assert tuning.n_questions == len(toy_questions.part("tune"))
+    step = next(s for s in tuning.steps if s.t == tuning.t)
+    neurons = select_neurons(scores, t=tuning.t).neurons
+    arms = evaluate(toy, toy_questions.part("tune"), neurons, n_repetitions=1, arms=("baseline", "suppressed")).arms
+    assert step.order_averaged_accuracy == pytest.approx(arms["suppressed"].order_averaged_accuracy)
+    assert tuning.untouched.order_averaged_accuracy == pytest.approx(arms["baseline"].order_averaged_accuracy)
+    assert step.n_found == len(neurons)
+    json.dumps(tuning.to_dict())
+    assert list(tuning.to_frame()["t"]) == sorted((s.t for s in tuning.steps), reverse=True)
+
+
+def test_thresholds_that_lose_the_instruction_are_not_chosen(
+    tuned: tuple[Any, Attribution], toy: Model, toy_questions: QuestionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of more than 60 neurons are made to cost the answer mass; the best of the others is chosen, and the walk stops."""
+    free, scores = tuned
+    real: Callable = tuning_module.ask
+    size = 0
+
+    def watching(model: Model, neurons: NeuronSet) -> Any:
+        nonlocal size
+        size = len(neurons)
+        return ablate(model, neurons)
+
+    monkeypatch.setattr(tuning_module, "ablate", watching)
+    monkeypatch.setattr(tuning_module, "ask", lambda *a: real(*a) * (0.5 if size > 60 else 1.0))
+    bound = tune_threshold(toy, scores, toy_questions.part("tune"))
+    assert {s.holds for s in bound.steps if s.n_found > 60} == {False}
+    chosen = next(s for s in bound.steps if s.t == bound.t)
+    assert chosen.n_found <= 60
+    assert len(bound.steps) < len(free.steps), "two thresholds in a row without the instruction end the walk down"
+    size = 0
+    monkeypatch.setattr(tuning_module, "ask", lambda *a: real(*a) * (0.5 if size else 1.0))
+    with pytest.raises(ValueError, match="no threshold lowers accuracy without losing"):
+        tune_threshold(toy, scores, toy_questions.part("tune"))

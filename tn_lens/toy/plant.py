@@ -1,0 +1,256 @@
+"""A model whose truth neurons are known, because they were put there: ground truth for any method that looks for them.
+
+No training: weights are written by hand into a residual stream with named dimensions and no norm. The last position reads
+whether the answer at A is the true one and pushes the labels apart; the neurons that carry this are the truth. Beside them
+stand traps, neurons that look like truth to a method that lacks one filter, and a background of small random neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BadInput
+from ..models import Model, build_model
+from ..neurons import Neuron, NeuronSet
+from ..prompts import Prompt
+from ..seeds import generator
+
+N_TOKENS = 12
+AT_A, AT_B, LAST = 4, 7, N_TOKENS - 1
+"""Positions of the two answers, and of the cue whose logits are read."""
+LABELS = ((0, 1), (2, 3))
+"""Token ids of A, a and B, b."""
+TRUE, FALSE, WORDS, CUES = range(4, 10), range(10, 16), range(16, 32), 32
+"""Answers that are true or false, words without meaning, and the first of the cues, one a category."""
+
+ONE, FLAG, SECOND, DECISION, TO_A, TO_B, AT_FIRST, AT_LAST, MISTAKEN, CATEGORY = range(10)
+"""Named dimensions: always 1; the answer is true; the same, written later; what was decided; the labels' logits; where the
+token stands; a category in which the model is mistaken; the first of the categories. The rest is nuisance."""
+
+N_CATEGORIES = 5
+N_NAMED = CATEGORY + N_CATEGORIES
+SHARPNESS = 7.0
+"""Of the attention to the answer at A."""
+OPEN = 2.0
+"""The input of a gate that is open; silu(2) = 1.76."""
+
+STRENGTHS = ((1, 0.34), (1, 0.30), (1, 0.26), (2, 0.32), (2, 0.24))
+"""Layer of each planted truth neuron, and the logit that it moves between A and B."""
+BY_ATTENTION = 0.9
+"""The logit that the second attention neuron moves directly."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Planted:
+    """A model, prompts for it, and what a method should find."""
+
+    model: Model
+    prompts: tuple[Prompt, ...]
+    truth: NeuronSet
+    """The neurons that support truth."""
+    traps: Mapping[str, Neuron]
+    """Neurons that only look like it, by what gives them away."""
+    mistaken: frozenset[int]
+    """Questions that the model answers wrong."""
+
+
+def planted(
+    *,
+    seed: int = 0,
+    n_questions: int = 200,
+    mistaken: float = 0.2,
+    noise: float = 0.01,
+    label_logit: float = 7.0,
+    n_layers: int = 4,
+    d_model: int = 48,
+    d_mlp: int = 24,
+    d_head: int = 8,
+) -> Planted:
+    """Plant truth neurons and one trap for every filter of the method.
+
+    The traps, and what keeps each of them out at the defaults:
+
+    - `"letter"` supports A whatever is true: the held-out test.
+    - `"format"` supports both labels alike: the threshold t; with a low `label_logit` only a target that is normalised over
+      the labels.
+    - `"weak"` supports truth, but little: t.
+    - `"category"` supports truth in one category: the share p.
+    - `"anti"` supports what is false: the manipulation check, p or the test.
+    - `"contrarian"` contradicts the model where it is mistaken: the manipulation check or p; from `mistaken = 0.5` on only
+      the check.
+    - `"elsewhere"` supports truth from another position: reading the last one only.
+
+    Args:
+        seed: of the prompts and the background.
+        n_questions: one prompt each, the right answer at A in half of them.
+        mistaken: share of the questions that the model answers wrong, in a category of their own.
+        noise: standard deviation of what each background neuron leaks into the labels' logits.
+        label_logit: of the labels without the format neuron; 7 leaves it little to do, 4 leaves it much.
+        n_layers, d_model, d_mlp, d_head: sizes; what is planted takes 3 layers, 24 dimensions and 8 MLP neurons.
+
+    Raises:
+        BadInput: sizes too small to plant anything, or a share outside [0, 1].
+    """
+    if n_layers < 3 or d_model < N_NAMED + 8 or d_mlp < 8 or d_head < 2:
+        raise BadInput(
+            f"planting needs 3 layers, d_model {N_NAMED + 8}, d_mlp 8 and d_head 2; "
+            f"got {n_layers}, {d_model}, {d_mlp} and {d_head}"
+        )
+    if n_questions < 1 or not 0 <= mistaken <= 1:
+        raise BadInput(f"expected a question and a share in [0, 1]; got {n_questions} and {mistaken}")
+    model = _background(seed, noise, label_logit, n_layers, d_model, d_mlp, d_head)
+    truth, traps = _plant(model)
+    prompts = _ask(seed, n_questions, round(mistaken * n_questions))
+    return Planted(
+        model=model,
+        prompts=prompts,
+        truth=truth,
+        traps=traps,
+        mistaken=frozenset(p.question for p in prompts if p.category == "mistaken"),
+    )
+
+
+def _background(
+    seed: int, noise: float, label_logit: float, n_layers: int, d_model: int, d_mlp: int, d_head: int
+) -> Model:
+    """Embeddings with named dimensions, and neurons that read and write nuisance."""
+    model = build_model(
+        {
+            "n_layers": n_layers,
+            "d_model": d_model,
+            "n_ctx": N_TOKENS,
+            "n_heads": 2,
+            "d_head": d_head,
+            "d_mlp": d_mlp,
+            "d_vocab": CUES + N_CATEGORIES + 1,
+            "act_fn": "silu",
+            "gated_mlp": True,
+            "normalization_type": None,
+            "device": "cpu",
+            "model_name": "planted",
+        }
+    )
+    coins = generator(seed, 3)
+
+    def random(*shape: int, scale: float) -> Float[Tensor, "..."]:
+        return scale * torch.from_numpy(coins.standard_normal(shape)).float()
+
+    n_nuisance = d_model - N_NAMED
+
+    def small(*shape: int, scale: float) -> Float[Tensor, "..."]:
+        """A matrix into or out of the nuisance dimensions."""
+        matrix = torch.zeros(shape)
+        matrix[..., N_NAMED:] = random(*shape[:-1], n_nuisance, scale=scale)
+        return matrix
+
+    reading, writing = 0.9 * n_nuisance**-0.5, 0.7 * d_mlp**-0.5  # activations do not grow with the sizes
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        embed = model.embed.W_E
+        embed[4:, N_NAMED:] = random(len(embed) - 4, n_nuisance, scale=0.5)
+        embed[list(TRUE), FLAG], embed[list(FALSE), FLAG] = 1.0, -1.0
+        for category in range(N_CATEGORIES):
+            embed[CUES + category, CATEGORY + category] = 1.0
+        embed[CUES + N_CATEGORIES, MISTAKEN] = 1.0
+        where = model.pos_embed.W_pos
+        where[:, ONE], where[AT_A, AT_FIRST], where[LAST, AT_LAST] = 1.0, 1.0, 1.0
+        for shown, (upper, lower) in enumerate(LABELS):
+            model.unembed.W_U[TO_A + shown, [upper, lower]] = 1.0
+            model.unembed.b_U[[upper, lower]] = label_logit + torch.tensor([0.0, -1.4])
+        for block in model.blocks:
+            attention: Any = block.attn
+            mlp: Any = block.mlp
+            for weight in (attention.W_Q, attention.W_K, attention.W_V):
+                weight.copy_(small(2, d_head, d_model, scale=reading).transpose(1, 2))
+            attention.W_O.copy_(small(2, d_head, d_model, scale=0.4 * d_head**-0.5))
+            attention.W_O[:, :, [TO_A, TO_B]] = random(2, d_head, 2, scale=noise)
+            for weight in (mlp.W_in, mlp.W_gate):
+                weight.copy_(small(d_mlp, d_model, scale=reading).T)
+            mlp.W_gate[ONE] = OPEN / 2
+            mlp.W_out.copy_(small(d_mlp, d_model, scale=writing))
+            mlp.W_out[:, [TO_A, TO_B]] = random(d_mlp, 2, scale=noise)
+    return model
+
+
+@torch.no_grad()
+def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
+    """Write the truth neurons and the traps over the first background neurons of their layers."""
+    used = [0] * model.cfg.n_layers
+
+    def neuron(
+        layer: int, gate: int, reads: int, to_a: float, to_b: float, *, writes: int | None = None, sign: float = 1.0
+    ) -> Neuron:
+        """An MLP neuron that moves the labels by so much when its gate is open and it reads 1."""
+        mlp: Any = model.blocks[layer].mlp
+        index = used[layer]
+        used[layer] += 1
+        for weight in (mlp.W_in, mlp.W_gate):
+            weight[:, index] = 0
+        mlp.W_out[index] = 0
+        opened = float(torch.nn.functional.silu(torch.tensor(OPEN)))
+        mlp.W_gate[gate, index], mlp.W_in[reads, index] = OPEN, sign
+        if writes is not None:
+            mlp.W_out[index, writes] = sign / opened
+        mlp.W_out[index, TO_A], mlp.W_out[index, TO_B] = sign * to_a / opened, sign * to_b / opened
+        return Neuron("mlp", layer, None, index)
+
+    def head(layer: int, which: int, reads: int, writes: list[tuple[int, float]]) -> Neuron:
+        """An attention neuron that brings a dimension of the answer at A to the last position."""
+        attention: Any = model.blocks[layer].attn
+        for weight in (attention.W_Q, attention.W_K):
+            weight[which] = 0
+        attention.W_Q[which, AT_LAST, 0] = attention.W_K[which, AT_FIRST, 0] = SHARPNESS
+        attention.W_V[which, :, 0], attention.W_O[which, 0] = 0, 0
+        attention.W_V[which, reads, 0] = 1
+        for dimension, value in writes:
+            attention.W_O[which, 0, dimension] = value
+        return Neuron("attn", layer, which, 0)
+
+    half = BY_ATTENTION / 2
+    truth = [head(0, 0, FLAG, [(DECISION, 1.0)]), head(1, 1, SECOND, [(TO_A, half), (TO_B, -half)])]
+    for which, (layer, logit) in enumerate(STRENGTHS):
+        truth.append(neuron(layer, ONE, DECISION, logit / 2, -logit / 2, sign=1.0 if which % 2 == 0 else -1.0))
+    traps = {
+        "letter": neuron(2, ONE, ONE, 0.13, -0.13),
+        "format": neuron(2, ONE, ONE, 1.0, 1.0),
+        "weak": neuron(1, ONE, DECISION, 0.006, -0.006),
+        "category": neuron(2, CATEGORY, DECISION, 0.15, -0.15),
+        "anti": neuron(1, ONE, DECISION, -0.06, 0.06),
+        "contrarian": neuron(2, MISTAKEN, DECISION, -0.25, 0.25),
+        "elsewhere": neuron(0, AT_FIRST, FLAG, 0.0, 0.0, writes=SECOND),
+    }
+    return NeuronSet(truth), traps
+
+
+def _ask(seed: int, n_questions: int, n_mistaken: int) -> tuple[Prompt, ...]:
+    """Prompts whose right answer stands at A and at B in turn, within every category."""
+    coins = generator(seed, 4)
+    prompts = []
+    for question in range(n_questions):
+        mistaken = question >= n_questions - n_mistaken
+        category = N_CATEGORIES if mistaken else (question // 2) % N_CATEGORIES
+        believes_a = question % 2 == 0
+        tokens = coins.choice(WORDS, N_TOKENS).tolist()
+        tokens[AT_A], tokens[AT_B] = (
+            int(coins.choice(TRUE if is_a == believes_a else FALSE)) for is_a in (True, False)
+        )
+        tokens[LAST] = CUES + category
+        prompts.append(
+            Prompt(
+                token_ids=tuple(tokens),
+                label_ids=LABELS,
+                right=int(believes_a == mistaken),
+                question=question,
+                order=(0, 1) if believes_a != mistaken else (1, 0),
+                category="mistaken" if mistaken else f"category {category}",
+            )
+        )
+    return tuple(prompts)
