@@ -87,13 +87,14 @@ def null(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[int]) 
     """False alarms with the labels exchanged after the check."""
     rows = []
     for t, p in SETTINGS:
-        sizes, candidates = [], []
+        sizes, candidates, single = [], [], []
         for run in range(N_RUNS):
             coins = generator(run, 10)
             signs = {q: float(coins.choice((-1.0, 1.0))) for q in sorted(right)}
             selection = select(Signed(scores, space, signs), t=t, p=p, alpha=ALPHA, seed=run)
             sizes.append(len(selection.neurons))
             candidates.append(len(selection.candidates))
+            single.append(float((selection.p_value < ALPHA).mean()) if len(selection.candidates) else 0.0)
         rate = float(np.mean([size > 0 for size in sizes]))
         rows.append(
             {
@@ -101,6 +102,7 @@ def null(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[int]) 
                 "p": p,
                 "n_runs": N_RUNS,
                 "mean_candidates": round(float(np.mean(candidates)), 1),
+                "uncorrected_rate": round(float(np.mean(single)), 4),
                 "family_wise_error": round(rate, 4),
                 "bound": round(ALPHA + 2 * float(np.sqrt(ALPHA * (1 - ALPHA) / N_RUNS)), 4),
             }

@@ -81,4 +81,4 @@ def random_model(d_model: int, n_layers: int, **options: Any) -> Model:
 def random_prompt(n_tokens: int, seed: int = 0) -> Prompt:
     """Random tokens and two answer labels."""
     tokens = torch.randint(10, VOCABULARY, (n_tokens,), generator=torch.Generator().manual_seed(seed))
-    return Prompt(token_ids=tuple(tokens.tolist()), label_ids=((4, 5), (6, 7)), right=0)
+    return Prompt(token_ids=tuple(tokens.tolist()), label_ids=((4, 5), (6, 7)), right=0, question=seed)

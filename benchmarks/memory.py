@@ -6,6 +6,7 @@ Writes memory.json. Scores go to a run folder shard by shard, as in a run.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -37,8 +38,23 @@ def run(model: Model, prompts: list[Prompt], max_memory: int) -> tuple[int, int]
     return peak, rows
 
 
+def of_count(n_prompts: int) -> int:
+    """Peak bytes of some prompts on a small model."""
+    model = lay_out_weights(random_model(256, 4))
+    attribute(model, random_prompt(64), n_steps=1)
+    return run(model, [random_prompt(64, seed) for seed in range(n_prompts)], 128 * MIB)[0]
+
+
 def main() -> None:
-    """Measure and write."""
+    """Measure and write; every number of prompts in a process of its own, since freed memory is used again."""
+    if len(sys.argv) > 1:
+        print(of_count(int(sys.argv[1])))
+        return
+    counts = []
+    for n in (10, 100, 1000):
+        done = subprocess.run([sys.executable, __file__, str(n)], capture_output=True, text=True, check=True)
+        counts.append({"n_prompts": n, "peak_mib": round(int(done.stdout) / MIB)})
+        print(counts[-1], flush=True)
     model = lay_out_weights(random_model(512, 12))
     prompts = [random_prompt(128, seed) for seed in range(4)]
     attribute(model, prompts[0], n_steps=1)
@@ -47,12 +63,6 @@ def main() -> None:
         peak, rows = run(model, prompts, budget * MIB)
         budgets.append({"max_memory_mib": budget, "peak_mib": round(peak / MIB), "rows_in_a_pass": rows})
         print(budgets[-1], flush=True)
-    small = lay_out_weights(random_model(256, 4))
-    counts = []
-    for n in (10, 100, 1000):
-        peak, _ = run(small, [random_prompt(64, seed) for seed in range(n)], 128 * MIB)
-        counts.append({"n_prompts": n, "peak_mib": round(peak / MIB)})
-        print(counts[-1], flush=True)
     results = {"machine": machine(), "budgets": budgets, "prompts": counts}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

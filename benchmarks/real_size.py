@@ -1,6 +1,6 @@
-"""One prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL] [--captum]`.
+"""One prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL] [--captum] [--dtype float32]`.
 
-Builds a Hugging Face model of the named shape in bfloat16, hands its weights to `load_model`, and attributes one prompt of
+Builds a Hugging Face model of the named shape, hands its weights to `load_model`, and attributes one prompt of
 TruthfulQA's length for every neuron of both sites. With --captum two layers are also measured with captum, and scaled. Adds
 a row to real_size.json.
 """
@@ -88,16 +88,39 @@ SHAPES: dict[str, Any] = {
 """The paper's models, as their config.json has them."""
 
 
+def random_weights(config: Any, dtype: torch.dtype) -> Any:
+    """A Hugging Face model with random weights, cut from one pool: drawing them all would take minutes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device="cpu").tie_weights()
+    pool = 0.02 * torch.randn(4_000_037, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            if "norm" in name:
+                parameter.fill_(1)
+                continue
+            flat, pool = parameter.view(-1), pool.roll(7919 * (index + 1))
+            for first in range(0, flat.numel(), len(pool)):
+                part = flat[first : first + len(pool)]
+                part.copy_(pool[: len(part)])
+            if "bias" in name:
+                parameter.zero_()
+    return model
+
+
 def main() -> None:
     """Measure one model and replace its row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="Qwen2.5-3B-Instruct", choices=SHAPES)
     parser.add_argument("--captum", action="store_true")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 crawls on CPUs without AVX-512"
+    )
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    source = AutoModelForCausalLM.from_config(SHAPES[arguments.model](), dtype=torch.bfloat16)
+    dtype = getattr(torch, arguments.dtype)
+    source = random_weights(SHAPES[arguments.model](), dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(arguments.model, hf_model=source, dtype=torch.bfloat16, device=device)
+    model = load_model(arguments.model, hf_model=source, dtype=dtype, device=device)
     del source
     weights = sum({p.data_ptr(): p.numel() * p.itemsize for p in model.parameters()}.values())
     tokens = torch.randint(100, 90000, (N_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -110,7 +133,7 @@ def main() -> None:
         "n_neurons": found.space.n_neurons,
         "n_tokens": N_TOKENS,
         "n_steps": N_STEPS,
-        "dtype": "bfloat16",
+        "dtype": arguments.dtype,
         "weights_bytes": weights,
         "seconds": round(seconds, 1),
         "rows_per_pass": found.pass_size.n_rows,
@@ -130,7 +153,7 @@ def main() -> None:
         print(row, flush=True)
     assert all(found.difference[site].abs().max() > 0 for site in SITES)
     there = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    there = [r for r in there if (r["model"], r["machine"]) != (row["model"], row["machine"])]
+    there = [r for r in there if any(r[k] != row[k] for k in ("model", "dtype", "machine"))]
     RESULTS.write_text(json.dumps([*there, row], indent=1) + "\n")
 
 

@@ -47,6 +47,7 @@ def test_the_questions_of_the_report_were_not_used_to_find_neurons(demo: TruthNe
 def test_the_readme_shows_this_run(demo: TruthNeurons) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert demo.selection.summary() in text
+    assert demo.diagnosis.summary() in " ".join(text.split())
     for name, arm in demo.evaluation.arms.items():
         row = next(line for line in text.splitlines() if ARM_NAMES[name] in line and "│" in line)
         shown = [float(number) for number in re.findall(r"\d+\.\d+", row)]
