@@ -201,7 +201,7 @@ def figure(results: dict[str, Any]) -> go.Figure:
         width=1200,
         height=430,
         margin={"l": 70, "r": 20, "t": 70, "b": 70},
-        legend={"x": 0.58, "y": 0.98},
+        legend={"x": 0.655, "y": 0.86, "bgcolor": "rgba(255,255,255,0)"},
     )
 
 
