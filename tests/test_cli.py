@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
@@ -190,7 +191,6 @@ def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
 def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
 
     from tn_lens.attribution.shared_prefix import SharedPrefix
 
@@ -267,6 +267,25 @@ def test_bad_input_to_select(arguments: list[str], said: str, run: Callable, tmp
     (out / "prompts.json").write_text("{")
     code, _, error = run("select", out)
     assert (code, "is missing or damaged" in error) == (2, True)
+
+
+def test_attr_t_may_be_stored_beside_d(run: Callable, tmp_path: Path) -> None:
+    out, plain = tmp_path / "separate", tmp_path / "plain"
+    assert run(*TOY, "--out", plain, *FAST)[0] == 0
+    assert run(*TOY, "--out", out, *FAST, "--separate")[0] == 0
+    held = [{p.name: load_file(p) for p in (folder / "scores").iterdir()} for folder in (plain, out)]
+    for name, tensors in held[1].items():
+        assert {"mlp.right", "attn.right"} <= tensors.keys() - held[0][name].keys()
+        assert tensors["mlp.right"].dtype == tensors["mlp"].dtype == torch.float16
+    found = [json.loads((folder / "neurons.json").read_text())["neurons"] for folder in (plain, out)]
+    assert [(n["layer"], n["index"], n["case"]) for n in found[0]] == [
+        (n["layer"], n["index"], n["case"]) for n in found[1]
+    ]
+    for one, other in zip(*found, strict=True):  # few prompts: both ways take all of half 2
+        assert one["attr_right"] == pytest.approx(other["attr_right"], rel=0.01, abs=1e-5)
+        assert one["attr_wrong"] == pytest.approx(other["attr_wrong"], rel=0.01, abs=1e-5)
+    code, _, error = run(*TOY, "--out", tmp_path / "x", *FAST, "--separate", "--target", "log_ratio")
+    assert (code, "only probability_difference has" in error) == (2, True)
 
 
 def test_t_is_searched_on_questions_of_its_own(run: Callable, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def run(
     engine: Annotated[
         Literal["auto", "shared_prefix", "direct"], typer.Option(help="How the model is run; the scores are the same.")
     ] = "auto",
+    separate: Annotated[bool, typer.Option(help="Store Attr_t beside D.")] = False,
     repetitions: Annotated[int, typer.Option(help="Repetitions of the evaluation.")] = 10,
     seed: Annotated[int, typer.Option(help="Of orders, halves and random neurons.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Use only so many questions.")] = None,
@@ -101,6 +102,7 @@ def run(
         "baseline": baseline,
         "positions": positions,
         "target": target,
+        "separate": separate,
         "engine": engine,
         "n_repetitions": repetitions,
         "seed": seed,

@@ -163,6 +163,7 @@ def diagnose(
     questions: QuestionSet | None = None,
     *,
     tested: Set[int] | None = None,
+    label_means: tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]] | None = None,
     n_repetitions: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -177,6 +178,7 @@ def diagnose(
         questions: the set that the check's prompts were built from, to suppress the neurons on what the check dropped; None
             leaves that out.
         tested: the kept questions to take Attr_t and Attr_f from, half 2 of a selection; all by default.
+        label_means: mean Attr_t and Attr_f where they are stored; else some prompts are attributed for them.
         n_repetitions: of the evaluation on the questions that the check dropped.
         seed: of its orders and random neurons.
         progress: show progress bars.
@@ -190,7 +192,9 @@ def diagnose(
     right = wrong = mean = half = nothing
     if neurons:
         apart = [p for p in check.prompts if tested is None or p.question in tested][:MOST_CASES]
-        if apart:
+        if label_means is not None:
+            right, wrong = label_means
+        elif apart:
             scores = attribute(model, apart, sites=sites, separate=True, progress=progress, **options)
             right, wrong = (_columns(scores, of, neurons).mean(0) for of in (scores.right, scores.wrong))
         kept = _first_questions(mistaken, MOST_WRONG)

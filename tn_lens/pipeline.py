@@ -201,7 +201,7 @@ def find_truth_neurons(
             manifest = describe(model, questions, resolved, prompts[0].text)
             folder = RunFolder.open(Path(scratch) / "run" if out is None else out, manifest, overwrite=overwrite)
             options = attribution_options(model, check, resolved, progress=progress)
-            stored = attribute_into(folder, model, check, options, progress=progress)
+            stored = attribute_into(folder, model, check, options, separate=resolved.separate, progress=progress)
             if fitted := folder.noted("backed_off"):
                 options["pass_size"] = PassSize(**fitted)
             selecting: dict[str, Any] = {
@@ -255,6 +255,9 @@ def find_truth_neurons(
                     check,
                     finding,
                     tested=set(selection.half_2),
+                    label_means=stored.label_means(selection.neurons, set(selection.half_2))
+                    if resolved.separate
+                    else None,
                     n_repetitions=resolved.n_repetitions,
                     seed=resolved.seed,
                     progress=progress,
@@ -304,7 +307,13 @@ def attribution_options(
 
 
 def attribute_into(
-    folder: RunFolder, model: Model, check: ManipulationCheck, options: Mapping[str, Any], *, progress: bool
+    folder: RunFolder,
+    model: Model,
+    check: ManipulationCheck,
+    options: Mapping[str, Any],
+    *,
+    separate: bool = False,
+    progress: bool,
 ) -> StoredScores:
     """Attribute the kept prompts shard by shard; shards that are there and whole are not computed again.
 
@@ -315,9 +324,9 @@ def attribute_into(
     fitted = folder.noted("backed_off")
     size = PassSize(**fitted) if fitted else None
     shards = stored.shards
-    todo = [index for index, shard in enumerate(shards) if not is_whole(folder, index, len(shard), stored.space)]
+    todo = [i for i, shard in enumerate(shards) if not is_whole(folder, i, len(shard), stored.space, separate)]
     for index in track(todo, "attribution" if progress else None):
-        attribution = attribute(model, shards[index], pass_size=size, **options)
+        attribution = attribute(model, shards[index], separate=separate, pass_size=size, **options)
         if attribution.pass_size != attribution.planned:
             size = attribution.pass_size
             folder.note("backed_off", size._asdict())
@@ -325,13 +334,15 @@ def attribute_into(
     return stored
 
 
-def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace) -> bool:
+def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace, separate: bool) -> bool:
     """Whether a shard can be read and holds everything that it should, in the shapes it should have."""
     expected: dict[str, tuple[int, ...]] = {}
     sites: list[Site] = [site for site in SITES if space.width(site)]
     for site in sites:
         expected[site] = (n_prompts, space.n_layers, space.width(site))
         expected[f"{site}.scale"] = (n_prompts,)
+        if separate:
+            expected[f"{site}.right"], expected[f"{site}.right.scale"] = expected[site], (n_prompts,)
         expected[f"{site}.gap"] = expected[f"{site}.change"] = (n_prompts, space.n_layers)
     tensors = folder.read_shard(index)
     return tensors is not None and {name: tuple(value.shape) for name, value in tensors.items()} == expected

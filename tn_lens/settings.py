@@ -41,6 +41,8 @@ class Settings:
     baseline: Literal["zero", "mean"] = "zero"
     positions: Positions = "last"
     target: TargetName = "probability_difference"
+    separate: bool = False
+    """Store Attr_t beside D, for another backward pass and twice the space."""
     engine: EngineName = "auto"
     """The shared prefix where the model can take it, else whole prompts; the scores are the same."""
     n_repetitions: int = 10
@@ -87,6 +89,10 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
     for name, options in OPTIONS.items():
         if getattr(settings, name) not in options:
             raise BadInput(f"expected {name} {', '.join(map(repr, options))}; got {getattr(settings, name)!r}")
+    if settings.separate and settings.target != "probability_difference":
+        raise BadInput(
+            f"separate stores Attr_t beside D, which only probability_difference has; got {settings.target!r}"
+        )
     quadrature_rule(settings.method, settings.n_steps)
     choose_engine(model, settings.engine, settings.positions)
     generator(settings.seed)

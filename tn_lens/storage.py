@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .attribution.result import Attribution, Scores
 from .errors import BadInput
-from .neurons import NeuronSpace
+from .neurons import NeuronSet, NeuronSpace
 from .prompts import Prompt, by_question
 from .seeds import generator
 
@@ -215,6 +216,25 @@ class StoredScores:
                     yield question, {site: _unpack(tensors, site, rows) for site in self.sites(tensors)}
                 start += len(group)
 
+    def label_means(
+        self, neurons: NeuronSet, questions: Set[int]
+    ) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]] | None:
+        """Mean Attr_t and Attr_f of some neurons over the prompts of some questions; None where Attr_t was not stored."""
+        right, wrong, n_prompts = np.zeros(len(neurons)), np.zeros(len(neurons)), 0
+        for index, prompts in enumerate(self.shards):
+            tensors = self._read(index)
+            if any(f"{site}.right" not in tensors for site in self.sites(tensors)):
+                return None
+            rows = [row for row, prompt in enumerate(prompts) if prompt.question in questions]
+            n_prompts += len(rows)
+            for place, n in enumerate(neurons):
+                at = (rows, n.layer, self.space.flat(n))
+                difference = tensors[n.site][at].double() * tensors[f"{n.site}.scale"][rows]
+                attr_t = tensors[f"{n.site}.right"][at].double() * tensors[f"{n.site}.right.scale"][rows]
+                right[place] += float(attr_t.sum())
+                wrong[place] += float((attr_t - difference).sum())
+        return (right / n_prompts, wrong / n_prompts) if n_prompts else None
+
     def completeness(self) -> dict[str, dict[str, list[float]]]:
         """Per site and layer: mean |gap| and mean |change|, over all prompts."""
         total: dict[str, dict[str, Tensor]] = {}
@@ -275,6 +295,11 @@ def _pack(attribution: Attribution) -> dict[str, Tensor]:
         scale = scores.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
         tensors[site] = (scores.float() / scale[:, None, None]).half().contiguous()
         tensors[f"{site}.scale"] = scale
+        if attribution.right is not None:
+            right = attribution.right[site]
+            scale = right.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
+            tensors[f"{site}.right"] = (right.float() / scale[:, None, None]).half().contiguous()
+            tensors[f"{site}.right.scale"] = scale
         tensors[f"{site}.gap"] = attribution.gap[site].float().contiguous()
         tensors[f"{site}.change"] = attribution.change[site].float().contiguous()
     return tensors
