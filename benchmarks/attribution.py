@@ -205,7 +205,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
 
 def measure_knowledge_neurons(n_tokens: int = 128) -> list[dict[str, Any]]:
     """knowledge-neurons 0.0.2 on a random GPT-2, MLP neurons only; two layers, scaled."""
-    from knowledge_neurons import KnowledgeNeurons
+    from knowledge_neurons import KnowledgeNeurons  # pyright: ignore[reportMissingImports]
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
