@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
 
-from tn_lens import QuestionSet, load_model, load_questions
+from tn_lens import QuestionSet, cli, load_model, load_questions
 from tn_lens.models import Model
 from tn_lens.toy.train import build_tokenizer
 
@@ -174,3 +174,20 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"real data not found in {SHARED}; set TN_LENS_SHARED")
     return SHARED
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call the command as a shell would: exit code, output, errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tn-lens", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,28 @@ import torch
 from scipy import stats
 
 from tests.conftest import PAPER_MODELS
-from tn_lens import NeuronSet, Prompt, build_prompts, evaluate, manipulation_check
-from tn_lens.ablation import random_neurons
-from tn_lens.answers import ask, batches
-from tn_lens.evaluation import ARMS, Evaluation
+from tn_lens import (
+    Intervention,
+    NeuronSet,
+    Prompt,
+    build_prompts,
+    dose_response,
+    evaluate,
+    load_model,
+    load_questions,
+    manipulation_check,
+    table1,
+    table2,
+)
+from tn_lens.answers import ask
+from tn_lens.controls import random_neurons
+from tn_lens.evaluation import ARMS, Evaluation, group_means
+from tn_lens.evaluation.reading import fall
+from tn_lens.evaluation.reference import PAPER
+from tn_lens.evaluation.text import plain_texts, text_loss
+from tn_lens.forward import batches, prefix_groups
 from tn_lens.manipulation import is_right
-from tn_lens.models import Model, neuron_space
+from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.questions.toy import binary, four_choice
 
 
@@ -33,12 +51,99 @@ def test_batches_equal_one_by_one(name: str, tiny: Callable[..., Model]) -> None
         np.testing.assert_allclose(row.tolist(), by_hand, atol=1e-4)
 
 
-def test_a_forgotten_mask_would_be_seen(tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_on_the_wrong_side_would_be_seen(tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("Llama-3.1-8B-Instruct", torch.float32)
     prompts = build_prompts(model, binary()[:12], order="both")
     right = ask(model, prompts)
-    monkeypatch.setattr("tn_lens.answers.last_logits", lambda model, tokens, _: model(tokens)[:, -1])
+
+    def left(rows: list[tuple[int, ...]]) -> torch.Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+
+    monkeypatch.setattr("tn_lens.forward.pad_right", left)
     assert (ask(model, prompts) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*PAPER_MODELS, "gpt2", "neo", "neox", "gemma2"])
+def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Model]) -> None:
+    model = tiny(name, torch.float32) if name in PAPER_MODELS else shaped(name)
+    rows = torch.randint(4, 280, (40, 30), generator=torch.Generator().manual_seed(3)).tolist()
+    opening, other = rows[0][:12], rows[1][:20]
+    tokens = [[*(opening if i % 2 else other), *row[: 5 + i % 9]] for i, row in enumerate(rows)]
+    prompts = [
+        Prompt(token_ids=tuple(ids), label_ids=((5, 6), (7,)), right=0, question=i, start=len(ids) - 4)
+        for i, ids in enumerate(tokens)
+    ]
+    groups = prefix_groups(prompts)
+    assert sorted(g.n_shared for g in groups) == [12, 20]
+    assert sorted(row for g in groups for row in g.rows) == list(range(40))
+    neurons = random_neurons(neuron_space(model), 40, NeuronSet(), np.random.default_rng(1))
+    for intervention in (
+        None,
+        Intervention(neurons=neurons),
+        Intervention(neurons=neurons, mode="scale", factor=3.0, positions="last"),
+        Intervention(neurons=neurons, mode="mean", positions="question"),
+    ):
+        shared = ask(model, prompts, intervention=intervention)
+        whole = ask(model, prompts, intervention=intervention, share_prefix=False)
+        torch.testing.assert_close(shared, whole, atol=1e-4, rtol=0)
+        small = ask(model, prompts, intervention=intervention, max_tokens=20)
+        torch.testing.assert_close(shared, small, atol=1e-4, rtol=0)
+
+
+def shaped(name: str) -> Model:
+    """A random model with another kind of attention: learned positions, local windows, parallel blocks."""
+    common = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_head": 8, "d_vocab": 283, "n_ctx": 64, "device": "cpu"}
+    styles: dict[str, dict] = {
+        "gpt2": {"act_fn": "gelu_new", "normalization_type": "LN"},
+        "neo": {
+            "act_fn": "gelu_new",
+            "normalization_type": "LN",
+            "use_local_attn": True,
+            "attn_types": ["global", "local"],
+            "window_size": 6,
+        },
+        "neox": {
+            "act_fn": "gelu",
+            "normalization_type": "LN",
+            "positional_embedding_type": "rotary",
+            "rotary_dim": 4,
+            "parallel_attn_mlp": True,
+        },
+        "gemma2": {
+            "act_fn": "gelu_pytorch_tanh",
+            "normalization_type": "RMS",
+            "positional_embedding_type": "rotary",
+            "rotary_dim": 8,
+            "gated_mlp": True,
+            "use_normalization_before_and_after": True,
+            "attn_scores_soft_cap": 50.0,
+            "output_logits_soft_cap": 30.0,
+            "use_local_attn": True,
+            "attn_types": ["local", "global"],
+            "window_size": 5,
+        },
+    }
+    return build_model({**common, "init_weights": True, "d_mlp": 48, **styles[name]})
+
+
+def test_prompts_with_nothing_in_common_are_run_whole() -> None:
+    prompts = [Prompt(token_ids=(i, 1, 2), label_ids=((5,), (7,)), right=0) for i in range(40)]
+    assert [(len(g.rows), g.n_shared) for g in prefix_groups(prompts)] == [(40, 0)]
+    assert prefix_groups([]) == []
+
+
+def test_the_question_begins_where_it_begins(toy: Model, shared: Path) -> None:
+    (first, _) = build_prompts(toy, binary()[:1], order="both")
+    assert toy.tokenizer.decode(first.token_ids[first.start :]).startswith(binary()[0].text[:8])
+    real = load_model(shared / "models" / "tinystories-656k")
+    for name, options in (("TruthfulQA.csv", {}), ("mmlu", {"n_shots": 1})):
+        source = shared / "data" / name
+        questions = load_questions(source) if name != "mmlu" else load_questions("mmlu", source=source, **options)
+        for prompt, question in zip(build_prompts(real, questions[:5], order="given"), questions[:5], strict=True):
+            rest = real.tokenizer.decode(prompt.token_ids[prompt.start :])
+            assert question.text.split()[0] in rest[: len(question.text.split()[0]) + 8]
+            assert len(rest) < len(prompt.text) - len(question.context)
 
 
 def test_batches_hold_every_prompt_once(toy: Model) -> None:
@@ -90,7 +195,7 @@ def evaluation(toy: Model) -> Evaluation:
 def test_all_arms_share_the_orders_and_random_ones_draw_anew(evaluation: Evaluation) -> None:
     assert evaluation.asked.shape == (6, 60)
     assert set(evaluation.arms) == set(ARMS)
-    assert [len(evaluation.probabilities[arm]) for arm in ARMS] == [1, 6, 6, 1]
+    assert [len(evaluation.probabilities[arm]) for arm in ARMS] == [1, 6, 6, 6, 1]
     random = evaluation.probabilities["random"]
     assert all((random[0] != random[i]).any() for i in range(1, 6))
     per_question = np.stack([[evaluation.prompts[i].question for i in row] for row in evaluation.asked.tolist()])
@@ -140,7 +245,7 @@ def test_some_of_the_questions(evaluation: Evaluation) -> None:
     assert {p.question for p in part.prompts} == set(range(10, 30))
     for name in ARMS:
         whole = evaluation.arms[name]
-        expected = whole._drawn(whole.right)[:, 10:30].mean(-1)
+        expected = whole.drawn(whole.right)[:, 10:30].mean(-1)
         np.testing.assert_allclose(part.arms[name].accuracies, expected)
 
 
@@ -217,3 +322,171 @@ def test_nothing_to_evaluate_is_refused(bad: dict, toy: Model) -> None:
     questions = binary()[:0] if "questions" in bad else binary()[:4]
     with pytest.raises(ValueError, match="needs a repetition and a question"):
         evaluate(toy, questions, NeuronSet(), n_repetitions=bad.get("n_repetitions", 1))
+
+
+def test_auc_and_shares_by_hand(evaluation: Evaluation) -> None:
+    for name, arm in evaluation.arms.items():
+        areas = []
+        for p in evaluation.probabilities[name]:
+            rights, wrongs = [], []
+            for question in range(60):
+                first, second = (i for i, q in enumerate(evaluation.prompts) if q.question == question)
+                by_choice = (p[first] + p[second][::-1]) / 2
+                share = by_choice / by_choice.sum()
+                rights.append(share[0])
+                wrongs.append(share[1])
+            pairs = [float(r > w) + 0.5 * float(r == w) for r in rights for w in wrongs]
+            areas.append(np.mean(pairs))
+        assert arm.auc == pytest.approx(np.mean(areas))
+        assert arm.shares.sum() == pytest.approx(1)
+        assert arm.shares[0] == arm.share_a
+
+
+def test_changes_of_probability_under_their_own_names() -> None:
+    before = [[1e-9, 0.9], [0.9, 1e-9]] + [[0.8, 0.2], [0.2, 0.8]] * 4
+    after = [[0.5, 0.5], [0.5, 0.5]] + [[0.6, 0.4], [0.4, 0.6]] * 4
+    found = made(before, after)
+    assert found.probability_change < -1e6, "one question with hardly any probability rules the paper's mean"
+    assert found.probability_change_median == pytest.approx(0.25)
+    assert found.probability_change_floored == pytest.approx((4 * 0.25 - 50) / 5, rel=1e-3)
+    assert found.reduction == pytest.approx(0.0 - 0.0) or found.reduction <= 0
+
+
+def test_what_a_fall_is_made_of() -> None:
+    knows = [[0.9, 0.1], [0.1, 0.9]] * 10
+    letters = made(knows, [[0.9, 0.1], [0.6, 0.4]] * 10)
+    assert fall(letters) == pytest.approx({"total": 50, "content": 0, "letter": 50, "mass": 0})
+    assert "0.0 are the content choice (order-averaged) and 50.0 letter bias" in letters.explain()[0]
+    content = made(knows, [[0.1, 0.9], [0.9, 0.1]] * 5 + knows[:10])
+    assert fall(content) == pytest.approx({"total": 50, "content": 50, "letter": 0, "mass": 0})
+    mass = made(knows, [[0.3, 0.1], [0.1, 0.3]] * 10)
+    assert fall(mass) == pytest.approx({"total": 0, "content": 0, "letter": 0, "mass": 100})
+    assert "does not move" in mass.explain()[0]
+
+
+def test_questions_are_the_unit_of_the_paired_test() -> None:
+    knows = [[0.9, 0.1], [0.1, 0.9]] * 40
+    after = [[0.1, 0.9], [0.9, 0.1]] * 10 + knows[:60]
+    compared = made(knows, after).compare()
+    assert compared.difference == pytest.approx(-25)
+    assert compared.mcnemar_p == pytest.approx(stats.binomtest(0, 10).pvalue)
+    se = 100 * np.sqrt(0.25 * 0.75 / 40)
+    assert compared.low == pytest.approx(-25 - 1.96 * se, abs=3)
+    assert compared.high == pytest.approx(-25 + 1.96 * se, abs=3)
+    assert "no difference is shown" not in compared.summary()
+    same = made(knows, knows).compare()
+    assert (same.difference, same.low, same.high, same.mcnemar_p) == (0, 0, 0, 1)
+    assert "no difference is shown" in same.summary()
+    with pytest.raises(ValueError, match="'random' was not run"):
+        made(knows, knows).compare("suppressed", "random")
+
+
+def test_draws_of_a_control_count(evaluation: Evaluation) -> None:
+    compared = evaluation.compare("suppressed", "random_matched")
+    own = evaluation.arms["suppressed"].order_averaged.mean()
+    theirs = evaluation.arms["random_matched"].order_averaged.mean(-1)
+    assert compared.difference == pytest.approx(100 * (own - theirs.mean()))
+    assert compared.draws_p == pytest.approx((1 + (theirs <= own).sum()) / 7)
+    assert compared.low <= compared.difference <= compared.high
+    assert compared.mcnemar_p != compared.mcnemar_p
+
+
+def test_categories_like_figure_4(evaluation: Evaluation) -> None:
+    frame = evaluation.by_category(1)
+    assert frame.n_questions.sum() == 60
+    before, after = (evaluation.arms[a].drawn(evaluation.arms[a].p_right) for a in ("baseline", "suppressed"))
+    for row in frame.itertuples():
+        own = [i for i, c in enumerate(evaluation.categories) if c == row.category]
+        assert row.share_hurt == pytest.approx((after[:, own] < before[:, own]).mean())
+    few = evaluation.by_category(15)
+    assert few.attrs["hidden"] == len(frame) - len(few)
+    parts = evaluation.by_part({"first": range(20), "rest": range(20, 60), "none": []})
+    assert parts.part.unique().tolist() == ["first", "rest"]
+    assert parts[parts.part == "first"].n_questions.unique().tolist() == [20]
+
+
+def test_tables_in_every_form(evaluation: Evaluation, tmp_path: Path) -> None:
+    paper = replace(evaluation, name="truthfulqa", model_name="Qwen2.5-3B-Instruct")
+    table = paper.table1()
+    assert table.frame.model.tolist() == ["Qwen2.5-3B-Instruct", "  order-averaged", "  in the paper"]
+    assert table.frame.suppressed.tolist()[2] == "58.59 ± 0.68"
+    assert table.frame["most active"].tolist()[2] == "-"
+    arm = paper.arms["suppressed"]
+    assert f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}" in table.to_markdown()
+    assert r"$\pm$" in table.to_latex()
+    assert r"7\_b" in replace(paper, model_name="7_b").table1().to_latex()
+    second = table2([evaluation, replace(paper, name="mmlu"), replace(paper, name="triviaqa")])
+    assert second.frame.questions.tolist() == ["mmlu", "", "", "triviaqa", "", "", "toy", ""]
+    theirs = second.frame[second.frame.model == "  in the paper"]
+    assert theirs.suppressed.tolist() == ["62.70", "62.90"]
+    assert theirs.baseline.tolist() == ["62.10", "63.51"]
+    assert "questions,baseline,random" in second.to_csv()
+    for ending in (".md", ".tex", ".csv"):
+        second.save(tmp_path / f"table{ending}")
+        assert (tmp_path / f"table{ending}").read_text()
+    with pytest.raises(ValueError, match=r"ends in \.md"):
+        second.save(tmp_path / "table.doc")
+    with pytest.raises(ValueError, match="one question set"):
+        table1([evaluation, paper])
+    with pytest.raises(ValueError, match="needs an evaluation"):
+        table2([])
+
+
+def test_group_means_are_those_of_the_paper() -> None:
+    means = group_means({name: (row.baseline[0], row.suppressed[0]) for name, row in PAPER.items()})
+    assert means.suppressed.tolist() == pytest.approx([54.25, 46.35, 49.70], abs=0.006), "section 3.3"
+    assert means.relative_reduction.tolist() == pytest.approx([10.49, 17.90, 17.13], abs=0.02), "section 3.3"
+    assert means.models.tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="'toy' is none of them"):
+        group_means({"toy": (90.0, 80.0)})
+
+
+def test_loss_on_plain_text_by_hand(toy: Model) -> None:
+    texts = plain_texts(toy)[:40]
+    tokenizer, losses = toy.tokenizer, []
+    for beginning, rest in texts:
+        ids = torch.tensor([tokenizer(beginning + rest)["input_ids"]])
+        losses.append(float(-toy(ids)[0, -2].log_softmax(-1)[ids[0, -1]]))
+    assert text_loss(toy, texts) == pytest.approx(np.mean(losses), rel=1e-4)
+    every = NeuronSet(neuron_space(toy).neuron("mlp", 0, i) for i in range(neuron_space(toy).d_mlp))
+    assert text_loss(toy, texts, Intervention(neurons=every)) > text_loss(toy, texts) + 0.1
+    for bad in (Intervention(neurons=every, mode="resample"), Intervention(neurons=every, positions="last")):
+        with pytest.raises(ValueError, match="takes nothing from prompts"):
+            text_loss(toy, texts, bad)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        text_loss(toy, [""])
+
+
+def test_ordinary_text_for_ordinary_models(shared: Path) -> None:
+    model = load_model(shared / "models" / "tinystories-656k")
+    texts = plain_texts(model)
+    assert len(texts) >= 8
+    ids = torch.tensor([model.tokenizer(texts[0])["input_ids"]])[:, :512]
+    expected = float(torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:]))
+    assert text_loss(model, texts[:1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_factor_one_is_the_middle_of_a_dose_curve(toy: Model) -> None:
+    neurons = random_neurons(neuron_space(toy), 60, NeuronSet(), np.random.default_rng(5))
+    questions = binary().part("report")[:20]
+    curve = dose_response(toy, questions, neurons, factors=(0, 1, 2), n_repetitions=2)
+    plain = evaluate(toy, questions, neurons, n_repetitions=2, arms=("baseline", "random_matched", "suppressed"))
+    at = curve.set_index(["arm", "factor"])
+    for arm in ("suppressed", "random_matched"):
+        assert at.loc[(arm, 1)].accuracy == pytest.approx(100 * plain.arms["baseline"].accuracy)
+        assert at.loc[(arm, 0)].accuracy == pytest.approx(100 * plain.arms[arm].accuracy)
+    assert at.loc[("suppressed", 2)].p_right != at.loc[("suppressed", 1)].p_right
+    with pytest.raises(ValueError, match="needs a factor"):
+        dose_response(toy, questions, neurons, factors=())
+
+
+def test_sets_with_a_fixed_order_are_asked_once(toy: Model) -> None:
+    fixed = replace(four_choice().part("report")[:12], fixed_order=True)
+    found = evaluate(toy, fixed, NeuronSet(), n_repetitions=3, arms=("baseline", "suppressed"))
+    assert len(found.prompts) == 12
+    assert found.n_orders == 1
+    assert found.arms["baseline"].accuracy_std == 0
+    assert "order-averaged" not in found.summary()
+    assert len(evaluate(toy, fixed, NeuronSet(), order="both", arms=("baseline", "suppressed")).prompts) == 48
+    with pytest.raises(ValueError, match="the repetitions draw the orders"):
+        evaluate(toy, fixed, NeuronSet(), order="random")

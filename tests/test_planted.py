@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tn_lens import NeuronSet, ablate, attribute, manipulation_check, select_neurons
-from tn_lens.ablation import random_neurons
 from tn_lens.answers import ask
+from tn_lens.controls import random_neurons
 from tn_lens.models import neuron_space
 from tn_lens.seeds import generator
 from tn_lens.toy import Planted, planted

@@ -8,13 +8,14 @@ from .loading import load_model
 from .questions import Question, QuestionSet, load_questions
 from .prompts import Prompt, build_prompt, build_prompts
 from .manipulation import ManipulationCheck, manipulation_check
-from .attribution import Attribution, attribute, mean_activations
+from .attribution import Attribution, attribute
 from .selection import Selection, select_neurons
-from .ablation import ablate
-from .evaluation import Evaluation, evaluate
+from .interventions import Intervention, ablate, mean_activations
+from .evaluation import Evaluation, dose_response, evaluate, table1, table2
 from .figures import plot_layers
 from .neurons import Neuron, NeuronSet
-from .pipeline import TruthNeurons, find_truth_neurons
+from .pipeline import find_truth_neurons
+from .found import TruthNeurons
 from .errors import BadInput
 # isort: on
 
@@ -24,6 +25,7 @@ __all__ = [
     "Attribution",
     "BadInput",
     "Evaluation",
+    "Intervention",
     "ManipulationCheck",
     "Neuron",
     "NeuronSet",
@@ -36,6 +38,7 @@ __all__ = [
     "attribute",
     "build_prompt",
     "build_prompts",
+    "dose_response",
     "evaluate",
     "find_truth_neurons",
     "load_model",
@@ -44,4 +47,6 @@ __all__ = [
     "mean_activations",
     "plot_layers",
     "select_neurons",
+    "table1",
+    "table2",
 ]

@@ -2,71 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .errors import BadInput
-from .models import Model, last_logits
-from .progress import track
+from .forward import MAX_TOKENS, last_residuals
+from .interventions import Intervention
+from .models import Model, unembed
+from .progress import counter
 from .prompts import Prompt
-
-MAX_TOKENS = 4096
-"""Tokens in one batch, padding included. A constant, since results differ in bits between batch sizes."""
 
 
 @torch.no_grad()
 def ask(
-    model: Model, prompts: Sequence[Prompt], *, max_tokens: int = MAX_TOKENS, progress: str | None = None
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    intervention: Intervention | None = None,
+    max_tokens: int = MAX_TOKENS,
+    share_prefix: bool = True,
+    progress: str | None = None,
 ) -> Float[Tensor, "prompt choice"]:
     """Full-vocabulary softmax, summed over the label ids of each shown choice; never renormalised over the labels.
 
     Args:
         model: to ask.
-        prompts: of any length; they are sorted by length and padded on the left.
+        prompts: of any length; what they have in common at the beginning is run once.
+        intervention: what is done to some neurons on the way.
         max_tokens: in one batch.
+        share_prefix: whether to run common beginnings once, or every prompt whole.
         progress: text of a progress bar; none by default.
 
     Returns:
         Probabilities in [0, 1] on the CPU, in at least float32; 0 where a prompt has fewer choices than the widest.
 
     Raises:
-        BadInput: the model answers NaN, with the dtype to change.
+        BadInput: the model answers NaN, with the dtype to change; the intervention does not fit the model.
     """
     width = max((p.n_choices for p in prompts), default=0)
     answers = torch.zeros(len(prompts), width, dtype=torch.promote_types(model.cfg.dtype, torch.float32))
-    for batch in track(list(batches(prompts, max_tokens)), progress):
-        tokens, mask = pad_left([prompts[index] for index in batch])
-        device = model.cfg.device
-        probabilities = last_logits(model, tokens.to(device), mask.to(device)).softmax(-1).cpu()
-        if not probabilities.isfinite().all():
-            raise BadInput(f"the model's logits are not finite in {model.cfg.dtype}; load it in bfloat16 or float32")
-        for row, index in enumerate(batch):
-            for shown, ids in enumerate(prompts[index].label_ids):
-                answers[index, shown] = probabilities[row, list(ids)].sum()
+    hooks = None if intervention is None else intervention.prepare(model, prompts)
+    shareable = share_prefix and (intervention is None or intervention.keeps_prefix)
+    bar = counter(len(prompts), progress)
+    with bar if bar is not None else nullcontext():
+        for rows, residual in last_residuals(
+            model, prompts, hooks=hooks, max_tokens=max_tokens, share_prefix=shareable
+        ):
+            probabilities = unembed(model, residual[:, None])[:, 0].softmax(-1)
+            labels = torch.zeros(len(rows), width, dtype=probabilities.dtype, device=probabilities.device)
+            for shown in range(width):
+                ids = [prompts[row].label_ids[shown : shown + 1] for row in rows]
+                longest = max((len(one[0]) for one in ids if one), default=0)
+                for place in range(longest):
+                    held = [(at, one[0][place]) for at, one in enumerate(ids) if one and place < len(one[0])]
+                    at, token = (
+                        torch.tensor(column, device=probabilities.device) for column in zip(*held, strict=True)
+                    )
+                    labels[at, shown] += probabilities[at, token]
+            if not probabilities.isfinite().all():
+                raise BadInput(
+                    f"the model's logits are not finite in {model.cfg.dtype}; load it in bfloat16 or float32"
+                )
+            answers[rows] = labels.cpu()
+            if bar is not None:
+                bar.update(len(rows))
     return answers
-
-
-def batches(prompts: Sequence[Prompt], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, at most `max_tokens` padded tokens together (but at least one prompt)."""
-    batch: list[int] = []
-    for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
-        if batch and (len(batch) + 1) * len(prompts[index].token_ids) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def pad_left(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Token ids [prompt, position] padded on the left, and the attention mask that hides the padding."""
-    longest = max(len(p.token_ids) for p in prompts)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-        mask[row, longest - len(prompt.token_ids) :] = 1
-    return tokens, mask

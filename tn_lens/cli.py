@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_evaluate import evaluate, wrong_answers
+from .console import frame_table, open_console
 from .errors import BadInput
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from .pipeline import TruthNeurons
+    from .found import TruthNeurons
 
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """The base of everything that typer raises about arguments; some releases carry click within them."""
 
 STOPPED = 130
 """The exit code of a command that was stopped by hand, which is also how typer reports it."""
+
+LISTS = ("--on", "--arms")
+"""Options that take several values."""
 
 app = typer.Typer(
     add_completion=False,
@@ -85,6 +87,7 @@ def run(
         planning,
     )  # torch and transformers are slow to import; --help should not wait for them
     from .questions import load_questions
+    from .storage import RunFolder
 
     if out is None and not dry_run:
         raise BadInput("expected a run folder; give one with --out runs/NAME")
@@ -115,7 +118,9 @@ def run(
         typer.echo(planning.plan_run(loaded, asked, drop_long=drop_long, **settings).summary())
         return
     found = pipeline.find_truth_neurons(loaded, asked, out=out, overwrite=overwrite, drop_long=drop_long, **settings)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    if out is not None:
+        RunFolder(out).note("model_source", {"model": model, "dtype": dtype, "revision": revision})
+    console = open_console()
     console.print(f"\n{found.check.summary()}", highlight=False)
     if found.tuning:
         console.print(found.tuning.summary(), highlight=False)
@@ -159,18 +164,18 @@ def select(
         raise BadInput(f"--splits compares splits and needs at least 2; got {splits}")
     settings = {"t": t, "p": p, "alpha": alpha, "correction": correction, "family": family}
     selection = select_neurons(stored, seed=seed, **settings)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = open_console()
     console.print(selection.summary(), highlight=False)
     shown = selection.to_frame().head(20)
     if len(shown):
         columns = ["site", "layer", "head", "index", "mean_difference", "cohens_d", "p_adjusted"]
-        console.print(_frame(shown.filter(columns)))
+        console.print(frame_table(shown.filter(columns)))
     if splits:
         console.print(stability(stored, seeds=range(splits), **settings).summary(), highlight=False)
     if grid:
         frame = sweep(stored, alpha=alpha, correction=correction, seed=seed)
         wide = frame.pivot(index="t", columns="p", values="n_found").reset_index()
-        console.print(_frame(wide, title="neurons found, t down, p across"))
+        console.print(frame_table(wide, title="neurons found, t down, p across"))
         path = (out or folder / "sweep").with_suffix(".html")
         _write(path, plot_sweep(frame).to_html(include_plotlyjs=True, div_id="sweep"))
         console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
@@ -178,6 +183,26 @@ def select(
         provenance = {**settings, "seed": seed, "run": folder.name}
         _write(out, json.dumps(without_nan({**provenance, "neurons": selection.to_records()}), indent=1) + "\n")
         console.print(f"Neurons: {out}", highlight=False, soft_wrap=True)
+
+
+def _spread_lists(arguments: list[str]) -> list[str]:
+    """`--on a b c` as `--on a --on b --on c`, which is how lists are given to the parser."""
+    spread: list[str] = []
+    current: str | None = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            current = argument if argument in LISTS else None
+            if current is None:
+                spread.append(argument)
+        elif current is not None:
+            spread += [current, argument]
+        else:
+            spread.append(argument)
+    return spread
+
+
+app.command()(evaluate)
+app.command("wrong-answers")(wrong_answers)
 
 
 def _number(given: str) -> float:
@@ -192,21 +217,6 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(f"cannot write {str(path)!r}: {error.strerror}; give another --out") from error
-
-
-def _frame(frame: pd.DataFrame, title: str | None = None) -> Table:
-    """A data frame as a table of the terminal."""
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        table.add_column(str(column), justify="right")
-    for row in frame.itertuples(index=False):
-        table.add_row(
-            *(
-                "-" if str(value) == "<NA>" else f"{value:.3g}" if isinstance(value, float) else str(value)
-                for value in row
-            )
-        )
-    return table
 
 
 def _table(found: TruthNeurons) -> Table:
@@ -241,7 +251,7 @@ def main() -> None:
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(_spread_lists(sys.argv[1:]), standalone_mode=False) or 0
     except (BadInput, USAGE_ERROR) as error:
         said = getattr(error, "format_message", lambda: str(error))()
         if said.strip():  # without arguments the help has been shown already

@@ -6,153 +6,37 @@ import hashlib
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from html import escape
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import plotly.graph_objects as go
 import torch
 
-from .attribution import attribute, mean_activations, post_norm_warning
+from .attribution import attribute, post_norm_warning
 from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, choose_engine
 from .attribution.result import PassSize
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import diagnose
 from .errors import BadInput
-from .evaluation import Evaluation, evaluate
-from .figures import plot_layers
+from .evaluation import PAPER_ARMS, evaluate
+from .found import TruthNeurons
+from .interventions import mean_activations
 from .manipulation import ManipulationCheck, manipulation_check
 from .models import Model, check_model, neuron_space
-from .neurons import SITES, Neuron, NeuronSet, NeuronSpace, Site
+from .neurons import SITES, NeuronSpace, Site
 from .progress import track
 from .prompts import build_prompts
 from .questions.question import QuestionSet
 from .report import write_report
-from .reselection import Stability, found_again, stability
+from .reselection import found_again, stability
 from .seeds import generator
-from .selection import Selection, select_neurons
+from .selection import select_neurons
 from .settings import Settings, resolve_settings
 from .storage import RunFolder, StoredScores, cut_shards
-from .tuning import Tuning, tune_threshold
+from .tuning import tune_threshold
 
-FEW = 20
-"""Questions in half 2 below which a result is not to be trusted."""
 TUNING_SHARE = 0.2
 """Share of a set without parts that t is tuned on."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TruthNeurons:
-    """What a run found, and whether it matters."""
-
-    model_name: str
-    questions_name: str
-    settings: Settings
-    check: ManipulationCheck
-    completeness: Mapping[str, Mapping[str, list[float]]]
-    """Per site: mean |gap| and mean |change| of each layer (0 gap: an exact integral)."""
-    selection: Selection
-    evaluation: Evaluation
-    """The arms on the reporting questions of the toy, on the whole set elsewhere (as in the paper)."""
-    unseen: Evaluation | None
-    """The arms on the questions that selection and test did not use, where `evaluation` holds others too."""
-    diagnosis: Diagnosis
-    """Whether the neurons support truth, the model's choice, or the format."""
-    stability: Stability
-    """The same selection on other splits."""
-    found_again: float | None
-    """Share of the neurons found with one order per question that every order finds again; None for one order."""
-    tuning: Tuning | None
-    """The search for t, where t was "auto"."""
-    notes: tuple[str, ...]
-    """Warnings of the stages, in sentences."""
-
-    @property
-    def neurons(self) -> NeuronSet:
-        """The truth neurons."""
-        return self.selection.neurons
-
-    @property
-    def completeness_gap(self) -> float:
-        """Largest mean |gap| of a site and layer over the largest mean |change|."""
-        largest = max((max(of["change"]) for of in self.completeness.values()), default=0.0)
-        missing = max((max(of["gap"]) for of in self.completeness.values()), default=0.0)
-        return missing / largest if largest else 0.0
-
-    def plot_layers(self) -> go.Figure:
-        """Figure 5 of this model."""
-        return plot_layers(self.selection, title=f"{self.model_name}: {len(self.neurons)} truth neurons by layer")
-
-    def warnings(self) -> list[str]:
-        """Everything that should be read before the result is believed."""
-        said = list(self.notes)
-        if self.check.is_lopsided:
-            said.append(self.check.lopsided)
-        if not self.neurons:
-            said.append(
-                f"No truth neurons were found: of {len(self.selection.candidates)} candidates none passed the test. "
-                "A model that does not know the answers has none to find; otherwise try a lower t."
-            )
-        elif len(self.selection.half_2) < FEW:
-            said.append(
-                f"Only {len(self.selection.half_2)} questions tested the candidates: too few to trust what was found."
-            )
-        verdicts = self.diagnosis.verdicts
-        if verdicts.count("choice") > len(verdicts) / 2:
-            said.append(
-                f"{verdicts.count('choice')} of {len(verdicts)} neurons support what the model chose, right or wrong: they are "
-                "choice neurons rather than truth neurons."
-            )
-        return said + self.evaluation.warnings()
-
-    def records(self) -> list[dict[str, Any]]:
-        """One record a neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""
-        diagnosed = self.diagnosis.records()
-        return [record | diagnosed[Neuron.from_dict(record)] for record in self.selection.to_records()]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}: {self.summary()}"
-
-    def summary(self) -> str:
-        """What was found and what it does, in a few sentences."""
-        said = [self.check.summary(), self.selection.summary(), self.evaluation.summary()]
-        return " ".join([*said, self.diagnosis.summary()])
-
-    def to_dict(self) -> dict[str, Any]:
-        """summary.json: accuracies in percent (std with ddof 1), everything else a fraction in [0, 1]."""
-        space = self.selection.space
-        summary = {
-            "model": self.model_name,
-            "questions": self.questions_name,
-            "n_neurons": len(self.neurons),
-            "t": self.selection.t,
-            "p": self.settings.p,
-            "n_layers": space.n_layers,
-            "neurons_by_layer": self.neurons.by_layer(space.n_layers),
-            "arms": self.evaluation.to_dict(),
-            "welch_p": self.evaluation.welch_p,
-        }
-        if self.unseen is not None:
-            summary["arms_unseen"] = self.unseen.to_dict()
-        return summary
-
-    def checks_to_dict(self) -> dict[str, Any]:
-        """diagnosis.json: what the neurons support, how stable the set is, and how t was chosen."""
-        checks: dict[str, Any] = {
-            **self.diagnosis.to_dict(),
-            "stability": {
-                "n_splits": len(self.stability.seeds),
-                "mean_jaccard": float(np.mean(self.stability.jaccards)),
-                "n_in_every_split": len(self.stability.core),
-            },
-            "found_again_in_both_orders": self.found_again,
-        }
-        return checks if self.tuning is None else checks | {"tuning": self.tuning.to_dict()}
-
-    def _repr_html_(self) -> str:
-        return f"<p>{escape(self.summary())}</p>{self.evaluation.to_frame().round(3).to_html()}"
 
 
 def find_truth_neurons(
@@ -225,6 +109,8 @@ def find_truth_neurons(
                 reporting,
                 selection.neurons,
                 n_repetitions=resolved.n_repetitions,
+                arms=PAPER_ARMS,
+                order="both",
                 seed=resolved.seed,
                 drop_long=drop_long,
                 progress=progress,
@@ -350,17 +236,13 @@ def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace, 
 
 def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
     """The manifest: everything that the numbers depend on, and one rendered prompt."""
-    weights = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        total, size = parameter.sum(dtype=torch.float64), torch.linalg.vector_norm(parameter, dtype=torch.float64)
-        weights.update(f"{name} {tuple(parameter.shape)} {float(total):.9g} {float(size):.9g};".encode())
     return {
         **asdict(settings),
         "engine": choose_engine(model, settings.engine, settings.positions),
         "max_memory": MAX_MEMORY,
         "model": str(model.cfg.model_name),
         "architecture": model.cfg.original_architecture,
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": weights_digest(model),
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "device": str(torch.device(str(model.cfg.device)).type),
         "n_threads": torch.get_num_threads(),
@@ -371,6 +253,15 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
         "rendered_prompt": example,
         "versions": {name: version(name) for name in ("tn_lens", "torch", "transformer-lens", "transformers")},
     }
+
+
+def weights_digest(model: Model) -> str:
+    """What tells a model from an edited copy: SHA-256 over the sum and size of every weight."""
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        total, size = parameter.sum(dtype=torch.float64), torch.linalg.vector_norm(parameter, dtype=torch.float64)
+        weights.update(f"{name} {tuple(parameter.shape)} {float(total):.9g} {float(size):.9g};".encode())
+    return weights.hexdigest()
 
 
 def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -15,5 +15,13 @@ def track(items: Iterable[T], text: str | None) -> Iterable[T]:
     """Iterate with a progress bar called `text`; without one where `text` is None or nobody watches."""
     if text is None:
         return items
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(items, desc=text, disable=not watched, leave=False)
+    return tqdm(items, desc=text, disable=not _watched(), leave=False)
+
+
+def counter(total: int, text: str | None) -> Any:
+    """A progress bar to be advanced by hand, with `update(n)`; None where `text` is."""
+    return None if text is None else tqdm(total=total, desc=text, disable=not _watched(), leave=False)
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -45,6 +45,8 @@ class Prompt:
     category: str = ""
     text: str = field(default="", repr=False)
     """The rendered prompt."""
+    start: int = field(default=0, repr=False)
+    """Position of the first token of the question itself, behind instruction and examples."""
 
     @property
     def n_choices(self) -> int:
@@ -154,6 +156,8 @@ class PromptEncoder:
         self.chat = template.chat and getattr(self.tokenizer, "chat_template", None) is not None
         self.end, self.prefix = ("", "") if self.chat else PLAIN_ENDS[0]
         """What ends a prompt, and what stands before a label."""
+        self.heads: dict[str, list[int]] = {"": []}
+        """Tokens of what stands before a question."""
         if (
             self.chat
             and "strftime_now" in str(self.tokenizer.chat_template)
@@ -172,7 +176,7 @@ class PromptEncoder:
         )
         letters = list(LETTERS[: len(order)])
         labels = f"{', '.join(letters[:-1])} and {letters[-1]}"
-        user = self.template.user.format(question=question.text, choices=shown, labels=labels)
+        user = self.template.user.format(question=question.text, choices=shown, labels=labels, context=question.context)
         if not self.chat:
             system = f"{self.template.system}\n\n" if self.template.system else ""
             return system + user + self.template.cue + self.end
@@ -220,10 +224,22 @@ class PromptEncoder:
                     order=order,
                     category=question.category,
                     text=text,
+                    start=self._start(question, text, ids, special=special),
                 )
             )
         self._check(prompts)
         return prompts
+
+    def _start(self, question: Question, text: str, ids: list[int], *, special: bool) -> int:
+        """How many tokens stand before the question; a token that reaches into it belongs to it."""
+        before, _, _ = self.template.user.partition("{question}")
+        opening = before[-TAIL:].rpartition("}")[2] + question.text
+        place = text.find(opening, text.find(question.context))
+        head = text[: place + len(opening) - len(question.text)] if place >= 0 else ""
+        if head not in self.heads:
+            (self.heads[head],) = _ids(self.tokenizer, [head], special=special)
+        known = self.heads[head]
+        return next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
 
     def _choose_end(self, question: Question, order: tuple[int, ...]) -> None:
         """Take the first way to end plain text after which this tokenizer has the labels as single tokens."""

@@ -15,7 +15,7 @@ from .evaluation import ARM_NAMES
 from .neurons import Neuron
 
 if TYPE_CHECKING:
-    from .pipeline import TruthNeurons
+    from .found import TruthNeurons
 
 N_ROWS = 100
 """Neurons in the page's table."""

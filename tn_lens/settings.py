@@ -14,6 +14,7 @@ from .attribution.direct import Positions
 from .attribution.quadrature import Method, quadrature_rule
 from .attribution.target import TargetName
 from .errors import BadInput
+from .evaluation.reference import PAPER
 from .models import Model
 from .prompts import Order
 from .seeds import generator
@@ -106,12 +107,5 @@ def recommended_settings(model: Model) -> dict[str, Any]:
     return {"t": PAPER_THRESHOLDS[model.cfg.model_name]} if model.cfg.model_name in PAPER_THRESHOLDS else {}
 
 
-PAPER_THRESHOLDS: Mapping[str, float] = {
-    "Qwen2.5-3B-Instruct": 0.01,
-    "Llama-3.2-3B-Instruct": 0.20,
-    "OLMo-2-1124-7B-Instruct": 0.10,
-    "Llama-3.1-8B-Instruct": 0.25,
-    "Mistral-Nemo-Instruct-2407": 0.17,
-    "OLMo-2-1124-13B-Instruct": 0.20,
-}
+PAPER_THRESHOLDS: Mapping[str, float] = {model: row.t for model, row in PAPER.items()}
 """The adaptive thresholds t of the paper's table 3, as fractions."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .ablation import ablate
 from .answers import ask
 from .errors import BadInput
 from .evaluation import LETTER_SHIFT, MASS_KEPT, Evaluation
+from .interventions import ablate
 from .models import Model
 from .neurons import NeuronSet
 from .progress import track

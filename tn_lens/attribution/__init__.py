@@ -1,6 +1,6 @@
 """Attribution: integrated gradients for every neuron of every layer."""
 
-from .attribute import attribute, mean_activations, post_norm_warning
+from .attribute import attribute, post_norm_warning
 from .quadrature import QuadratureRule, quadrature_rule
 from .result import Attribution
 from .target import probability_difference, right_probability, wrong_probability
@@ -9,7 +9,6 @@ __all__ = [
     "Attribution",
     "QuadratureRule",
     "attribute",
-    "mean_activations",
     "post_norm_warning",
     "probability_difference",
     "quadrature_rule",

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadInput
+from ..interventions import mean_activations
 from ..models import Model, check_model, is_post_norm, neuron_space
 from ..neurons import SITES, Site
 from ..progress import track
@@ -211,21 +212,6 @@ def post_norm_warning(model: Model, method: Method, baseline: Baseline) -> str |
 
 
 @torch.no_grad()
-def mean_activations(
-    model: Model, prompts: Sequence[Prompt], *, positions: Positions = "last", progress: bool = False
-) -> dict[Site, Float[Tensor, "layer _"]]:
-    """Mean activation of every neuron over prompts (and over their positions, for `"all"`), as a baseline."""
-    space = neuron_space(model)
-    sites: list[Site] = [site for site in SITES if space.width(site)]
-    total: dict[Site, Tensor] = {s: torch.zeros(space.n_layers, space.width(s), dtype=torch.float64) for s in sites}
-    for prompt in track(prompts, "mean activations" if progress else None):
-        own = Direct(model, prompt, sites, positions).own
-        for site in sites:
-            total[site] += own[site][0].mean(1).double().cpu()
-    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-    return {site: (value / len(prompts)).to(dtype) for site, value in total.items()}
-
-
 def resolve_baseline(
     model: Model, prompts: Sequence[Prompt], baseline: Baseline, sites: Sequence[Site], positions: Positions
 ) -> Mapping[Site, Float[Tensor, "layer _"]]:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import TransformerLensKeyValueCache
 
-from ..answers import pad_left
+from ..forward import pad_left
 from ..models import Model, unembed
 from ..neurons import Site, hook_name
 from ..prompts import Prompt

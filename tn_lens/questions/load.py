@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
 from . import toy
+from .files import download, read_csv, read_json_lines
+from .mmlu import load_mmlu
 from .question import LETTERS, Question, QuestionSet
+from .triviaqa import load_triviaqa
 
 TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 """The form of January 2025: 790 questions, each with one best and one best incorrect answer (paper A.2)."""
 TRUTHFULQA_SHA256 = "764be5c0c27c337baed4db641555c125428569df44a8dbf9b28796a6ce4d7616"
 
-NAMED = ("toy", "toy_true_false", "toy_four_choice", "truthfulqa")
+NAMED = ("toy", "toy_true_false", "toy_four_choice", "truthfulqa", "triviaqa", "mmlu")
+
+OPTIONS: Mapping[str, set[str]] = {"mmlu": {"n_shots"}, "triviaqa": {"wrong_answers", "strict"}}
+"""What only some sets take."""
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "question": ("question", "Question"),
@@ -32,21 +37,38 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 
 def load_questions(
-    name_or_path: str | Path, *, source: str | Path | None = None, columns: Mapping[str, str] | None = None
+    name_or_path: str | Path,
+    *,
+    source: str | Path | Sequence[str | Path] | None = None,
+    columns: Mapping[str, str] | None = None,
+    n_shots: int = 0,
+    wrong_answers: str | Path | None = None,
+    strict: bool = False,
 ) -> QuestionSet:
     """Load a question set.
 
     Args:
-        name_or_path: `"truthfulqa"` (paper A.2), `"toy"`, `"toy_true_false"`, `"toy_four_choice"`, or the path of a
-            .csv or .jsonl file with the columns `question`, `right` and `wrong` (and `category`), or `question`,
-            `choices` (a list) and `answer` (an index from 0, or a letter). TruthfulQA.csv is such a file.
-        source: where to read a named set from instead of its public address: another URL, or a local file.
+        name_or_path: `"truthfulqa"` (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"`,
+            `"toy_four_choice"`, or the path of a .csv or .jsonl file with the columns `question`, `right` and `wrong` (and
+            `category`), or `question`, `choices` (a list) and `answer` (an index from 0, or a letter). TruthfulQA.csv is
+            such a file.
+        source: where to read a named set from instead of its public address: another URL or a local file for TruthfulQA,
+            files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
         columns: your file's names for `question`, `right`, `wrong`, `choices`, `answer`, `category`.
+        n_shots: solved examples before each question of MMLU, 0 to 5.
+        wrong_answers: a file of wrong answers for TriviaQA.
+        strict: leave out TriviaQA's wrong answers that contain a right one.
 
     Raises:
         BadInput: there is no such set or file, a column is missing, or a row cannot be used; the row is named.
     """
     name = str(name_or_path)
+    options: dict[str, Any] = {"n_shots": n_shots, "wrong_answers": wrong_answers, "strict": strict}
+    given = {option for option, value in options.items() if value} - OPTIONS.get(name, set())
+    if given:
+        raise BadInput(f"{sorted(given)[0]} is not an option of {name!r}")
+    if isinstance(source, Sequence) and not isinstance(source, str) and name != "triviaqa":
+        raise BadInput(f"expected one source for {name!r}, got {len(source)}")
     match name:
         case "toy":
             return toy.binary()
@@ -54,35 +76,24 @@ def load_questions(
             return toy.true_false()
         case "toy_four_choice":
             return toy.four_choice()
+        case "mmlu":
+            return load_mmlu(source, n_shots=n_shots)  # pyright: ignore[reportArgumentType]
+        case "triviaqa":
+            return load_triviaqa(source, wrong_answers=wrong_answers, strict=strict)
         case "truthfulqa":
-            path = (
-                Path(source)
-                if source is not None and Path(source).is_file()
-                else _download(str(source or TRUTHFULQA_URL))
-            )
+            path = Path(str(source)) if source is not None else None
+            if path is None or not path.is_file():
+                path = download(str(source or TRUTHFULQA_URL), "download TruthfulQA.csv yourself and give its path")
             _check_digest(path)
-            return QuestionSet(name="truthfulqa", questions=_parse(_read_csv(path), {}, "truthfulqa"))
+            return QuestionSet(name="truthfulqa", questions=_parse(read_csv(path), {}, "truthfulqa"))
     path = Path(name)
     if not path.is_file():
         raise BadInput(f"no question set {name!r}: expected {', '.join(NAMED)}, or the path of a .csv or .jsonl file")
-    readers = {".csv": _read_csv, ".jsonl": _read_json_lines}
+    readers = {".csv": read_csv, ".jsonl": read_json_lines}
     if path.suffix.lower() not in readers:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
     rows = readers[path.suffix.lower()](path)
     return QuestionSet(name=path.stem, questions=_parse(rows, columns or {}, name))
-
-
-def _download(url: str) -> Path:
-    """Fetch a file into the cache of `datasets`."""
-    import datasets
-
-    try:
-        return Path(str(datasets.DownloadManager().download(url)))
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot fetch {url} ({type(error).__name__}: {str(error)[:200]}); "
-            "download TruthfulQA.csv yourself and give its path"
-        ) from error
 
 
 def _check_digest(path: Path) -> None:
@@ -93,42 +104,6 @@ def _check_digest(path: Path) -> None:
             f"{TRUTHFULQA_SHA256[:12]}...); results may not compare with the paper's",
             stacklevel=3,
         )
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows by column name; every line must have as many fields as the header."""
-    header, rows = [], []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file)
-            header = [name.strip() for name in next(lines, [])]
-            for fields in lines:
-                if any(fields) and len(fields) != len(header):
-                    raise BadInput(
-                        f"{path}, line {lines.line_num}: expected {len(header)} fields ({', '.join(header)}), got "
-                        f"{len(fields)}; put double quotes around a field that holds a comma"
-                    )
-                if any(fields):
-                    rows.append(dict(zip(header, fields, strict=True)))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path} cannot be read as a UTF-8 CSV file with a header line: {error}") from error
-    if not any(header):
-        raise BadInput(f"{path} cannot be read as a CSV file with a header line: it is empty")
-    return rows or [dict.fromkeys(header)]
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise BadInput(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
-                rows.append(row)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read as UTF-8 JSON lines: {error}") from error
-    return rows
 
 
 def _parse(rows: list[dict[str, Any]], columns: Mapping[str, str], where: str) -> tuple[Question, ...]:

@@ -24,6 +24,8 @@ class Question:
     category: str = ""
     split: str = ""
     """Which part of its set a question belongs to ("tune", "find", "report"); empty where there are no parts."""
+    context: str = ""
+    """What a template with `{context}` puts before the question: solved examples, say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class PromptTemplate:
     """How a question becomes text, with a chat template and without one."""
 
     user: str
-    """The user's turn, with `{question}`, `{choices}` and, if wanted, `{labels}` ("A and B")."""
+    """The user's turn, with `{question}`, `{choices}` and, if wanted, `{labels}` ("A and B") and `{context}`."""
     choice: str = "Answer {label}: {choice}"
     """One line per choice; empty where the choices are not listed."""
     separator: str = "\n"
@@ -57,6 +59,16 @@ FIGURE_9 = PromptTemplate(
 """The prompt of the paper's figure 9."""
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A row of a file that did not become a question, and why."""
+
+    row: int
+    """Counted from 1, without a header."""
+    text: str
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuestionSet(Sequence[Question]):
     """Questions in a fixed order, with the template they are asked in."""
@@ -64,6 +76,10 @@ class QuestionSet(Sequence[Question]):
     name: str
     questions: tuple[Question, ...]
     template: PromptTemplate = FIGURE_9
+    fixed_order: bool = False
+    """Whether the standard evaluation keeps the choices where they stand (MMLU), instead of permuting them."""
+    dropped: tuple[Dropped, ...] = ()
+    """Rows that were cleaned away when the set was loaded."""
 
     @overload
     def __getitem__(self, index: int) -> Question: ...
@@ -110,4 +126,7 @@ class QuestionSet(Sequence[Question]):
         """One sentence: how many questions, categories and parts."""
         parts = Counter(q.split for q in self if q.split)
         shown = f" ({', '.join(f'{n} to {split}' for split, n in parts.items())})" if parts else ""
-        return f"{self.name}: {len(self)} questions{shown} in {len(self.categories)} categories."
+        said = f"{self.name}: {len(self)} questions{shown} in {len(self.categories)} categories."
+        reasons = Counter(row.reason for row in self.dropped)
+        left_out = "; ".join(f"{n} rows: {reason}" for reason, n in reasons.most_common())
+        return f"{said} Left out: {left_out}." if left_out else said

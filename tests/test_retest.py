@@ -1,0 +1,138 @@
+"""The neurons of a run on other question sets: `tn-lens evaluate`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tn_lens import find_truth_neurons, load_model, load_questions
+from tn_lens.retest import parts_of, retest, run_of
+from tn_lens.storage import fingerprint
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run on the toy."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    model = load_model("toy")
+    find_truth_neurons(model, load_questions("toy"), out=folder, limit=60, n_repetitions=2, progress=False)
+    return folder
+
+
+def test_evaluating_a_run_makes_both_tables(demo: Path, run: Callable, tmp_path: Path) -> None:
+    arguments = ["evaluate", str(demo), "--on", "toy", "toy_true_false", "toy_four_choice", "--model", "toy"]
+    code, out, err = run(*arguments, "--repetitions", "2", "--limit", "40", "--out", str(tmp_path / "again"))
+    assert code == 0, err
+    for said in ("most active", "order-averaged", "toy_four_choice", "Loss on plain text", "McNemar p"):
+        assert said in " ".join(out.split()), said
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    tables = {f"table{n}.{ending}" for n in (1, 2) for ending in ("md", "tex", "csv")}
+    assert names == tables | {"toy.json", "toy_true_false.json", "toy_four_choice.json"}
+    held = json.loads((tmp_path / "again" / "toy_four_choice.json").read_text())
+    assert held["n_orders"] == 4
+    assert set(held["arms"]) == {"baseline", "random", "random_matched", "top_activation", "suppressed"}
+    assert held["compared"]["random_matched"]["low"] <= held["compared"]["random_matched"]["difference"]
+    assert sum(row["n_questions"] for row in held["categories"]) == 40
+
+
+def test_a_run_knows_its_model(run: Callable, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    fast = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
+    code, _, err = run("run", "--model", "toy", "--questions", "toy", "--out", folder, *fast)
+    assert code == 0, err
+    code, out, err = run("evaluate", folder, "--on", "toy_true_false", "--repetitions", "2", "--limit", "10")
+    assert code == 0, err
+    assert (Path(folder) / "evaluation" / "table1.md").is_file()
+    assert f"Tables and numbers: {Path(folder) / 'evaluation'}" in out
+
+
+def test_a_set_of_neurons_needs_no_run(demo: Path, run: Callable, tmp_path: Path) -> None:
+    neurons = str(demo / "neurons.json")
+    common = ["--on", "toy_true_false", "--repetitions", "2", "--limit", "20", "--arms", "baseline", "suppressed"]
+    code, out, err = run(
+        "evaluate", "--neurons", neurons, "--model", "toy", *common, "--mode", "scale", "--factor", "2"
+    )
+    assert code == 0, err
+    assert "toy_true_false" in out
+    assert "random" not in out.split("toy_true_false", 1)[1].split("Of the")[0].replace("randomly", "")
+    code, _, err = run("evaluate", str(demo), *common, "--out", str(tmp_path / "x"))
+    assert code == 2, "a run that was not started on the command line does not know where its model came from"
+    assert "give one with --model" in err
+
+
+def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> None:
+    rows = [f"{q.text},{q.choices[0]},{q.choices[1]}\n" for q in load_questions("toy").part("find")[:60]]
+    (tmp_path / "own.csv").write_text("question,right,wrong\n" + "".join(rows))
+    folder, file = tmp_path / "run", str(tmp_path / "own.csv")
+    questions = load_questions(file)
+    lettered = replace(questions, template=load_questions("toy").template)
+    model = load_model("toy")
+    find_truth_neurons(model, lettered, out=folder, n_repetitions=2, t=0.05, order="both", limit=50, progress=False)
+    settings, neurons, _ = run_of(folder)
+    parts = parts_of(folder, settings, lettered)
+    assert sum(map(len, parts.values())) == 60
+    assert len(parts["unseen"]) == 10
+    assert not set(parts["half 1 (selection)"]) & set(parts["half 2 (test)"])
+    assert parts_of(folder, settings, questions) == {}, "asked in other words"
+    found = retest(model, neurons, [lettered], parts={"own": parts}, n_repetitions=2, progress=False)[0]
+    shown = found.by_part(parts)
+    assert shown[shown.arm == "baseline"].n_questions.sum() == 60
+    dropped = shown[(shown.part == "dropped by the check") & (shown.arm == "baseline")]
+    assert dropped.order_averaged_accuracy.tolist()[0] < 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "expected a run folder, or --neurons"),
+        (["RUN", "--neurons", "x.json"], "got both"),
+        (["RUN", "--model", "toy"], "expected a question set"),
+        (["RUN", "--model", "toy", "--on", "nothing"], "no question set 'nothing'"),
+        (["RUN", "--model", "toy", "--on", "toy", "toy"], "a name of its own"),
+        (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "at least 1"),
+        (["RUN", "--model", "toy", "--on", "toy", "--arms", "baseline"], "'suppressed' is missing"),
+        (["RUN", "--model", "toy", "--on", "toy", "--mode", "scale"], "a factor belongs to mode 'scale'"),
+        (["RUN", "--model", "toy", "--on", "toy", "--text", "nothing.txt"], "cannot read 'nothing.txt'"),
+        (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "give the folder with test/"),
+        (["nowhere", "--model", "toy", "--on", "toy"], "holds no run"),
+    ],
+)
+def test_bad_input_to_evaluate(arguments: list[str], said: str, demo: Path, run: Callable, tmp_path: Path) -> None:
+    given = [str(demo) if one == "RUN" else one for one in arguments]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
+    code, _, err = run("evaluate", *given, *out)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_neurons_of_other_weights_are_refused(demo: Path, run: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "toy-edited"
+    shutil.copytree(demo, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["weights_sha256"] = "0" * 64
+    manifest["fingerprint"] = fingerprint(manifest["settings"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = run("evaluate", str(folder), "--model", "toy", "--on", "toy")
+    assert code == 2
+    assert "found in other weights" in err
+
+
+def test_wrong_answers_from_the_command_line(run: Callable, tmp_path: Path) -> None:
+    code, _, err = run(
+        "wrong-answers",
+        "toy",
+        "--out",
+        str(tmp_path / "a.jsonl"),
+        "--chat-model",
+        "x",
+        "--base-url",
+        "http://127.0.0.1:9",
+    )
+    assert code == 2
+    assert "cannot reach http://127.0.0.1:9" in err

@@ -1,0 +1,156 @@
+"""The commands that evaluate neurons on other questions, and have wrong answers written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from .console import frame_table, open_console
+from .errors import BadInput
+
+
+def evaluate(
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder, whose neurons are taken.")] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Question sets: truthfulqa triviaqa mmlu, NAME=PATH for a local copy, or a .csv or .jsonl file."
+        ),
+    ] = None,
+    neurons: Annotated[Path | None, typer.Option(help="A neurons.json, instead of a run.")] = None,
+    model: Annotated[str | None, typer.Option(help="'toy', a hub id, or a folder; a run knows its own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; RUN/evaluation by default.")] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(help="Conditions: baseline suppressed, and random random_matched top_activation; all by default."),
+    ] = None,
+    mode: Annotated[
+        Literal["zero", "scale", "mean", "resample"], typer.Option(help="What is done to the neurons.")
+    ] = "zero",
+    factor: Annotated[float | None, typer.Option(help="Of --mode scale.")] = None,
+    positions: Annotated[Literal["all", "last", "question"], typer.Option(help="Where it is done.")] = "all",
+    order: Annotated[
+        Literal["both", "given"] | None, typer.Option(help="Orders of the choices; as is usual for the set by default.")
+    ] = None,
+    n_shots: Annotated[int, typer.Option(help="Solved examples before each question of MMLU.")] = 0,
+    wrong_answers: Annotated[Path | None, typer.Option(help="Wrong answers for TriviaQA's own files.")] = None,
+    strict: Annotated[bool, typer.Option(help="Leave out wrong answers of TriviaQA that contain a right one.")] = False,
+    repetitions: Annotated[int, typer.Option(help="Draws of orders and control neurons.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of orders and control neurons.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="At most so many questions of each set.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Plain text for the loss; some paragraphs of our own by default.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    drop_long: Annotated[bool, typer.Option(help="Leave out questions beyond the context window.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the checkpoint's own code run.")] = False,
+) -> None:
+    """Suppress found neurons on other question sets, beside every control: tables 1 and 2."""
+    import pandas as pd
+    from transformers.utils import logging as hf_logging
+
+    from . import loading, retest
+    from .evaluation import ARMS, table1, table2
+    from .evaluation.text import plain_texts
+    from .neurons import NeuronSet
+
+    hf_logging.disable_progress_bar()
+    if (folder is None) == (neurons is None):
+        raise BadInput(
+            "expected a run folder, or --neurons FILE with --model NAME; got " + ("both" if folder else "neither")
+        )
+    settings: dict[str, Any] | None = None
+    if folder is not None:
+        settings, found, source = retest.run_of(folder)
+        known: dict[str, Any] = source or {}
+        model, dtype, revision = (
+            model or known.get("model"),
+            dtype or known.get("dtype"),
+            revision or known.get("revision"),
+        )
+        out = out or folder / "evaluation"
+    else:
+        found = NeuronSet.load(str(neurons))
+    if model is None:
+        raise BadInput("expected a model; give one with --model")
+    options = {"n_shots": n_shots, "wrong_answers": wrong_answers, "strict": strict}
+    sets = retest.load_sets(on or [], limit=limit, seed=seed, **options)
+    loaded = loading.load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    parts = {}
+    if folder is not None and settings is not None:
+        retest.check_same_model(loaded, settings, folder)
+        parts = {questions.name: part for questions in sets if (part := retest.parts_of(folder, settings, questions))}
+    texts = None
+    if mode in ("zero", "scale") and positions == "all":
+        texts = _paragraphs(text) if text is not None else plain_texts(loaded)
+    evaluations = retest.retest(
+        loaded,
+        found,
+        sets,
+        out=out,
+        parts=parts,
+        n_repetitions=repetitions,
+        arms=arms or ARMS,
+        mode=mode,
+        factor=factor,
+        positions=positions,
+        order=order,
+        texts=texts,
+        seed=seed,
+        drop_long=drop_long,
+    )
+    console = open_console()
+    for questions, evaluation in zip(sets, evaluations, strict=True):
+        console.print(f"\n[bold]{escape(questions.summary())}[/]", highlight=False)
+        console.print(table1([evaluation]))
+        for sentence in [*evaluation.explain(), *evaluation.warnings()]:
+            console.print(f"- {escape(sentence)}", highlight=False)
+        if questions.name in parts:
+            frame = evaluation.by_part(parts[questions.name])
+            rows = [row for row in frame.to_dict("records") if row["arm"] in ("baseline", "suppressed")]
+            shown = ["part", "arm", "n_questions", "accuracy_mean", "order_averaged_accuracy", "answer_mass"]
+            console.print(frame_table(pd.DataFrame(rows, columns=shown), title="by part"))
+    if len(evaluations) > 1:
+        console.print(table2(evaluations))
+    if out is not None:
+        console.print(f"\nTables and numbers: {out}", highlight=False, soft_wrap=True)
+
+
+def wrong_answers(
+    questions: Annotated[str, typer.Argument(help="'truthfulqa', TriviaQA's own .json, or a .csv or .jsonl file.")],
+    out: Annotated[Path, typer.Option(help="JSON-lines file; a later call goes on with it.")],
+    chat_model: Annotated[str, typer.Option(help="The model's name on the server, or with --local what to load.")],
+    base_url: Annotated[
+        str, typer.Option(help="Server that speaks OpenAI's chat completions; the key is read from OPENAI_API_KEY.")
+    ] = "https://api.openai.com/v1",
+    local: Annotated[bool, typer.Option("--local", help="Load the model here instead of asking a server.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the replies.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
+) -> None:
+    """Let a chat model write tempting wrong answers, as the paper did for TriviaQA."""
+    from .questions.adversarial import LocalChat, OpenAIChat, load_answered, write_wrong_answers
+
+    asked = load_answered(questions)[:limit]
+    if local:
+        from .loading import load_model
+
+        chat = LocalChat(load_model(chat_model))
+    else:
+        chat = OpenAIChat(name=chat_model, base_url=base_url)
+    found = write_wrong_answers(asked, chat, out, seed=seed)
+    typer.echo(f"{len(found)} of {len(asked)} questions have a wrong answer now: {out}")
+
+
+def _paragraphs(path: Path) -> list[str]:
+    try:
+        held = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error
+    return [one.replace("\n", " ").strip() for one in held.split("\n\n") if one.strip()]

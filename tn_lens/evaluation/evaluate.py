@@ -1,0 +1,165 @@
+"""Does it matter? Accuracy with the found neurons suppressed, beside every control (paper 3.3, 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from ..answers import ask
+from ..controls import active_neurons, matched_neurons, random_neurons
+from ..errors import BadInput
+from ..forward import Where
+from ..interventions import Intervention, Mode, mean_activations
+from ..models import Model, neuron_space
+from ..neurons import NeuronSet, NeuronSpace, Site
+from ..progress import track
+from ..prompts import Order, Prompt, build_prompts, by_question
+from ..questions.question import QuestionSet
+from ..seeds import generator
+from .arm import ARMS, ArmName
+from .result import Evaluation
+from .text import Text, text_loss
+
+
+def evaluate(
+    model: Model,
+    questions: QuestionSet,
+    neurons: NeuronSet,
+    *,
+    n_repetitions: int = 10,
+    arms: Sequence[ArmName] = ARMS,
+    mode: Mode = "zero",
+    factor: float | int | None = None,
+    positions: Where = "all",
+    order: Order | None = None,
+    texts: Sequence[Text] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    drop_long: bool = False,
+) -> Evaluation:
+    """Ask the questions untouched, with each control and with the found neurons suppressed (paper 3.3).
+
+    Each repetition draws an order of the choices for every question; all arms share the orders. Control arms draw new
+    neurons in each repetition, never a found one: `"random"` uniformly (the paper), `"random_matched"` as many in each
+    site and layer as were found there, `"top_activation"` likewise among the most active. Every order of a question is asked
+    once per set of neurons, and the repetitions draw from the answers, so that the letters can be averaged out.
+
+    Args:
+        model: the model.
+        questions: what to ask.
+        neurons: the found set.
+        n_repetitions: draws of orders and of control neurons.
+        arms: conditions to run; `"baseline"` and `"suppressed"` are needed.
+        mode: what is done to the neurons, the same in every arm: `"zero"` (the paper), `"scale"`, `"mean"`, `"resample"`;
+            see `Intervention`.
+        factor: of `"scale"`.
+        positions: where it is done: `"all"` (the paper), `"last"`, or from the `"question"` on.
+        order: `"both"` asks every choice at every letter, `"given"` keeps the choices where they stand; by default what the
+            set's standard evaluation does: `"given"` for MMLU, else `"both"`.
+        texts: plain texts to measure the loss on, as a sign of how specific the effect is; a pair counts its second part.
+        seed: of orders and control neurons.
+        progress: show a progress bar.
+        drop_long: leave out questions beyond the context window instead of refusing.
+
+    Raises:
+        BadInput: no repetitions, an unknown arm, a set that does not fit the model, or texts with an intervention that needs
+            prompts.
+    """
+    if not isinstance(neurons, NeuronSet):
+        raise BadInput(
+            f"expected a NeuronSet (selection.neurons, or NeuronSet.load(path)), got {type(neurons).__name__}"
+        )
+    space = neuron_space(model)
+    space.check(neurons)
+    if missing := {"baseline", "suppressed"} - set(arms):
+        raise BadInput(f"arms must hold 'baseline' and 'suppressed' to be compared; {sorted(missing)[0]!r} is missing")
+    if n_repetitions < 1 or not questions:
+        raise BadInput(f"evaluate needs a repetition and a question; got {n_repetitions} and {len(questions)}")
+    if unknown := set(arms) - set(ARMS):
+        raise BadInput(f"unknown arm {sorted(unknown)[0]!r}: expected {', '.join(ARMS)}")
+    order = order or ("given" if questions.fixed_order else "both")
+    if order not in ("both", "given"):
+        raise BadInput(f"expected order 'both' or 'given', got {order!r}; the repetitions draw the orders themselves")
+    whole = Intervention(neurons=neurons, mode=mode, factor=factor, positions=positions, seed=seed)  # refuses early
+    prompts = build_prompts(model, questions, order=order, drop_long=drop_long)
+    values = mean_activations(model, prompts, positions=positions) if mode == "mean" else None
+    activity = None
+    if "top_activation" in arms:
+        activity = mean_activations(model, prompts, positions="last", absolute=True)
+    sets = draw_sets(space, neurons, arms, n_repetitions, activity, seed)
+    distinct = list(dict.fromkeys(one for drawn in sets.values() for one in drawn))
+    answers: dict[NeuronSet, np.ndarray] = {}
+    losses: dict[NeuronSet, float] = {}
+    for touched in track(distinct, f"evaluation on {questions.name}" if progress else None):
+        intervention = (
+            Intervention(neurons=touched, mode=mode, factor=factor, positions=positions, values=values, seed=seed)
+            if touched
+            else None
+        )
+        answers[touched] = ask(model, prompts, intervention=intervention).double().numpy()
+        if texts is not None:
+            losses[touched] = text_loss(model, texts, intervention)
+    return Evaluation(
+        name=questions.name,
+        prompts=tuple(prompts),
+        asked=draw_orders(prompts, n_repetitions, seed),
+        neurons=neurons,
+        probabilities={arm: np.stack([answers[one] for one in drawn]) for arm, drawn in sets.items()},
+        seed=seed,
+        model_name=str(model.cfg.model_name),
+        intervention=describe_intervention(whole),
+        text_loss=None
+        if texts is None
+        else {arm: np.array([losses[one] for one in drawn]) for arm, drawn in sets.items()},
+    )
+
+
+def draw_orders(prompts: Sequence[Prompt], n_repetitions: int, seed: int) -> np.ndarray:
+    """Which prompt of every question each repetition asks."""
+    n_orders = np.array([len(group) for _, group in by_question(prompts)])
+    first = np.cumsum(n_orders) - n_orders
+    coins = generator(seed, 1)
+    return first + np.stack([coins.integers(0, n_orders) for _ in range(n_repetitions)])
+
+
+def draw_sets(
+    space: NeuronSpace,
+    neurons: NeuronSet,
+    arms: Sequence[ArmName],
+    n_repetitions: int,
+    activity: Mapping[Site, Float[Tensor, "layer _"]] | None,
+    seed: int,
+) -> dict[str, list[NeuronSet]]:
+    """Per arm the neurons that are touched: one set, or a new one in each repetition."""
+    rng, more = generator(seed, 2), generator(seed, 9)
+    sets: dict[str, list[NeuronSet]] = {}
+    for arm in arms:
+        match arm:
+            case "baseline":
+                sets[arm] = [NeuronSet()]
+            case "random":
+                sets[arm] = [random_neurons(space, len(neurons), neurons, rng) for _ in range(n_repetitions)]
+            case "random_matched":
+                sets[arm] = [matched_neurons(space, neurons, rng) for _ in range(n_repetitions)]
+            case "top_activation":
+                assert activity is not None, "taken when the arm was asked for"
+                sets[arm] = [active_neurons(space, neurons, activity, more) for _ in range(n_repetitions)]
+            case "suppressed":
+                sets[arm] = [neurons]
+    return {arm: sets[arm] for arm in get_args(ArmName) if arm in sets}
+
+
+def describe_intervention(intervention: Intervention) -> str:
+    """What was done, in words that follow "the neurons"."""
+    words = {
+        "zero": "at zero",
+        "mean": "at their mean",
+        "resample": "resampled from other prompts",
+        "scale": f"times {intervention.factor:g}" if intervention.factor is not None else "",
+    }
+    places = {"all": "", "last": " at the last position", "question": " from the question on"}
+    return words[intervention.mode] + places[intervention.positions]
