@@ -490,3 +490,22 @@ def test_sets_with_a_fixed_order_are_asked_once(toy: Model) -> None:
     assert len(evaluate(toy, fixed, NeuronSet(), order="both", arms=("baseline", "suppressed")).prompts) == 48
     with pytest.raises(ValueError, match="the repetitions draw the orders"):
         evaluate(toy, fixed, NeuronSet(), order="random")
+
+
+def test_controls_may_be_asked_only_what_was_drawn(toy: Model) -> None:
+    neurons = random_neurons(neuron_space(toy), 60, NeuronSet(), np.random.default_rng(5))
+    questions = binary().part("report")[:30]
+    every = evaluate(toy, questions, neurons, n_repetitions=4)
+    drawn = evaluate(toy, questions, neurons, n_repetitions=4, control_orders="drawn")
+    for name in ARMS:
+        fixed = name in ("baseline", "suppressed")
+        np.testing.assert_allclose(drawn.arms[name].accuracies, every.arms[name].accuracies)
+        np.testing.assert_allclose(drawn.arms[name].shares, every.arms[name].shares)
+        assert drawn.arms[name].answer_mass == pytest.approx(every.arms[name].answer_mass)
+        assert drawn.arms[name].is_complete == fixed
+        assert (drawn.arms[name].auc == drawn.arms[name].auc) == fixed
+        assert np.isnan(drawn.probabilities[name]).sum() == (0 if fixed else 4 * 30 * 2)
+    assert drawn.table1().frame.iloc[1]["random"] == "-"
+    compared = drawn.compare("suppressed", "random")
+    plain = [drawn.arms[name].accuracy for name in ("suppressed", "random")]
+    assert compared.difference == pytest.approx(100 * (plain[0] - plain[1]))

@@ -35,6 +35,10 @@ def evaluate(
     order: Annotated[
         Literal["both", "given"] | None, typer.Option(help="Orders of the choices; as is usual for the set by default.")
     ] = None,
+    control_orders: Annotated[
+        Literal["both", "drawn"],
+        typer.Option(help="Ask a control's draw in every order, or only in the one drawn (faster)."),
+    ] = "both",
     n_shots: Annotated[int, typer.Option(help="Solved examples before each question of MMLU.")] = 0,
     wrong_answers: Annotated[Path | None, typer.Option(help="Wrong answers for TriviaQA's own files.")] = None,
     strict: Annotated[bool, typer.Option(help="Leave out wrong answers of TriviaQA that contain a right one.")] = False,
@@ -102,6 +106,7 @@ def evaluate(
         factor=factor,
         positions=positions,
         order=order,
+        control_orders=control_orders,
         texts=texts,
         seed=seed,
         drop_long=drop_long,

@@ -35,8 +35,13 @@ class Arm:
     """What the model answers in one condition. Draw d's neurons are touched in repetition d; one draw serves all."""
 
     probabilities: Float[np.ndarray, "draw prompt choice"]
-    """f of each shown choice, in [0, 1], for every order of every question."""
+    """f of each shown choice, in [0, 1], for every order of every question; NaN for an order that was not asked."""
     evaluation: Evaluation
+
+    @cached_property
+    def is_complete(self) -> bool:
+        """Whether every draw was asked every order; else nothing can be averaged over the orders."""
+        return not bool(np.isnan(self.probabilities).any())
 
     def drawn(self, per_prompt: Float[np.ndarray, "draw prompt"]) -> Float[np.ndarray, "repetition question"]:
         """The values of the orders that the repetitions drew."""
@@ -51,7 +56,7 @@ class Arm:
         own = np.take_along_axis(p, index[None, :, None], axis=-1)
         others = p.copy()
         np.put_along_axis(others, np.broadcast_to(index[None, :, None], own.shape), -1.0, axis=-1)
-        return (own[..., 0] > others.max(-1)).astype(np.float64)
+        return (own[..., 0] > others.max(-1)).astype(np.float64)  # never where it was not asked: NaN compares false
 
     @property
     def p_right(self) -> Float[np.ndarray, "draw prompt"]:
@@ -86,7 +91,7 @@ class Arm:
     @property
     def shares(self) -> Float[np.ndarray, " choice"]:
         """Share of answers that choose each letter."""
-        chosen = self.drawn(self.probabilities.argmax(-1).astype(np.float64))
+        chosen = self.drawn(np.nan_to_num(self.probabilities).argmax(-1).astype(np.float64))
         return np.array([(chosen == letter).mean() for letter in range(self.probabilities.shape[-1])])
 
     @property
@@ -107,7 +112,12 @@ class Arm:
 
     @cached_property
     def order_averaged(self) -> Float[np.ndarray, "draw question"]:
-        """1 where the right choice wins after averaging its probability over all orders of the question, else 0."""
+        """1 where the right choice wins after averaging its probability over all orders of the question, else 0.
+
+        NaN where not every order was asked.
+        """
+        if not self.is_complete:
+            return np.full((len(self.probabilities), self.evaluation.n_questions), np.nan)
         verdicts = []
         for p, answer in zip(self.by_choice, self.evaluation.answers, strict=True):
             verdicts.append((p[:, answer] > np.delete(p, answer, axis=-1).max(-1)).astype(np.float64))
@@ -122,8 +132,10 @@ class Arm:
     def auc(self) -> float:
         """Area under the ROC curve: a right choice has a higher share of its question's mass than a wrong one of any question.
 
-        From order-averaged probabilities; the mean over draws.
+        From order-averaged probabilities; the mean over draws. NaN where not every order was asked.
         """
+        if not self.is_complete:
+            return float("nan")
         rights, wrongs = [], []
         for p, answer in zip(self.by_choice, self.evaluation.answers, strict=True):
             share = p / np.maximum(p.sum(-1, keepdims=True), np.finfo(np.float64).tiny)

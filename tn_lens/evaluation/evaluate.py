@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -36,6 +36,7 @@ def evaluate(
     factor: float | int | None = None,
     positions: Where = "all",
     order: Order | None = None,
+    control_orders: Literal["both", "drawn"] = "both",
     texts: Sequence[Text] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -60,6 +61,8 @@ def evaluate(
         positions: where it is done: `"all"` (the paper), `"last"`, or from the `"question"` on.
         order: `"both"` asks every choice at every letter, `"given"` keeps the choices where they stand; by default what the
             set's standard evaluation does: `"given"` for MMLU, else `"both"`.
+        control_orders: ask each draw of a control in every order, or only in the one that its repetition drew: half the
+            time, the same accuracies, and no order-averaged ones for the controls.
         texts: plain texts to measure the loss on, as a sign of how specific the effect is; a pair counts its second part.
         seed: of orders and control neurons.
         progress: show a progress bar.
@@ -91,22 +94,30 @@ def evaluate(
     if "top_activation" in arms:
         activity = mean_activations(model, prompts, positions="last", absolute=True)
     sets = draw_sets(space, neurons, arms, n_repetitions, activity, seed)
-    distinct = list(dict.fromkeys(one for drawn in sets.values() for one in drawn))
+    asked = draw_orders(prompts, n_repetitions, seed)
+    wanted: dict[NeuronSet, set[int]] = {}
+    for drawn in sets.values():
+        for repetition, one in enumerate(drawn):
+            only = control_orders == "drawn" and len(drawn) > 1
+            wanted.setdefault(one, set()).update(asked[repetition].tolist() if only else range(len(prompts)))
     answers: dict[NeuronSet, np.ndarray] = {}
     losses: dict[NeuronSet, float] = {}
-    for touched in track(distinct, f"evaluation on {questions.name}" if progress else None):
+    for touched, rows in track(list(wanted.items()), f"evaluation on {questions.name}" if progress else None):
         intervention = (
             Intervention(neurons=touched, mode=mode, factor=factor, positions=positions, values=values, seed=seed)
             if touched
             else None
         )
-        answers[touched] = ask(model, prompts, intervention=intervention).double().numpy()
+        at = sorted(rows)
+        found = ask(model, [prompts[row] for row in at], intervention=intervention).double().numpy()
+        answers[touched] = np.full((len(prompts), max(p.n_choices for p in prompts)), np.nan)
+        answers[touched][at, : found.shape[1]] = found
         if texts is not None:
             losses[touched] = text_loss(model, texts, intervention)
     return Evaluation(
         name=questions.name,
         prompts=tuple(prompts),
-        asked=draw_orders(prompts, n_repetitions, seed),
+        asked=asked,
         neurons=neurons,
         probabilities={arm: np.stack([answers[one] for one in drawn]) for arm, drawn in sets.items()},
         seed=seed,

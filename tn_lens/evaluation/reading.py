@@ -27,7 +27,10 @@ N_RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Order-averaged accuracy of one arm less that of another on the same questions."""
+    """Order-averaged accuracy of one arm less that of another on the same questions.
+
+    Plain accuracy over the repetitions, where an arm was not asked every order.
+    """
 
     arm: str
     other: str
@@ -66,7 +69,9 @@ def compare(evaluation: Evaluation, arm: str, other: str) -> Comparison:
     """See `Evaluation.compare`."""
     if unknown := {arm, other} - set(evaluation.arms):
         raise BadInput(f"the arm {sorted(unknown)[0]!r} was not run; there are {', '.join(evaluation.arms)}")
-    ours, theirs = (evaluation.arms[name].order_averaged for name in (arm, other))
+    pair = [evaluation.arms[name] for name in (arm, other)]
+    averaged = all(one.is_complete for one in pair)
+    ours, theirs = (one.order_averaged if averaged else one.drawn(one.right) for one in pair)
     rng = generator(evaluation.seed, 8)
     apart = [_resampled(ours, theirs, rng) for _ in range(N_RESAMPLES)]
     low, high = np.percentile(apart, [2.5, 97.5])

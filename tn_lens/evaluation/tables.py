@@ -97,10 +97,7 @@ def table1(evaluations: Sequence[Evaluation]) -> Table:
         cells = {HEADINGS[arm]: _spread(e, arm) for arm in arms}
         rows.append({"model": e.model_name or "model", **cells, "neurons": str(len(e.neurons))})
         if e.n_orders > 1:
-            averaged = {
-                HEADINGS[arm]: f"{100 * e.arms[arm].order_averaged_accuracy:.2f}" if arm in e.arms else "-"
-                for arm in arms
-            }
+            averaged = {HEADINGS[arm]: _averaged(e, arm) for arm in arms}
             rows.append({"model": "  order-averaged", **averaged, "neurons": ""})
         paper = PAPER.get(e.model_name) if e.name == "truthfulqa" else None
         if paper:
@@ -132,10 +129,7 @@ def table2(evaluations: Sequence[Evaluation]) -> Table:
         cells = {HEADINGS[arm]: _cell(e, arm) for arm in arms}
         rows.append({"model": e.model_name or "model", "questions": e.name, **cells})
         if e.n_orders > 1:
-            averaged = {
-                HEADINGS[arm]: f"{100 * e.arms[arm].order_averaged_accuracy:.2f}" if arm in e.arms else "-"
-                for arm in arms
-            }
+            averaged = {HEADINGS[arm]: _averaged(e, arm) for arm in arms}
             rows.append({"model": "  order-averaged", "questions": "", **averaged})
         paper = PAPER.get(e.model_name)
         if paper and e.name in ("triviaqa", "mmlu"):
@@ -192,6 +186,12 @@ def _spread(evaluation: Evaluation, name: str) -> str:
     arm = evaluation.arms[name]
     star = " *" if name == "suppressed" and evaluation.welch_p < LEVEL else ""
     return f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}{star}"
+
+
+def _averaged(evaluation: Evaluation, name: str) -> str:
+    if name not in evaluation.arms or not evaluation.arms[name].is_complete:
+        return "-"
+    return f"{100 * evaluation.arms[name].order_averaged_accuracy:.2f}"
 
 
 def _cell(evaluation: Evaluation, name: str) -> str:
