@@ -198,7 +198,12 @@ class Evaluation:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """`to_frame` as plain numbers, rounded to six decimals."""
+        """The arms of summary.json: `to_frame` without AUC and loss, as plain numbers rounded to six decimals."""
+        return {
+            arm: {k: v for k, v in row.items() if k not in ("auc", "text_loss")} for arm, row in self._rows().items()
+        }
+
+    def _rows(self) -> dict[str, dict[str, float]]:
         return {
             str(arm): {k: round(v, 6) for k, v in row.items()} for arm, row in self.to_frame().to_dict("index").items()
         }
@@ -221,7 +226,7 @@ class Evaluation:
                     "accuracy": (100 * self.arms[name].accuracies).tolist(),
                     "letter_shares": self.arms[name].shares.tolist(),
                 }
-                for name, row in self.to_dict().items()
+                for name, row in self._rows().items()
             },
             "welch_p": self.welch_p,
             "reduction_points": 100 * self.reduction,
