@@ -15,9 +15,10 @@ lint: .venv/test
 	.venv/bin/ruff check --fix .
 	.venv/bin/pyright
 
-# What integrated gradients cost beside captum and a plain loop; rows go to benchmarks/results.json.
+# What integrated gradients and evaluation cost beside captum and plain loops; TRUTHFULQA=path of TruthfulQA.csv if offline.
 bench: .venv/bench
 	.venv/bin/python -W ignore benchmarks/attribution.py
+	.venv/bin/python -W ignore benchmarks/evaluation.py --order-averaged $(TRUTHFULQA)
 
 bench-quick: .venv/test
 	.venv/bin/python -W ignore benchmarks/attribution.py --quick
