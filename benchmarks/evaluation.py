@@ -29,7 +29,7 @@ from tn_lens.evaluation import PAPER_ARMS
 from tn_lens.evaluation.evaluate import draw_orders, draw_sets
 from tn_lens.forward import last_residuals, pad_left
 from tn_lens.interventions import ablate
-from tn_lens.models import Model, lay_out_weights, neuron_space, unembed
+from tn_lens.models import Model, last_logits, lay_out_weights, neuron_space, unembed
 from tn_lens.prompts import build_prompts
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -63,28 +63,15 @@ def labels(probabilities: Tensor, prompts: list[Prompt]) -> Tensor:
 
 
 @torch.no_grad()
-def by_loop(model: Model, prompts: list[Prompt], neurons: NeuronSet) -> Tensor:
-    """What a user would write: batches in order, whole logits."""
+def by_loop(model: Model, prompts: list[Prompt], neurons: NeuronSet, *, last_only: bool = False) -> Tensor:
+    """What a user would write: batches in order, whole logits; or the last position's alone."""
     found = []
     with ablate(model, neurons):
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = prompts[start : start + BATCH_SIZE]
             tokens, mask = (t.to(str(model.cfg.device)) for t in pad_left(batch))
-            logits = model(tokens, attention_mask=mask)
-            found.append(labels(logits[:, -1].softmax(-1).cpu(), batch))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def last_only(model: Model, prompts: list[Prompt], neurons: NeuronSet) -> Tensor:
-    """The same batches; only the last position is unembedded."""
-    found = []
-    with ablate(model, neurons):
-        for start in range(0, len(prompts), BATCH_SIZE):
-            batch = prompts[start : start + BATCH_SIZE]
-            tokens, mask = (t.to(str(model.cfg.device)) for t in pad_left(batch))
-            residual = model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
-            found.append(labels(unembed(model, residual[:, -1:])[:, 0].softmax(-1).cpu(), batch))
+            logits = last_logits(model, tokens, mask) if last_only else model(tokens, attention_mask=mask)[:, -1]
+            found.append(labels(logits.softmax(-1).cpu(), batch))
     return torch.cat(found)
 
 
@@ -128,7 +115,7 @@ def main() -> None:
     steps: dict[str, Any] = {
         "plain loop": lambda: by_loop(plain, one, neurons),
         "weights in the order they are read": lambda: by_loop(model, one, neurons),
-        "only the last position unembedded": lambda: last_only(model, one, neurons),
+        "only the last position unembedded": lambda: by_loop(model, one, neurons, last_only=True),
         "batches of similar length": lambda: ours(model, one, neurons, share_prefix=False),
         "common beginning run once": lambda: ours(model, one, neurons, share_prefix=True),
     }

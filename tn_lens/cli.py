@@ -25,6 +25,12 @@ USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ 
 STOPPED = 130
 """The exit code of a command that was stopped by hand, which is also how typer reports it."""
 
+CorrectionOption = Annotated[
+    Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
+]
+FamilyOption = Annotated[Literal["candidates", "all"], typer.Option(help="What the correction counts.")]
+"""Options that selecting and selecting again share."""
+
 LISTS = ("--on", "--arms")
 """Options that take several values."""
 
@@ -47,10 +53,8 @@ def run(
     ] = None,
     p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
     alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
-    correction: Annotated[
-        Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
-    ] = "bonferroni",
-    family: Annotated[Literal["candidates", "all"], typer.Option(help="What the correction counts.")] = "candidates",
+    correction: CorrectionOption = "bonferroni",
+    family: FamilyOption = "candidates",
     order: Annotated[Literal["random", "both", "given"] | None, typer.Option(help="Order of the answers.")] = None,
     n_steps: Annotated[int, typer.Option(help="Interpolation steps, m.")] = 20,
     method: Annotated[
@@ -138,10 +142,8 @@ def select(
     t: Annotated[float, typer.Option(help="Adaptive threshold.")] = 0.2,
     p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
     alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
-    correction: Annotated[
-        Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
-    ] = "bonferroni",
-    family: Annotated[Literal["candidates", "all"], typer.Option(help="What the correction counts.")] = "candidates",
+    correction: CorrectionOption = "bonferroni",
+    family: FamilyOption = "candidates",
     seed: Annotated[int, typer.Option(help="Of the split into halves.")] = 0,
     grid: Annotated[bool, typer.Option("--sweep", help="Also a table over t and p, and its figure.")] = False,
     splits: Annotated[int, typer.Option(help="Also compare so many splits into halves.")] = 0,

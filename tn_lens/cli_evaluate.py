@@ -60,7 +60,7 @@ def evaluate(
 
     from . import loading, retest
     from .evaluation import ARMS, table1, table2
-    from .evaluation.text import plain_texts
+    from .evaluation.text import paragraphs, plain_texts
     from .neurons import NeuronSet
 
     hf_logging.disable_progress_bar()
@@ -93,7 +93,7 @@ def evaluate(
         parts = {questions.name: part for questions in sets if (part := retest.parts_of(folder, settings, questions))}
     texts = None
     if mode in ("zero", "scale") and positions == "all":
-        texts = _paragraphs(text) if text is not None else plain_texts(loaded)
+        texts = paragraphs(_read(text)) if text is not None else plain_texts(loaded)
     evaluations = retest.retest(
         loaded,
         found,
@@ -153,9 +153,8 @@ def wrong_answers(
     typer.echo(f"{len(found)} of {len(asked)} questions have a wrong answer now: {out}")
 
 
-def _paragraphs(path: Path) -> list[str]:
+def _read(path: Path) -> str:
     try:
-        held = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error
-    return [one.replace("\n", " ").strip() for one in held.split("\n\n") if one.strip()]

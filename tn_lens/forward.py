@@ -95,7 +95,9 @@ def last_residuals(
         Indices of some prompts, and their residuals.
     """
     device = model.cfg.device
-    groups = prefix_groups(prompts) if share_prefix and can_share(model) else [Group(list(range(len(prompts))), 0)]
+    groups = (
+        prefix_groups(prompts) if share_prefix and not unshareable(model) else [Group(list(range(len(prompts))), 0)]
+    )
     for group in groups:
         shared = prompts[group.rows[0]].token_ids[: group.n_shared]
         cache = None
@@ -141,11 +143,16 @@ def _run(
         )
 
 
-def can_share(model: Model) -> bool:
-    """Whether a position's keys and values depend on what stands before it alone, and on nothing about the batch."""
+def unshareable(model: Model) -> str | None:
+    """Why what stands before a position cannot be run once for all that follows; None if it can."""
     cfg = model.cfg
-    plain = not cfg.use_logn_attn and not cfg.use_dynamic_ntk_rope and cfg.attention_dir == "causal"
-    return plain and cfg.positional_embedding_type in ("standard", "rotary")
+    reasons = {
+        f"{cfg.positional_embedding_type} positions": cfg.positional_embedding_type not in ("standard", "rotary"),
+        "log-n attention scaling": cfg.use_logn_attn,
+        "dynamic NTK rope scaling": cfg.use_dynamic_ntk_rope,
+        "bidirectional attention": cfg.attention_dir != "causal",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def expand_cache(cache: TransformerLensKeyValueCache, n_rows: int) -> TransformerLensKeyValueCache:

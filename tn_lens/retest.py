@@ -12,7 +12,7 @@ from .evaluation import Evaluation, evaluate, table1, table2
 from .models import Model, check_model
 from .neurons import NeuronSet
 from .pipeline import split_questions, weights_digest
-from .questions import load_questions
+from .questions.load import OPTIONS, load_questions
 from .questions.question import QuestionSet
 from .seeds import generator
 from .selection import split_halves
@@ -41,8 +41,7 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
     sets: list[QuestionSet] = []
     for one in on:
         name, _, source = one.partition("=")
-        wanted = {"mmlu": {"n_shots"}, "triviaqa": {"wrong_answers", "strict"}}.get(name, set())
-        given = {key: value for key, value in options.items() if key in wanted}
+        given = {key: value for key, value in options.items() if key in OPTIONS.get(name, set())}
         found = load_questions(name, source=source or None, **given)
         found = found.part("report") or found
         if limit is not None and limit < len(found):
@@ -61,7 +60,6 @@ def retest(
     *,
     out: str | Path | None = None,
     parts: Mapping[str, Parts] | None = None,
-    provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> list[Evaluation]:
@@ -73,7 +71,6 @@ def retest(
         sets: the questions.
         out: a folder for one JSON file a set and for table1 and table2 as .md, .tex and .csv; None writes nothing.
         parts: per question set, parts whose accuracies are told apart.
-        provenance: what to write beside the numbers.
         progress: show progress bars.
         options: of `evaluate`.
 
@@ -95,13 +92,13 @@ def retest(
             frames = {"categories": found.by_category(1)}
             if parts and questions.name in parts:
                 frames["parts"] = found.by_part(parts[questions.name])
-            record = {**found.record(), "explained": found.explain(), **dict(provenance or {})}
+            record = {**found.record(), "explained": found.explain()}
             record |= {name: frame.round(6).to_dict("records") for name, frame in frames.items()}
             record["left_out"] = [f"row {row.row}: {row.reason}" for row in questions.dropped]
             folder.write_json(f"{questions.name}.json", record)
     if folder is not None:
         for name, table in {"table1": table1(done[:1]), "table2": table2(done)}.items():
-            for ending, text in ((".md", table.to_markdown()), (".tex", table.to_latex()), (".csv", table.to_csv())):
+            for ending, text in table.files().items():
                 folder.write(f"{name}{ending}", text.encode())
     return done
 

@@ -211,7 +211,6 @@ def post_norm_warning(model: Model, method: Method, baseline: Baseline) -> str |
     )
 
 
-@torch.no_grad()
 def resolve_baseline(
     model: Model, prompts: Sequence[Prompt], baseline: Baseline, sites: Sequence[Site], positions: Positions
 ) -> Mapping[Site, Float[Tensor, "layer _"]]:

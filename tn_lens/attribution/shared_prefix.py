@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import TransformerLensKeyValueCache
 
-from ..forward import pad_left
+from ..forward import pad_left, unshareable
 from ..models import Model, unembed
 from ..neurons import Site, hook_name
 from ..prompts import Prompt
@@ -33,15 +33,7 @@ from .result import PassSize
 
 def unsupported(model: Model) -> str | None:
     """Why a model needs the direct engine; None if it does not."""
-    cfg = model.cfg
-    reasons = {
-        f"{cfg.positional_embedding_type} positions": cfg.positional_embedding_type not in ("standard", "rotary"),
-        "log-n attention scaling": cfg.use_logn_attn,
-        "dynamic NTK rope scaling": cfg.use_dynamic_ntk_rope,
-        "bidirectional attention": cfg.attention_dir != "causal",
-        "layers on several devices": cfg.n_devices > 1,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return unshareable(model) or ("layers on several devices" if model.cfg.n_devices > 1 else None)
 
 
 LAYERS_PER_PASS = 4

@@ -62,7 +62,8 @@ def evaluate(
         order: `"both"` asks every choice at every letter, `"given"` keeps the choices where they stand; by default what the
             set's standard evaluation does: `"given"` for MMLU, else `"both"`.
         control_orders: ask each draw of a control in every order, or only in the one that its repetition drew: half the
-            time, the same accuracies, and no order-averaged ones for the controls.
+            time, the same accuracies (but for `"resample"`, which draws among what is asked), and no order-averaged ones
+            for the controls.
         texts: plain texts to measure the loss on, as a sign of how specific the effect is; a pair counts its second part.
         seed: of orders and control neurons.
         progress: show a progress bar.

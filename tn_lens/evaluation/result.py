@@ -127,7 +127,14 @@ class Evaluation:
         Raises:
             BadInput: an arm was not run.
         """
-        return compare(self, arm, other)
+        if (arm, other) not in self._compared:
+            self._compared[arm, other] = compare(self, arm, other)
+        return self._compared[arm, other]
+
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str], Comparison]:
+        """Comparisons made so far: tables, files and sentences ask for the same ones."""
+        return {}
 
     def by_category(self, least: int = LEAST_QUESTIONS) -> pd.DataFrame:
         """Figure 4: per category the share of questions whose right answer loses probability, and the accuracies.

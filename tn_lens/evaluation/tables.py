@@ -50,6 +50,10 @@ class Table:
         """For a spreadsheet."""
         return self.frame.to_csv(index=False)
 
+    def files(self) -> dict[str, str]:
+        """File ending -> the table in that form."""
+        return {".md": self.to_markdown(), ".tex": self.to_latex(), ".csv": self.to_csv()}
+
     def save(self, path: str | Path) -> None:
         """Write .md, .tex or .csv, by the ending.
 
@@ -57,11 +61,11 @@ class Table:
             BadInput: another ending, or the file cannot be written.
         """
         path = Path(path)
-        writers = {".md": self.to_markdown, ".tex": self.to_latex, ".csv": self.to_csv}
-        if path.suffix not in writers:
+        files = self.files()
+        if path.suffix not in files:
             raise BadInput(f"expected a file that ends in .md, .tex or .csv, got {str(path)!r}")
         try:
-            path.write_text(writers[path.suffix](), encoding="utf-8")
+            path.write_text(files[path.suffix], encoding="utf-8")
         except OSError as error:
             raise BadInput(f"cannot write {str(path)!r}: {error.strerror}; give another path") from error
 

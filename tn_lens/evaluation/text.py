@@ -76,4 +76,9 @@ def plain_texts(model: Model) -> list[Text]:
         known = [fact for fact in facts() if fact.split == "train"][:N_TOY]
         return [(f"Question : {fact.question()} Answer :", f" {fact.value}") for fact in known]
     held = resources.files("tn_lens.evaluation").joinpath("plain.txt").read_text(encoding="utf-8")
-    return [paragraph.replace("\n", " ").strip() for paragraph in held.split("\n\n") if paragraph.strip()]
+    return list(paragraphs(held))
+
+
+def paragraphs(text: str) -> list[str]:
+    """What stands between empty lines, each on one line."""
+    return [one.replace("\n", " ").strip() for one in text.split("\n\n") if one.strip()]
