@@ -27,9 +27,9 @@ from tn_lens import Intervention, NeuronSet, Prompt, QuestionSet, evaluate, load
 from tn_lens.controls import random_neurons
 from tn_lens.evaluation import PAPER_ARMS
 from tn_lens.evaluation.evaluate import draw_orders, draw_sets
-from tn_lens.forward import last_residuals, pad_left
+from tn_lens.forward import pad_left, prompt_logits
 from tn_lens.interventions import ablate
-from tn_lens.models import Model, last_logits, lay_out_weights, neuron_space, unembed
+from tn_lens.models import Model, last_logits, lay_out_weights, neuron_space
 from tn_lens.prompts import build_prompts
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -79,8 +79,8 @@ def ours(model: Model, prompts: list[Prompt], neurons: NeuronSet, *, share_prefi
     """Batches of similar length, with what the prompts have in common run once or not."""
     found = torch.zeros(len(prompts), 2)
     hooks = Intervention(neurons=neurons).prepare(model, prompts)
-    for rows, residual in last_residuals(model, prompts, hooks=hooks, share_prefix=share_prefix):
-        probabilities = unembed(model, residual[:, None])[:, 0].softmax(-1).cpu()
+    for rows, logits in prompt_logits(model, prompts, hooks=hooks, share_prefix=share_prefix):
+        probabilities = logits.softmax(-1).cpu()
         found[rows] = labels(probabilities, [prompts[row] for row in rows])
     return found
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.conftest import PAPER_MODELS
 from tn_lens import Attribution, Prompt, attribute, mean_activations
 from tn_lens.attribution import shared_prefix
-from tn_lens.models import Model, build_model
+from tn_lens.models import Model, build_model, hooked
 from tn_lens.neurons import SITES
 
 BASE: dict[str, Any] = {
@@ -227,9 +227,9 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
 
 
 def broken(kind: str) -> Any:
-    real = shared_prefix.siblings
+    real = hooked.side_by_side
 
-    def siblings(model: Model, seen: Tensor) -> Any:
+    def side_by_side(model: Model, seen: Tensor) -> Any:
         match kind:
             case "blind to the prefix's first token":
                 seen = seen.clone()
@@ -238,14 +238,14 @@ def broken(kind: str) -> Any:
                 seen = torch.ones_like(seen)
         return real(model, seen)
 
-    return siblings
+    return side_by_side
 
 
 @pytest.mark.parametrize("kind", ["blind to the prefix's first token", "padding is seen"])
 def test_a_broken_mask_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of([20, 20] if "blind" in kind else [20, 8])
     slow = attribute(styled("gpt2"), prompts, n_steps=3, engine="direct")
-    monkeypatch.setattr(shared_prefix, "siblings", broken(kind))
+    monkeypatch.setattr(hooked, "side_by_side", broken(kind))
     fast = attribute(styled("gpt2"), prompts, n_steps=3, engine="shared_prefix")
     with pytest.raises(AssertionError):
         assert_equal(fast, slow, 1e-3)

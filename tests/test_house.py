@@ -20,6 +20,10 @@ ORDER = [
     "progress",
     "seeds",
     "neurons",
+    "models.backend",
+    "models.hooked",
+    "models.conversion",
+    "models",
     "significance",
     "toy.world",
     "questions.question",
@@ -30,7 +34,6 @@ ORDER = [
     "questions.load",
     "questions.adversarial",
     "questions",
-    "models",
     "loading",
     "prompts",
     "toy.plant",
@@ -121,16 +124,46 @@ def test_the_check_of_imports_can_fail() -> None:
     assert "questions.question" in imports(PACKAGE / "questions" / "toy.py")
 
 
-@pytest.mark.parametrize(("library", "only"), [("HookedTransformer", "models"), ("plotly", "figures")])
+@pytest.mark.parametrize(("library", "only"), [("transformer_lens", "models"), ("plotly", "figures")])
 def test_one_module_imports_a_library(library: str, only: str) -> None:
     users = set()
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            if library in names or module == library:
-                users.add(name)
-    assert users <= {only}
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(one.split(".")[0] == library for one in names):
+                users.add(name.split(".")[0])
+    assert users == {only}
+
+
+INSIDE = {"cfg", "blocks", "hook_dict", "unembed", "ln_final", "original_model", "run_with_hooks", "run_with_cache"}
+"""What only a model of some kind has."""
+
+
+def knows_the_kind(source: str) -> set[str]:
+    """What in a module depends on the kind of a model."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in INSIDE:
+            found.add(node.attr)
+        if isinstance(node, ast.Name) and node.id in ("HookedTransformer", "TransformerBridge", "Hooked", "Bridge"):
+            found.add(node.id)
+        if isinstance(node, ast.Compare):
+            compared = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
+            found |= {value for value in compared if value in ("hooked", "bridge")}
+    return found
+
+
+def test_only_models_knows_which_kind_a_model_is() -> None:
+    """Stages ask `backend_of`; the planted model is written into the weights of one kind."""
+    knowing = {name: found for name, path in modules().items() if (found := knows_the_kind(path.read_text()))}
+    assert {name.split(".")[0] for name in knowing} - {"toy"} == {"models"}, knowing
+    assert set(knowing) - {name for name in knowing if name.startswith("models")} == {"toy.plant"}
+
+
+@pytest.mark.parametrize("source", ["model.cfg.n_ctx", "model.blocks[0]", "isinstance(m, Bridge)", "kind == 'bridge'"])
+def test_the_check_of_kinds_can_fail(source: str) -> None:
+    assert knows_the_kind(source)
 
 
 def test_public_names_are_documented_and_few() -> None:

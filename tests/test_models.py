@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from tests.conftest import PAPER_MODELS, POST_NORM, paper_config, random_checkpoint
 from tn_lens import NeuronSet, ablate, attribute, build_prompts, load_model
-from tn_lens.loading import convert_config, convert_weights
 from tn_lens.models import Model, assemble, build_model, check_model, last_logits, lay_out_weights, neuron_space
+from tn_lens.models.conversion import convert_config, convert_weights
 from tn_lens.questions.toy import binary
 
 TOKENS = torch.randint(4, 283, (2, 40), generator=torch.Generator().manual_seed(1))

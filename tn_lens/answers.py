@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import BadInput
-from .forward import MAX_TOKENS, last_residuals
+from .forward import MAX_TOKENS, prompt_logits
 from .interventions import Intervention
-from .models import Model, unembed
+from .models import Model, backend_of
 from .progress import counter
 from .prompts import Prompt
 
@@ -44,15 +44,13 @@ def ask(
         BadInput: the model answers NaN, with the dtype to change; the intervention does not fit the model.
     """
     width = max((p.n_choices for p in prompts), default=0)
-    answers = torch.zeros(len(prompts), width, dtype=torch.promote_types(model.cfg.dtype, torch.float32))
+    answers = torch.zeros(len(prompts), width, dtype=backend_of(model).wide_dtype)
     hooks = None if intervention is None else intervention.prepare(model, prompts)
     shareable = share_prefix and (intervention is None or intervention.keeps_prefix)
     bar = counter(len(prompts), progress)
     with bar if bar is not None else nullcontext():
-        for rows, residual in last_residuals(
-            model, prompts, hooks=hooks, max_tokens=max_tokens, share_prefix=shareable
-        ):
-            probabilities = unembed(model, residual[:, None])[:, 0].softmax(-1)
+        for rows, logits in prompt_logits(model, prompts, hooks=hooks, max_tokens=max_tokens, share_prefix=shareable):
+            probabilities = logits.softmax(-1)
             labels = torch.zeros(len(rows), width, dtype=probabilities.dtype, device=probabilities.device)
             for shown in range(width):
                 ids = [prompts[row].label_ids[shown : shown + 1] for row in rows]
@@ -65,7 +63,7 @@ def ask(
                     labels[at, shown] += probabilities[at, token]
             if not probabilities.isfinite().all():
                 raise BadInput(
-                    f"the model's logits are not finite in {model.cfg.dtype}; load it in bfloat16 or float32"
+                    f"the model's logits are not finite in {backend_of(model).dtype}; load it in bfloat16 or float32"
                 )
             answers[rows] = labels.cpu()
             if bar is not None:

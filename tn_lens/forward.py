@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import TransformerLensKeyValueCache
 
-from .models import Model
+from .models import Hooks, Model, backend_of
 from .prompts import Prompt
 
 MAX_TOKENS = 4096
@@ -30,7 +29,6 @@ LEAST_ROWS = 16
 
 Where = Literal["all", "last", "question"]
 """Positions: all of them, the one whose logits are read, or from the question on."""
-Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +72,15 @@ class Group:
 
 
 @torch.no_grad()
-def last_residuals(
+def prompt_logits(
     model: Model,
     prompts: Sequence[Prompt],
     *,
     hooks: Callable[[Layout], Hooks] | None = None,
     max_tokens: int = MAX_TOKENS,
     share_prefix: bool = True,
-) -> Iterator[tuple[list[int], Float[Tensor, "row d_model"]]]:
-    """The final residual stream at the last position of every prompt, batch by batch.
+) -> Iterator[tuple[list[int], Float[Tensor, "row vocab"]]]:
+    """Logits at the last position of every prompt, batch by batch, in at least float32.
 
     Args:
         model: to run.
@@ -92,17 +90,16 @@ def last_residuals(
         share_prefix: run what prompts have in common once; else every prompt is run whole.
 
     Yields:
-        Indices of some prompts, and their residuals.
+        Indices of some prompts, and their logits.
     """
-    device = model.cfg.device
-    groups = (
-        prefix_groups(prompts) if share_prefix and not unshareable(model) else [Group(list(range(len(prompts))), 0)]
-    )
+    backend = backend_of(model)
+    device = backend.device
+    shareable = share_prefix and not backend.unshareable
+    groups = prefix_groups(prompts) if shareable else [Group(list(range(len(prompts))), 0)]
     for group in groups:
         shared = prompts[group.rows[0]].token_ids[: group.n_shared]
-        cache = None
+        prefix = None
         if group.n_shared:
-            cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, 1)
             layout = Layout(
                 rows=(),
                 first=0,
@@ -110,7 +107,8 @@ def last_residuals(
                 lengths=torch.tensor([1 + max(len(prompts[row].token_ids) for row in group.rows)], device=device),
                 starts=torch.tensor([prompts[group.rows[0]].start], device=device),
             )
-            _run(model, torch.tensor([shared], device=device), layout, hooks, cache)
+            with backend.hooks(hooks(layout) if hooks else []):
+                prefix = backend.run_prefix(torch.tensor([shared], device=device))
         for batch in batches([prompts[row] for row in group.rows], max_tokens, group.n_shared):
             rows = [group.rows[index] for index in batch]
             tokens = pad_right([prompts[row].token_ids[group.n_shared :] for row in rows]).to(device)
@@ -122,50 +120,9 @@ def last_residuals(
                 lengths=lengths,
                 starts=torch.tensor([prompts[row].start for row in rows], device=device),
             )
-            residual = _run(model, tokens, layout, hooks, None if cache is None else expand_cache(cache, len(rows)))
-            places = torch.arange(len(rows), device=residual.device)
-            yield rows, residual[places, (lengths - group.n_shared - 1).to(residual.device)]
-
-
-def _run(
-    model: Model,
-    tokens: Int[Tensor, "row column"],
-    layout: Layout,
-    hooks: Callable[[Layout], Hooks] | None,
-    cache: TransformerLensKeyValueCache | None,
-) -> Float[Tensor, "row column d_model"]:
-    with model.hooks(fwd_hooks=hooks(layout) if hooks else []):
-        return model(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            past_kv_cache=cache,
-            stop_at_layer=model.cfg.n_layers,
-        )
-
-
-def unshareable(model: Model) -> str | None:
-    """Why what stands before a position cannot be run once for all that follows; None if it can."""
-    cfg = model.cfg
-    reasons = {
-        f"{cfg.positional_embedding_type} positions": cfg.positional_embedding_type not in ("standard", "rotary"),
-        "log-n attention scaling": cfg.use_logn_attn,
-        "dynamic NTK rope scaling": cfg.use_dynamic_ntk_rope,
-        "bidirectional attention": cfg.attention_dir != "causal",
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def expand_cache(cache: TransformerLensKeyValueCache, n_rows: int) -> TransformerLensKeyValueCache:
-    """The same frozen keys and values for every row; nothing is copied."""
-    expanded = TransformerLensKeyValueCache(
-        entries=[
-            type(entry)(entry.past_keys.expand(n_rows, -1, -1, -1), entry.past_values.expand(n_rows, -1, -1, -1))
-            for entry in cache.entries
-        ],
-        previous_attention_mask=cache.previous_attention_mask.expand(n_rows, -1),
-    )
-    expanded.freeze()
-    return expanded
+            with backend.hooks(hooks(layout) if hooks else []):
+                logits = backend.last_logits(tokens, places=lengths - group.n_shared - 1, prefix=prefix)
+            yield rows, logits
 
 
 def prefix_groups(prompts: Sequence[Prompt]) -> list[Group]:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import BadInput
-from .forward import Hooks, Layout, Where, last_residuals, pad_right
-from .models import Model, neuron_space
+from .forward import Layout, Where, pad_right, prompt_logits
+from .models import Hooks, Model, backend_of, neuron_space
 from .neurons import SITES, NeuronSet, NeuronSpace, Site, hook_name
 from .progress import counter
 from .prompts import Prompt
@@ -60,7 +60,7 @@ class Intervention:
         return self.mode != "resample"
 
     def prepare(self, model: Model, prompts: Sequence[Prompt]) -> Callable[[Layout], Hooks] | None:
-        """What `last_residuals` needs to run these prompts under the intervention; None for no neurons.
+        """What `prompt_logits` needs to run these prompts under the intervention; None for no neurons.
 
         Raises:
             BadInput: the neurons do not fit the model.
@@ -69,7 +69,7 @@ class Intervention:
         space.check(self.neurons)
         if not self.neurons:
             return None
-        chosen = _masks(space, self.neurons, str(model.cfg.device))
+        chosen = _masks(space, self.neurons, str(backend_of(model).device))
         values = self.values
         if self.mode == "mean" and values is None:
             values = mean_activations(model, prompts, positions=self.positions)
@@ -116,7 +116,7 @@ def ablate(
     """
     intervention = Intervention(neurons=neurons, mode=mode, factor=factor)
     hooks = intervention.prepare(model, ())
-    with model.hooks(fwd_hooks=hooks(Layout.whole()) if hooks else []):
+    with backend_of(model).hooks(hooks(Layout.whole()) if hooks else []):
         yield model
 
 
@@ -158,10 +158,10 @@ def mean_activations(
         return [(name, add) for name in total]
 
     bar = counter(len(prompts), "mean activations" if progress else None)
-    for rows, _ in last_residuals(model, prompts, hooks=hooks, share_prefix=False):
+    for rows, _ in prompt_logits(model, prompts, hooks=hooks, share_prefix=False):
         if bar is not None:
             bar.update(len(rows))
-    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    dtype = backend_of(model).wide_dtype
     return {
         site: torch.stack([total[hook_name(site, layer)] for layer in layers]).div(max(len(prompts), 1)).to(dtype)
         for site in sites
@@ -185,14 +185,15 @@ def _activations(
     """Activations of other prompts, aligned with the rows of a batch at their ends; before its beginning, a donor's first."""
     kept: dict[str, Tensor] = {}
     ids = [donor.token_ids for donor in donors]
-    tokens = pad_right(ids).to(model.cfg.device)
+    backend = backend_of(model)
+    tokens = pad_right(ids).to(backend.device)
 
     def keep(value: Tensor, hook: Any) -> None:
         kept[hook.name] = value.flatten(2)
 
     # the hooks of the batch itself are not in place yet
-    with model.hooks(fwd_hooks=[(hook_name(*place), keep) for place in places]):
-        model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=model.cfg.n_layers)
+    with backend.hooks([(hook_name(*place), keep) for place in places]):
+        backend.last_logits(tokens)
     own = torch.tensor([len(one) for one in ids], device=layout.lengths.device)
     column = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
     source = (column + (own - layout.lengths)[:, None]).clamp(min=0).minimum(own[:, None] - 1)

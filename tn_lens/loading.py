@@ -9,33 +9,18 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import (
-    convert_llama_weights,
-    convert_mistral_weights,
-    convert_olmo2_weights,
-    convert_qwen2_weights,
-)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .errors import BadInput
-from .models import Model, assemble, load_from_transformer_lens
-
-CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
-    "LlamaForCausalLM": convert_llama_weights,
-    "Qwen2ForCausalLM": convert_qwen2_weights,
-    "MistralForCausalLM": convert_mistral_weights,
-    "Olmo2ForCausalLM": convert_olmo2_weights,
-}
-"""The families that load from their Hugging Face configuration, whatever the checkpoint is called."""
+from .models import Model, assemble, load_from_transformer_lens, official_name
+from .models.conversion import CONVERTERS, convert_config, convert_weights
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -43,8 +28,6 @@ MODEL_TYPES = {
     "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
 }
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu"}
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -161,14 +144,6 @@ def read_config(source: str, **hub: Any) -> PretrainedConfig:
     return read_from_hub(AutoConfig.from_pretrained, official_name(source), **hub)
 
 
-def official_name(source: str) -> str:
-    """Resolve TransformerLens' short names ('gpt2-small'); everything else stays."""
-    from transformer_lens.supported_models import MODEL_ALIASES
-
-    aliases = {alias: official for official, names in MODEL_ALIASES.items() for alias in names}
-    return aliases.get(source, source)
-
-
 def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
     """Call a `from_pretrained`, and turn the hub's many errors into one sentence each."""
     from huggingface_hub import constants, errors
@@ -261,90 +236,6 @@ def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
             f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {device} has "
             f"{available / 2**30:.1f} GiB free; take a smaller dtype, another device, or a smaller model"
         )
-
-
-def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
-    """TransformerLens' configuration of a Llama, Qwen2, Mistral or OLMo-2 checkpoint.
-
-    Raises:
-        BadInput: an option that HookedTransformer cannot express; it is named.
-    """
-
-    def refuse(what: str) -> BadInput:
-        return BadInput(f"{name} uses {what}, which HookedTransformer cannot express for {architecture}")
-
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    n_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    grouped = n_key_value_heads != config.num_attention_heads
-    if architecture == "Olmo2ForCausalLM" and (grouped or d_head * config.num_attention_heads != config.hidden_size):
-        raise refuse("fewer key/value heads than query heads, or heads that do not add up to d_model")
-    if getattr(config, "mlp_bias", False):
-        raise refuse("biases in its gated MLP (mlp_bias)")
-    if config.hidden_act not in ACTIVATIONS:
-        raise refuse(f"the activation function {config.hidden_act!r}")
-    rope = dict(config.rope_parameters)
-    kind = rope.get("rope_type", "default")
-    options: dict[str, Any] = {}
-    if kind == "llama3":
-        options = {
-            "use_NTK_by_parts_rope": True,
-            "NTK_by_parts_factor": rope["factor"],
-            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
-            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
-            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
-        }
-    elif kind == "linear":
-        options = {"rotary_scaling_factor": rope["factor"]}
-    elif kind != "default":
-        raise refuse(f"the rope scaling {kind!r}")
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    if architecture in ("MistralForCausalLM", "Qwen2ForCausalLM") and window and "sliding_attention" in types:
-        local = ["local" if kind == "sliding_attention" else "global" for kind in types]
-        options |= {"use_local_attn": True, "window_size": window, "attn_types": local}
-    return HookedTransformerConfig(
-        model_name=name,
-        original_architecture=architecture,
-        n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size,
-        n_heads=config.num_attention_heads,
-        d_head=d_head,
-        # Grouped families whose converter always writes `_W_K` need the number even where it equals n_heads.
-        n_key_value_heads=None
-        if architecture in ("LlamaForCausalLM", "Olmo2ForCausalLM") and not grouped
-        else n_key_value_heads,
-        d_mlp=config.intermediate_size,
-        d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
-        act_fn=ACTIVATIONS[config.hidden_act],
-        eps=config.rms_norm_eps,
-        normalization_type="RMS",
-        final_rms=True,
-        gated_mlp=True,
-        positional_embedding_type="rotary",
-        rotary_base=rope["rope_theta"],
-        rotary_dim=int(d_head * rope.get("partial_rotary_factor", 1.0)),
-        rotary_adjacent_pairs=False,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-        **options,
-    )
-
-
-@torch.no_grad()
-def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture: str) -> dict[str, Tensor]:
-    """TransformerLens' names for the checkpoint's weights; views wherever possible.
-
-    Adds the attention biases that some converters leave at zero (`attention_bias` in Llama and OLMo-2).
-    """
-    weights = CONVERTERS[architecture](hf_model, config)
-    for index, layer in enumerate(hf_model.model.layers):
-        prefix = f"blocks.{index}.attn."
-        for projection, bias in (("q_proj", "b_Q"), ("k_proj", "b_K"), ("v_proj", "b_V"), ("o_proj", "b_O")):
-            value = getattr(layer.self_attn, projection).bias
-            if value is not None:
-                key = prefix + bias if prefix + bias in weights else f"{prefix}_{bias}"
-                weights[key] = value.reshape(weights[key].shape)
-    return weights
 
 
 def load_by_name(name: str, architecture: str, *, hf_model: Any, revision: str | None, **options: Any) -> Model:

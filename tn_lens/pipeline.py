@@ -22,7 +22,7 @@ from .evaluation import PAPER_ARMS, evaluate
 from .found import TruthNeurons
 from .interventions import mean_activations
 from .manipulation import ManipulationCheck, manipulation_check
-from .models import Model, check_model, neuron_space
+from .models import Model, backend_of, check_model, neuron_space
 from .neurons import SITES, NeuronSpace, Site
 from .progress import track
 from .prompts import build_prompts
@@ -127,7 +127,7 @@ def find_truth_neurons(
                 if issubclass(w.category, UserWarning)
             ]
             found = TruthNeurons(
-                model_name=str(model.cfg.model_name),
+                model_name=backend_of(model).name,
                 questions_name=questions.name,
                 settings=resolved,
                 check=check,
@@ -236,15 +236,17 @@ def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace, 
 
 def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
     """The manifest: everything that the numbers depend on, and one rendered prompt."""
+    backend = backend_of(model)
     return {
         **asdict(settings),
         "engine": choose_engine(model, settings.engine, settings.positions),
         "max_memory": MAX_MEMORY,
-        "model": str(model.cfg.model_name),
-        "architecture": model.cfg.original_architecture,
+        "model": backend.name,
+        "backend": backend.kind,
+        "architecture": backend.architecture,
         "weights_sha256": weights_digest(model),
-        "dtype": str(model.cfg.dtype).removeprefix("torch."),
-        "device": str(torch.device(str(model.cfg.device)).type),
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "device": backend.device.type,
         "n_threads": torch.get_num_threads(),
         "weight_processing": "none",
         "batch_size": BATCH_SIZE,

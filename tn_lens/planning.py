@@ -11,7 +11,7 @@ import torch
 
 from .answers import ask
 from .attribution import attribute
-from .models import Model, check_model
+from .models import Model, backend_of, check_model
 from .pipeline import split_questions
 from .prompts import build_prompts
 from .questions.question import QuestionSet
@@ -63,7 +63,7 @@ def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, *
     ask(model, probe)
     per_answer = (time.perf_counter() - started) / len(probe)
     n_answers = len(prompts) + 2 * len(reporting) * (2 + 2 * resolved.n_repetitions)
-    on_gpu = str(model.cfg.device).startswith("cuda")
+    on_gpu = backend_of(model).device.type == "cuda"
     return Plan(
         n_questions=len(finding),
         n_prompts=len(prompts),

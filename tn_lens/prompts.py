@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from .errors import BadInput
-from .models import Model
+from .models import Model, backend_of
 from .questions.question import LETTERS, PromptTemplate, Question, QuestionSet
 from .seeds import generator
 
@@ -100,7 +100,7 @@ def build_prompts(
                 raise BadInput(f"expected order 'random', 'both' or 'given', got {order!r}")
         asked += [(index, question, one) for one in chosen]
     prompts = encoder.encode(asked)
-    return _fit_context(prompts, model.cfg.n_ctx, drop_long)
+    return _fit_context(prompts, backend_of(model).n_ctx, drop_long)
 
 
 def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[str], question: int = 0) -> Prompt:
@@ -130,7 +130,7 @@ def build_prompt(model: Model, text: str, *, right: str, wrong: str | Sequence[s
         text=text,
         question=question,
     )
-    return _fit_context([prompt], model.cfg.n_ctx, drop_long=False)[0]
+    return _fit_context([prompt], backend_of(model).n_ctx, drop_long=False)[0]
 
 
 def by_question(prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[Prompt]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate, table1, table2
-from .models import Model, check_model
+from .models import Model, backend_of, check_model
 from .neurons import NeuronSet
 from .pipeline import split_questions, weights_digest
 from .questions.load import OPTIONS, load_questions
@@ -123,10 +123,10 @@ def check_same_model(model: Model, settings: Mapping[str, Any], path: Path) -> N
     Raises:
         BadInput: name or weights differ.
     """
-    name = str(model.cfg.model_name)
+    name = backend_of(model).name
     if name != settings["model"]:
         raise BadInput(f"the neurons of {path} were found in {settings['model']!r}, and this model is {name!r}")
-    same = str(model.cfg.dtype).removeprefix("torch.") == settings["dtype"]
+    same = str(backend_of(model).dtype).removeprefix("torch.") == settings["dtype"]
     if same and weights_digest(model) != settings["weights_sha256"]:
         raise BadInput(
             f"the neurons of {path} were found in other weights than {name!r} has now; run again to find its own"

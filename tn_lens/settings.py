@@ -15,7 +15,7 @@ from .attribution.quadrature import Method, quadrature_rule
 from .attribution.target import TargetName
 from .errors import BadInput
 from .evaluation.reference import PAPER
-from .models import Model
+from .models import Model, backend_of
 from .prompts import Order
 from .seeds import generator
 from .selection import Family, check_thresholds
@@ -102,9 +102,10 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
 
 def recommended_settings(model: Model) -> dict[str, Any]:
     """What is known to suit a model: t for the paper's six (table 3), t and the order for the toy, else nothing."""
-    if model.cfg.model_name == "toy":
+    name = backend_of(model).name
+    if name == "toy":
         return json.loads(resources.files("tn_lens.toy").joinpath("model/tn_lens.json").read_text(encoding="utf-8"))
-    return {"t": PAPER_THRESHOLDS[model.cfg.model_name]} if model.cfg.model_name in PAPER_THRESHOLDS else {}
+    return {"t": PAPER_THRESHOLDS[name]} if name in PAPER_THRESHOLDS else {}
 
 
 PAPER_THRESHOLDS: Mapping[str, float] = {model: row.t for model, row in PAPER.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..interventions import mean_activations
-from ..models import Model, check_model, is_post_norm, neuron_space
+from ..models import Model, backend_of, check_model, neuron_space
 from ..neurons import SITES, Site
 from ..progress import track
 from ..prompts import Prompt
@@ -102,9 +102,10 @@ def attribute(
     targets: list[Target] = [right_probability, wrong_probability] if separate else []
     if not separate or target is not probability_difference:
         targets.insert(0, target)
-    device = torch.device(str(model.cfg.device))
+    backend = backend_of(model)
+    device = backend.device
     on_device: dict[Site, Tensor] = {site: start[site].to(device) for site in sites}
-    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+    dtype = backend.wide_dtype
     held: list[dict[Site, Tensor]] = [
         {site: torch.empty(len(prompts), space.n_layers, space.width(site), dtype=dtype) for site in sites}
         for _ in targets
@@ -202,7 +203,11 @@ def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Lit
 
 def post_norm_warning(model: Model, method: Method, baseline: Baseline) -> str | None:
     """What to know about a zero baseline in a model that normalises after W_O and W_out; None where all is well."""
-    if not is_post_norm(model) or method == "graded" or not (isinstance(baseline, str) and baseline == "zero"):
+    if (
+        not backend_of(model).is_post_norm
+        or method == "graded"
+        or not (isinstance(baseline, str) and baseline == "zero")
+    ):
         return None
     return (
         "this model normalises after W_O and W_out, so f(alpha z) hardly depends on alpha > 0 and all of the change lies "
@@ -241,6 +246,6 @@ def _refuse_not_finite(scores: Float[Tensor, "prompt layer neuron"], site: Site,
     if not finite.all():
         layer = int((~finite).nonzero()[0])
         raise BadInput(
-            f"scores of layer {layer}, site {site!r} are not finite in {str(model.cfg.dtype).removeprefix('torch.')}; "
+            f"scores of layer {layer}, site {site!r} are not finite in {str(backend_of(model).dtype).removeprefix('torch.')}; "
             "load the model in bfloat16 or float32"
         )

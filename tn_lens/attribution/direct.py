@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models import Model, last_logits
+from ..models import Model, backend_of
 from ..neurons import Site, hook_name
 from ..prompts import Prompt
 from .integrate import Place, replacing
@@ -22,24 +22,25 @@ class Direct:
     """One prompt, and whole copies of it with activations replaced."""
 
     def __init__(self, model: Model, prompt: Prompt, sites: Sequence[Site], positions: Positions) -> None:
-        self.model, self.prompts, self.positions = model, [prompt], positions
-        self.tokens = torch.tensor([prompt.token_ids], device=model.cfg.device)
+        self.backend, self.prompts, self.positions = backend_of(model), [prompt], positions
+        self.tokens = torch.tensor([prompt.token_ids], device=self.backend.device)
+        n_layers = self.backend.space.n_layers
         kept: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: Any) -> None:
             kept[hook.name] = (value if positions == "all" else value[:, -1:]).flatten(2)
 
-        names = {hook_name(site, layer) for site in sites for layer in range(model.cfg.n_layers)}
-        with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-            self.logits = last_logits(model, self.tokens)
-        self.own = stack_layers(kept, sites, model.cfg.n_layers)
+        names = {hook_name(site, layer) for site in sites for layer in range(n_layers)}
+        with torch.no_grad(), self.backend.hooks([(name, keep) for name in names]):
+            self.logits = self.backend.last_logits(self.tokens)
+        self.own = stack_layers(kept, sites, n_layers)
 
     def run(self, paths: Mapping[Place, Float[Tensor, "1 _ position _"]]) -> Float[Tensor, "1 row vocab"]:
         """Last logits of whole prompts."""
         at = slice(None) if self.positions == "all" else slice(-1, None)
         n_rows = sum(path.shape[1] for path in paths.values())
-        with self.model.hooks(fwd_hooks=replacing(paths, lambda rows: (rows, at))):
-            return last_logits(self.model, self.tokens.expand(n_rows, -1))[None]
+        with self.backend.hooks(replacing(paths, lambda rows: (rows, at))):
+            return self.backend.last_logits(self.tokens.expand(n_rows, -1))[None]
 
 
 def stack_layers(

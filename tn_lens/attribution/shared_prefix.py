@@ -5,25 +5,20 @@ The prompt is run once; after that every (site, layer, step) is a single positio
 itself. Rows join at the layer they touch, since below it they equal the untouched run. The results are those of the direct
 engine; the cost per prompt is about T + 2 L m tokens through half of the stack instead of 2 L m T through all of it.
 
-The rows of a prompt stand side by side as sibling positions of one sequence, which copies no keys or values: TransformerLens
-takes rotary positions from the running sum of the attention mask, and a mask that ends in 1, 0, 0, ... gives all of them the
-position T - 1. Each attention's causal mask is replaced, for the length of a pass, by "the prefix and myself".
+The rows of a prompt stand side by side as sibling positions of one sequence; how a kind of model runs them is its own affair
+(`Siblings`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import TransformerLensKeyValueCache
 
-from ..forward import pad_left, unshareable
-from ..models import Model, unembed
+from ..forward import pad_left
+from ..models import Model, backend_of
 from ..neurons import Site, hook_name
 from ..prompts import Prompt
 from .direct import stack_layers
@@ -33,7 +28,8 @@ from .result import PassSize
 
 def unsupported(model: Model) -> str | None:
     """Why a model needs the direct engine; None if it does not."""
-    return unshareable(model) or ("layers on several devices" if model.cfg.n_devices > 1 else None)
+    backend = backend_of(model)
+    return backend.unshareable or ("layers on several devices" if backend.n_devices > 1 else None)
 
 
 LAYERS_PER_PASS = 4
@@ -51,14 +47,14 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
         max_memory: bytes that one pass may take above the weights, by an estimate of what its backward pass keeps and of
             what running the prompts takes.
     """
-    cfg = model.cfg
+    backend = backend_of(model)
+    space, size = backend.space, backend.dtype.itemsize
     n_rows = LAYERS_PER_PASS * n_places * (n_steps + 1)  # one at the baseline
-    d_mlp, d_attn = cfg.d_mlp or 0, cfg.n_heads * cfg.d_head
-    d_cached = 2 * cfg.d_head * (cfg.n_key_value_heads or cfg.n_heads)
-    size = cfg.dtype.itemsize
-    of_layer = 8 * cfg.d_model + 6 * d_attn + 5 * d_mlp + 4 * cfg.n_heads * (n_tokens + n_rows)
-    of_row = size * cfg.n_layers * of_layer + 5 * 4 * cfg.d_vocab_out
-    of_position = cfg.n_layers * d_cached + 6 * cfg.d_model + 3 * d_attn + 4 * d_mlp + 4 * cfg.n_heads * n_tokens
+    d_mlp, d_attn = space.d_mlp, space.n_heads * space.d_head
+    d_cached = 2 * space.d_head * backend.n_key_value_heads
+    of_layer = 8 * space.d_model + 6 * d_attn + 5 * d_mlp + 4 * space.n_heads * (n_tokens + n_rows)
+    of_row = size * space.n_layers * of_layer + 5 * 4 * backend.d_vocab
+    of_position = space.n_layers * d_cached + 6 * space.d_model + 3 * d_attn + 4 * d_mlp + 4 * space.n_heads * n_tokens
     fitting = max_memory // of_row
     n_prompts = min(PROMPTS_PER_PASS, fitting // n_rows, max_memory // (size * n_tokens * of_position))
     return PassSize(max(1, n_prompts), max(1, min(n_rows, fitting)))
@@ -68,81 +64,18 @@ class SharedPrefix:
     """Some prompts of any length, and single positions behind their common prefix with activations replaced."""
 
     def __init__(self, model: Model, prompts: Sequence[Prompt], sites: Sequence[Site]) -> None:
-        cfg = model.cfg
-        self.model, self.prompts = model, list(prompts)
-        tokens, mask = (tensor.to(cfg.device) for tensor in pad_left(prompts))
-        self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
-        self.cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, len(prompts))
-        kept: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: Any) -> None:
-            kept[hook.name] = value[:, -1:].flatten(2)
-
-        layers = range(cfg.n_layers)
-        names = {hook_name(site, layer) for site in sites for layer in layers}
-        names |= {f"blocks.{layer}.hook_resid_pre" for layer in layers}
-        with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-            residual = model(tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers)
-            self.logits = unembed(model, residual[:, -1])
-        self.own = stack_layers(kept, sites, cfg.n_layers)
-        self.entering = [kept[f"blocks.{layer}.hook_resid_pre"] for layer in layers]
-        for entry in self.cache.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[:, :-1], entry.past_values[:, :-1]
-        self.cache.freeze()
+        backend = backend_of(model)
+        self.prompts = list(prompts)
+        n_layers = backend.space.n_layers
+        names = {hook_name(site, layer) for site in sites for layer in range(n_layers)}
+        tokens, mask = (tensor.to(backend.device) for tensor in pad_left(prompts))
+        self.siblings = backend.siblings(tokens, mask, names)
+        self.logits = self.siblings.logits
+        self.own = stack_layers(self.siblings.kept, sites, n_layers)
 
     def run(self, paths: Mapping[Place, Float[Tensor, "prompt _ 1 _"]]) -> Float[Tensor, "prompt row vocab"]:
         """Last logits of the rows; `paths` go up the layers, and the rows of each join at theirs."""
         of_layer: Counter[int] = Counter()
         for (_, layer), path in paths.items():
             of_layer[layer] += path.shape[1]
-        hooks = replacing(paths, lambda rows: (slice(None), rows))
-        residual = self.entering[min(of_layer)][:, :0]
-        with siblings(self.model, self.seen) as see, self.model.hooks(fwd_hooks=hooks):
-            for layer in range(min(of_layer), self.model.cfg.n_layers):
-                joining = self.entering[layer].expand(-1, of_layer[layer], -1)
-                residual = torch.cat([residual, joining], dim=1) if of_layer[layer] else residual
-                residual = self.model(
-                    residual,
-                    start_at_layer=layer,
-                    stop_at_layer=layer + 1,
-                    past_kv_cache=self.cache,
-                    attention_mask=see(residual.shape[1]),
-                )
-        return unembed(self.model, residual)
-
-
-@contextmanager
-def siblings(model: Model, seen: Bool[Tensor, "prompt prefix"]) -> Iterator[Callable[[int], Tensor]]:
-    """Let every row attend to the prefix, as far as its position T - 1 would see, and to itself.
-
-    Yields:
-        From the number of rows to the attention mask that gives all of them the position T - 1; to be called before each
-        pass.
-    """
-    attentions: list[Any] = [block.attn for block in model.blocks]
-    visible: dict[str, Tensor] = {}
-
-    def see(n_rows: int) -> Int[Tensor, "prompt key"]:
-        itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
-        if not visible or next(iter(visible.values())).shape[2] != n_rows:
-            for attn_type in {attention.attn_type for attention in attentions}:
-                near = seen
-                if attn_type == "local":  # position T - 1 sees the window that ends with itself
-                    places = torch.arange(seen.shape[1], device=seen.device)
-                    near = seen & (places > seen.shape[1] - (model.cfg.window_size or 0))
-                visible[attn_type] = torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]
-        one_place = torch.zeros(len(seen), n_rows, dtype=torch.long, device=seen.device)
-        one_place[:, 0] = 1
-        return torch.cat([seen.long(), one_place], dim=1)
-
-    try:
-        for attention in attentions:
-
-            def mask(scores: Tensor, *_: object, attention: Any = attention, **__: object) -> Tensor:
-                return torch.where(visible[attention.attn_type], scores, attention.IGNORE)
-
-            attention.apply_causal_mask = mask
-        yield see
-    finally:
-        for attention in attentions:
-            vars(attention).pop("apply_causal_mask", None)
+        return self.siblings.run(of_layer, replacing(paths, lambda rows: (slice(None), rows)))

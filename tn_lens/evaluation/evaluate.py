@@ -14,7 +14,7 @@ from ..controls import active_neurons, matched_neurons, random_neurons
 from ..errors import BadInput
 from ..forward import Where
 from ..interventions import Intervention, Mode, mean_activations
-from ..models import Model, neuron_space
+from ..models import Model, backend_of, neuron_space
 from ..neurons import NeuronSet, NeuronSpace, Site
 from ..progress import track
 from ..prompts import Order, Prompt, build_prompts, by_question
@@ -122,7 +122,7 @@ def evaluate(
         neurons=neurons,
         probabilities={arm: np.stack([answers[one] for one in drawn]) for arm, drawn in sets.items()},
         seed=seed,
-        model_name=str(model.cfg.model_name),
+        model_name=backend_of(model).name,
         intervention=describe_intervention(whole),
         text_loss=None
         if texts is None

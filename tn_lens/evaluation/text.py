@@ -10,7 +10,7 @@ import torch
 from ..errors import BadInput
 from ..forward import Layout, pad_right
 from ..interventions import Intervention
-from ..models import Model
+from ..models import Model, backend_of
 from ..toy.world import facts
 
 MOST_TOKENS = 512
@@ -44,11 +44,12 @@ def text_loss(model: Model, texts: Sequence[Text], intervention: Intervention | 
             )
     if model.tokenizer is None:
         raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
+    backend = backend_of(model)
     hooks = None if intervention is None else intervention.prepare(model, ())
     encoded: list[tuple[int, list[int]]] = []
     for text in texts:
         beginning, rest = ("", text) if isinstance(text, str) else text
-        ids = model.tokenizer(beginning + rest, verbose=False)["input_ids"][: min(MOST_TOKENS, model.cfg.n_ctx)]
+        ids = model.tokenizer(beginning + rest, verbose=False)["input_ids"][: min(MOST_TOKENS, backend.n_ctx)]
         first = max(1, len(model.tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))
@@ -57,10 +58,9 @@ def text_loss(model: Model, texts: Sequence[Text], intervention: Intervention | 
     count = sum(len(ids) - first for first, ids in encoded)
     for start in range(0, len(encoded), ROWS):
         rows = encoded[start : start + ROWS]
-        tokens = pad_right([ids for _, ids in rows]).to(str(model.cfg.device))
-        with model.hooks(fwd_hooks=hooks(Layout.whole()) if hooks else []):
-            logits = model(tokens, attention_mask=torch.ones_like(tokens))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        tokens = pad_right([ids for _, ids in rows]).to(backend.device)
+        with backend.hooks(hooks(Layout.whole()) if hooks else []):
+            logits = backend.all_logits(tokens)
         for (first, ids), row, target in zip(rows, logits, tokens, strict=True):
             own = slice(first, len(ids))
             losses = torch.nn.functional.cross_entropy(row[first - 1 : len(ids) - 1], target[own], reduction="sum")
@@ -72,7 +72,7 @@ def text_loss(model: Model, texts: Sequence[Text], intervention: Intervention | 
 
 def plain_texts(model: Model) -> list[Text]:
     """Text that suits a model: a few paragraphs on everyday things; for the toy, its facts asked without choices."""
-    if model.cfg.model_name == "toy":
+    if backend_of(model).name == "toy":
         known = [fact for fact in facts() if fact.split == "train"][:N_TOY]
         return [(f"Question : {fact.question()} Answer :", f" {fact.value}") for fact in known]
     held = resources.files("tn_lens.evaluation").joinpath("plain.txt").read_text(encoding="utf-8")

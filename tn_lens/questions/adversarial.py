@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import BadInput
+from ..models import Backend, backend_of
 from ..progress import track
 from .files import read_json_lines
 from .question import Dropped, Question, QuestionSet
@@ -93,13 +94,17 @@ class LocalChat:
     """A loaded model with a chat template."""
 
     model: Any
-    """A HookedTransformer."""
+    """From `load_model`."""
     max_new_tokens: int = 32
+
+    @property
+    def _backend(self) -> Backend:
+        return backend_of(self.model)
 
     @property
     def name(self) -> str:
         """The model's name."""
-        return str(self.model.cfg.model_name)
+        return self._backend.name
 
     def __call__(self, system: str, user: str, seed: int) -> str:
         """One reply, sampled at temperature 0.7.
@@ -109,7 +114,7 @@ class LocalChat:
         """
         import torch
 
-        tokenizer = self.model.tokenizer
+        backend, tokenizer = self._backend, self.model.tokenizer
         if tokenizer is None:
             raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
         if getattr(tokenizer, "chat_template", None) is None:
@@ -118,20 +123,17 @@ class LocalChat:
             turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
             text, special = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        if len(ids) + self.max_new_tokens > self.model.cfg.n_ctx:
-            raise BadInput(f"the prompt of {len(ids)} tokens leaves no room in a context of {self.model.cfg.n_ctx}")
+        if len(ids) + self.max_new_tokens > backend.n_ctx:
+            raise BadInput(f"the prompt of {len(ids)} tokens leaves no room in a context of {backend.n_ctx}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            out = self.model.generate(
-                torch.tensor([ids], device=self.model.cfg.device),
-                max_new_tokens=self.max_new_tokens,
+            reply = backend.generate(
+                torch.tensor([ids]),
+                n_tokens=self.max_new_tokens,
                 temperature=0.7,
-                stop_at_eos=tokenizer.eos_token_id is not None,
-                prepend_bos=False,
-                return_type="tokens",
-                verbose=False,
+                stop=tokenizer.eos_token_id is not None,
             )
-        return str(tokenizer.decode(out[0, len(ids) :].tolist(), skip_special_tokens=True))
+        return str(tokenizer.decode(reply, skip_special_tokens=True))
 
 
 def write_wrong_answers(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadInput
-from ..models import Model, build_model
+from ..models import Model, build_model, neuron_space
 from ..neurons import Neuron, NeuronSet
 from ..prompts import Prompt
 from ..seeds import generator
@@ -183,7 +183,7 @@ def _background(
 @torch.no_grad()
 def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
     """Write the truth neurons and the traps over the first background neurons of their layers."""
-    used = [0] * model.cfg.n_layers
+    used = [0] * neuron_space(model).n_layers
 
     def neuron(
         layer: int, gate: int, reads: int, to_a: float, to_b: float, *, writes: int | None = None, sign: float = 1.0

@@ -1,0 +1,202 @@
+"""What a stage needs of a model, whichever kind it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..neurons import NeuronSpace
+
+BackendName = Literal["hooked", "bridge"]
+"""TransformerLens' own model (HookedTransformer, to 3.9), or Hugging Face's within TransformerLens (TransformerBridge, from 3)."""
+
+Hooks = list[tuple[str, Callable[..., Any]]]
+"""Hook names and functions of an activation and the hook point, whose `name` is the one given; None changes nothing."""
+
+
+class Prefix(ABC):
+    """Frozen keys and values of one row that others continue."""
+
+    @abstractmethod
+    def expand(self, n_rows: int) -> Any:
+        """What a pass of so many rows goes on from; nothing is copied."""
+
+
+class Siblings(ABC):
+    """Some prompts, run once, and single positions that stand where their last tokens stand and see what those see."""
+
+    logits: Float[Tensor, "prompt vocab"]
+    """Of the untouched prompts."""
+    kept: dict[str, Float[Tensor, "prompt 1 _"]]
+    """Activations at the last position by the names that were asked for, heads side by side."""
+
+    @abstractmethod
+    def run(self, of_layer: Mapping[int, int], hooks: Hooks) -> Float[Tensor, "prompt row vocab"]:
+        """Last logits of the rows.
+
+        Args:
+            of_layer: how many rows differ from the untouched run first at which layer; rows stand in the order of layers,
+                and a hook of a layer finds at least those of its own and all lower layers.
+            hooks: on activations [prompt, row, ...].
+        """
+
+
+class Backend(ABC):
+    """A model of one kind, as the stages see it."""
+
+    kind: BackendName
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def name(self) -> str:
+        """What results call the model."""
+        return str(self.model.cfg.model_name)
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str | None:
+        """Hugging Face's name of the architecture, where it is known."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.cfg.dtype
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of logits and scores: at least float32."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go."""
+        return torch.device(str(self.model.cfg.device))
+
+    @property
+    def n_devices(self) -> int:
+        """Over how many the layers are spread."""
+        return self.model.cfg.n_devices
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of the context window."""
+        return self.model.cfg.n_ctx
+
+    @property
+    @abstractmethod
+    def d_vocab(self) -> int:
+        """Logits at a position."""
+
+    @property
+    def n_key_value_heads(self) -> int:
+        """Heads of the keys and values that are kept."""
+        return self.model.cfg.n_key_value_heads or self.model.cfg.n_heads
+
+    @property
+    @abstractmethod
+    def space(self) -> NeuronSpace:
+        """The sizes of the neuron space."""
+
+    @property
+    @abstractmethod
+    def is_post_norm(self) -> bool:
+        """Whether a norm follows W_O and W_out (OLMo-2, OLMo-3, Gemma-2 and -3), so that z and post have no scale.
+
+        There f(alpha z) hardly depends on alpha > 0, and a Riemann sum from a zero baseline misses completeness.
+        """
+
+    @property
+    @abstractmethod
+    def unshareable(self) -> str | None:
+        """Why what stands before a position cannot be run once for all that follows; None if it can."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse, or warn about, a model in which hook_z and hook_post are not what the paper calls neurons."""
+
+    @abstractmethod
+    def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:
+        """Hooks on every forward pass inside a `with`, removed on leaving.
+
+        Raises:
+            BadInput: the model has no such hook point.
+        """
+
+    @abstractmethod
+    def last_logits(
+        self,
+        tokens: Int[Tensor, "row column"],
+        *,
+        mask: Int[Tensor, "row column"] | None = None,
+        places: Int[Tensor, " row"] | None = None,
+        prefix: Prefix | None = None,
+    ) -> Float[Tensor, "row vocab"]:
+        """Logits at one position of every row, in at least float32.
+
+        Args:
+            tokens: padded on the right, where nothing sees the padding, or on the left with a mask.
+            mask: 0 where a row is padded on the left.
+            places: columns to read; the last by default.
+            prefix: what stands before every row.
+        """
+
+    @abstractmethod
+    def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
+        """Logits at every position, in at least float32; rows may be padded on the right."""
+
+    @abstractmethod
+    def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
+        """Run what several rows begin with, and keep it for `last_logits`."""
+
+    @abstractmethod
+    def siblings(
+        self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
+    ) -> Siblings:
+        """Run prompts that are padded on the left, and get ready for single positions in place of their last ones."""
+
+    @abstractmethod
+    def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """What a unit of each attention neuron of a layer adds to the attention's output: the rows of W_O."""
+
+    def generate(self, ids: Int[Tensor, "1 column"], *, n_tokens: int, temperature: float, stop: bool) -> list[int]:
+        """Sample a continuation.
+
+        Args:
+            stop: at the tokenizer's end-of-sequence token.
+        """
+        out = self.model.generate(
+            ids.to(self.device),
+            max_new_tokens=n_tokens,
+            temperature=temperature,
+            stop_at_eos=stop,
+            prepend_bos=False,
+            return_type="tokens",
+            verbose=False,
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+
+def visible(
+    seen: Bool[Tensor, "prompt prefix"], n_rows: int, window: int | None = None
+) -> Bool[Tensor, "prompt 1 row key"]:
+    """What siblings attend to: the prefix, as far as the last position sees it, and each itself.
+
+    Args:
+        seen: False where a prompt is padded.
+        n_rows: siblings of a prompt.
+        window: positions that a local attention sees, the own one among them; None for all.
+    """
+    near = seen
+    if window is not None:  # position T - 1 sees the window that ends with itself
+        places = torch.arange(seen.shape[1], device=seen.device)
+        near = seen & (places > seen.shape[1] - window)
+    itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
+    return torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]

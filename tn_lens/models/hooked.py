@@ -1,0 +1,317 @@
+"""HookedTransformer: TransformerLens' own implementation of a model, which it has to 3.9. The only importer of the class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig, TransformerLensKeyValueCache
+
+from ..errors import BadInput
+from ..neurons import NeuronSpace
+from .backend import Backend, Hooks, Prefix, Siblings, visible
+
+
+def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:
+    """A model with random weights, frozen, in evaluation mode: for fixtures and benchmarks."""
+    config = HookedTransformerConfig.from_dict(config) if isinstance(config, dict) else config
+    config.seed = seed
+    torch.manual_seed(seed)
+    return freeze(HookedTransformer(config, move_to_device=config.device is not None))
+
+
+def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> HookedTransformer:
+    """A model around converted weights, which are taken over as they are: nothing is copied that fits.
+
+    Raises:
+        BadInput: a weight is missing or unknown, or has another shape than the configuration says.
+    """
+    config.init_weights = False
+    model = HookedTransformer(config, move_to_device=False)
+    owned = {name: w.detach().to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
+    try:
+        missing, unknown = model.load_state_dict(owned, assign=True, strict=False)
+    except RuntimeError as error:
+        raise BadInput(
+            f"the checkpoint's weights do not fit its config.json: {' '.join(str(error).split())}"
+        ) from error
+    missing = [name for name in missing if name in dict(model.named_parameters())]
+    if missing or unknown:
+        raise BadInput(
+            f"the checkpoint does not fit its config.json: missing {missing[:3]}, unknown {list(unknown)[:3]}"
+        )
+    model.to(str(config.device), print_details=False)
+    return freeze(model)
+
+
+def load_from_transformer_lens(name: str, **options: Any) -> HookedTransformer:
+    """A model that TransformerLens knows by name, without weight processing, laid out for speed."""
+    return lay_out_weights(freeze(HookedTransformer.from_pretrained_no_processing(name, **options)))
+
+
+def freeze(model: HookedTransformer) -> HookedTransformer:
+    """No parameter gradients, no dropout: the only leaves of a gradient are interpolated activations."""
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def lay_out_weights(model: HookedTransformer) -> HookedTransformer:
+    """Put the weights in the order the forward pass reads them; values and shapes stay.
+
+    HookedTransformer transposes nearly every weight in every forward pass. Those transposes copy nothing where the
+    storage already has that order, as it has in Hugging Face's checkpoints. In place, one weight at a time.
+    """
+
+    def reorder(module: nn.Module, name: str, order: tuple[int, ...]) -> None:
+        parameter = module._parameters.get(name)
+        if isinstance(parameter, nn.Parameter) and parameter.ndim == len(order) and parameter.is_floating_point():
+            inverse = tuple(order.index(axis) for axis in range(len(order)))
+            parameter.data = parameter.data.permute(order).contiguous().permute(inverse)
+
+    for block in model.blocks:
+        for name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V"):
+            reorder(block.attn, name, (0, 2, 1))
+        reorder(block.attn, "W_O", (2, 0, 1))
+        if model.cfg.gated_mlp and not model.cfg.attn_only:
+            for name in ("W_in", "W_gate", "W_out"):
+                reorder(block.mlp, name, (1, 0))
+    reorder(model.unembed, "W_U", (1, 0))
+    return model
+
+
+class Hooked(Backend):
+    """A HookedTransformer."""
+
+    kind = "hooked"
+    model: HookedTransformer
+
+    @property
+    def architecture(self) -> str | None:
+        return self.model.cfg.original_architecture
+
+    @property
+    def d_vocab(self) -> int:
+        return self.model.cfg.d_vocab_out
+
+    @property
+    def space(self) -> NeuronSpace:
+        cfg = self.model.cfg
+        d_mlp = 0 if cfg.attn_only or cfg.d_mlp is None else cfg.d_mlp
+        return NeuronSpace(
+            n_layers=cfg.n_layers, d_mlp=d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head, d_model=cfg.d_model
+        )
+
+    @property
+    def is_post_norm(self) -> bool:
+        post = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+        return self.architecture in post or self.model.cfg.use_normalization_before_and_after
+
+    @property
+    def unshareable(self) -> str | None:
+        cfg = self.model.cfg
+        reasons = {
+            f"{cfg.positional_embedding_type} positions": cfg.positional_embedding_type not in ("standard", "rotary"),
+            "log-n attention scaling": cfg.use_logn_attn,
+            "dynamic NTK rope scaling": cfg.use_dynamic_ntk_rope,
+            "bidirectional attention": cfg.attention_dir != "causal",
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def check(self) -> None:
+        """Refuse, or warn about, models in which hook_z and hook_post are not what the paper calls neurons.
+
+        Raises:
+            BadInput: mixture of experts, or `refactor_factored_attn_matrices`, which rotates the basis of z.
+        """
+        cfg = self.model.cfg
+        if cfg.num_experts:
+            raise BadInput(
+                "this is a mixture of experts, whose hook_post is not one neuron a column; take a dense model"
+            )
+        if cfg.d_head > 2 and not cfg.load_in_4bit:
+            refuse_rotated(self.written(0))
+        never_biased = cfg.original_architecture == "GPTNeoForCausalLM"  # has an output bias and no value bias
+        blocks = self.model.blocks
+        if not never_biased and not any(b.attn.b_V.any() for b in blocks) and any(b.attn.b_O.any() for b in blocks):
+            warnings.warn(
+                "the value biases of this model look folded into b_O (fold_value_biases, TransformerLens' default): "
+                "hook_z then lacks b_V, and zero means something else than in the paper; "
+                "load it with load_model or from_pretrained_no_processing",
+                stacklevel=4,
+            )
+
+    def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:
+        return self.model.hooks(fwd_hooks=list(hooks))
+
+    @property
+    def n_layers(self) -> int:
+        """Of the model."""
+        return self.model.cfg.n_layers
+
+    def unembed(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of a final residual stream, in at least float32."""
+        if self.model.cfg.normalization_type is not None:
+            residual = self.model.ln_final(residual)
+        logits = self.model.unembed(residual)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.model.cfg.output_logits_soft_cap
+        return cap * (logits / cap).tanh() if cap > 0 else logits
+
+    def last_logits(
+        self,
+        tokens: Int[Tensor, "row column"],
+        *,
+        mask: Int[Tensor, "row column"] | None = None,
+        places: Int[Tensor, " row"] | None = None,
+        prefix: Prefix | None = None,
+    ) -> Float[Tensor, "row vocab"]:
+        residual = self.model(
+            tokens,
+            attention_mask=torch.ones_like(tokens) if mask is None else mask,
+            past_kv_cache=prefix.expand(len(tokens)) if isinstance(prefix, HookedPrefix) else None,
+            stop_at_layer=self.n_layers,
+        )
+        if places is None:
+            last = residual[:, -1]
+        else:
+            last = residual[torch.arange(len(residual), device=residual.device), places.to(residual.device)]
+        return self.unembed(last[:, None])[:, 0]
+
+    def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
+        logits = self.model(tokens, attention_mask=torch.ones_like(tokens))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
+        cfg = self.model.cfg
+        cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, 1)
+        self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=self.n_layers)
+        return HookedPrefix(cache)
+
+    def siblings(
+        self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
+    ) -> Siblings:
+        return HookedSiblings(self, tokens, mask, names)
+
+    def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        return self.model.blocks[layer].attn.W_O
+
+
+class HookedPrefix(Prefix):
+    """TransformerLens' cache of one row."""
+
+    def __init__(self, cache: TransformerLensKeyValueCache) -> None:
+        self.cache = cache
+
+    def expand(self, n_rows: int) -> TransformerLensKeyValueCache:
+        """The same frozen keys and values for every row; nothing is copied."""
+        expanded = TransformerLensKeyValueCache(
+            entries=[
+                type(entry)(entry.past_keys.expand(n_rows, -1, -1, -1), entry.past_values.expand(n_rows, -1, -1, -1))
+                for entry in self.cache.entries
+            ],
+            previous_attention_mask=self.cache.previous_attention_mask.expand(n_rows, -1),
+        )
+        expanded.freeze()
+        return expanded
+
+
+class HookedSiblings(Siblings):
+    """Rows side by side as positions of one sequence, which copies no keys or values, each entered at its own layer.
+
+    TransformerLens takes rotary positions from the running sum of the attention mask, and a mask that ends in 1, 0, 0, ...
+    gives all of them the position T - 1. Each attention's causal mask is replaced, for the length of a pass, by "the prefix
+    and myself".
+    """
+
+    def __init__(self, backend: Hooked, tokens: Tensor, mask: Tensor, names: set[str]) -> None:
+        self.backend = backend
+        cfg = backend.model.cfg
+        self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
+        self.cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, len(tokens))
+        self.kept = {}
+
+        def keep(value: Tensor, hook: Any) -> None:
+            self.kept[hook.name] = value[:, -1:].flatten(2)
+
+        entering = [f"blocks.{layer}.hook_resid_pre" for layer in range(cfg.n_layers)]
+        with torch.no_grad(), backend.hooks([(name, keep) for name in names | set(entering)]):
+            residual = backend.model(tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers)
+            self.logits = backend.unembed(residual[:, -1])
+        self.entering = [self.kept[name] for name in entering]
+        for entry in self.cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[:, :-1], entry.past_values[:, :-1]
+        self.cache.freeze()
+
+    def run(self, of_layer: Mapping[int, int], hooks: Hooks) -> Float[Tensor, "prompt row vocab"]:
+        model = self.backend.model
+        residual = self.entering[min(of_layer)][:, :0]
+        with side_by_side(model, self.seen) as see, self.backend.hooks(hooks):
+            for layer in range(min(of_layer), model.cfg.n_layers):
+                n_joining = of_layer.get(layer, 0)
+                joining = self.entering[layer].expand(-1, n_joining, -1)
+                residual = torch.cat([residual, joining], dim=1) if n_joining else residual
+                residual = model(
+                    residual,
+                    start_at_layer=layer,
+                    stop_at_layer=layer + 1,
+                    past_kv_cache=self.cache,
+                    attention_mask=see(residual.shape[1]),
+                )
+        return self.backend.unembed(residual)
+
+
+@contextmanager
+def side_by_side(
+    model: HookedTransformer, seen: Bool[Tensor, "prompt prefix"]
+) -> Iterator[Callable[[int], Int[Tensor, "prompt key"]]]:
+    """Let every row attend to the prefix, as far as its position T - 1 would see, and to itself.
+
+    Yields:
+        From the number of rows to the attention mask that gives all of them the position T - 1; to be called before each
+        pass.
+    """
+    attentions: list[Any] = [block.attn for block in model.blocks]
+    allowed: dict[str, Tensor] = {}
+
+    def see(n_rows: int) -> Int[Tensor, "prompt key"]:
+        if not allowed or next(iter(allowed.values())).shape[2] != n_rows:
+            for attn_type in {attention.attn_type for attention in attentions}:
+                window = model.cfg.window_size or 0
+                allowed[attn_type] = visible(seen, n_rows, window if attn_type == "local" else None)
+        one_place = torch.zeros(len(seen), n_rows, dtype=torch.long, device=seen.device)
+        one_place[:, 0] = 1
+        return torch.cat([seen.long(), one_place], dim=1)
+
+    try:
+        for attention in attentions:
+
+            def mask(scores: Tensor, *_: object, attention: Any = attention, **__: object) -> Tensor:
+                return torch.where(allowed[attention.attn_type], scores, attention.IGNORE)
+
+            attention.apply_causal_mask = mask
+        yield see
+    finally:
+        for attention in attentions:
+            vars(attention).pop("apply_causal_mask", None)
+
+
+def refuse_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:
+    """Refuse W_O whose rows are orthogonal within every head.
+
+    Raises:
+        BadInput: they are; the basis of z was rotated.
+    """
+    gram = torch.einsum("him,hjm->hij", w_o.float(), w_o.float())
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if gram.abs().sum() > 0 and (gram - diagonal.diag_embed()).abs().max() < 1e-4 * diagonal.abs().max():
+        raise BadInput(
+            "W_O's rows are orthogonal, as refactor_factored_attn_matrices leaves them: hook_z is in a rotated "
+            "basis; load the model without that option"
+        )
