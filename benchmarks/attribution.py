@@ -175,7 +175,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
             n_tokens,
             seconds,
             seconds,
-            peak_memory_bytes=peak,
+            peak_memory_bytes=peak.allocated,
             matrix_product_rate=round(rate),
             share_of_matrix_product_rate=round(share, 3),
         ),
@@ -199,7 +199,10 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
             lambda: integrate(direct, rule=rule, targets=[probability_difference], baseline=zero, n_rows=64)
         )
         table.append(row("ours, direct", model, n_tokens, took, seconds))
-    print(f"  {share:.0%} of {rate / 1e9:.0f} GFLOP/s, peak {peak / 2**20:.0f} MiB above the weights", flush=True)
+    print(
+        f"  {share:.0%} of {rate / 1e9:.0f} GFLOP/s, peak {peak.allocated / 2**20:.0f} MiB above the weights",
+        flush=True,
+    )
     return table
 
 

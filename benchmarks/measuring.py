@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -33,29 +35,71 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def with_peak(function: Callable[[], Any]) -> tuple[Any, int]:
-    """A result, and the bytes that the process (or the device) held above the start while it was made."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        return function(), torch.cuda.max_memory_allocated() - start
+@dataclass(frozen=True)
+class Peak:
+    """Bytes above the start, at their highest."""
+
+    allocated: int
+    """Handed out by the allocator: of the device on CUDA, else of the C library (of the process where that does not tell)."""
+    resident: int
+    """Held by the process: what is allocated, and what the C library keeps for later."""
+
+
+class _HeapCounts(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def heap() -> int:
+    """Bytes that the C library has handed out, or that the process holds where it does not tell."""
+    try:
+        count = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return psutil.Process().memory_info().rss
+    count.restype = _HeapCounts
+    counts = count()
+    return counts.uordblks + counts.hblkhd
+
+
+def with_peak(function: Callable[[], Any]) -> tuple[Any, Peak]:
+    """A result, and the most memory that was held while it was made."""
     process, done = psutil.Process(), threading.Event()
-    start = process.memory_info().rss
-    peak = start
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    on_device = torch.cuda.memory_allocated() if on_gpu else 0
+    start = highest = (heap(), process.memory_info().rss)
 
     def sample() -> None:
-        nonlocal peak
+        nonlocal highest
         while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.005)
+            highest = max(highest[0], heap()), max(highest[1], process.memory_info().rss)
+            time.sleep(0.002)
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        return function(), peak - start
+        result = function()
     finally:
         done.set()
         thread.join()
+    allocated = torch.cuda.max_memory_allocated() - on_device if on_gpu else highest[0] - start[0]
+    return result, Peak(allocated, highest[1] - start[1])
 
 
 def random_model(d_model: int, n_layers: int, **options: Any) -> Model:

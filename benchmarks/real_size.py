@@ -137,7 +137,7 @@ def main() -> None:
         "weights_bytes": weights,
         "seconds": round(seconds, 1),
         "rows_per_pass": found.pass_size.n_rows,
-        "peak_memory_bytes_above_weights": peak,
+        "peak_memory_bytes_above_weights": peak.allocated,
         "machine": machine(),
         "n_threads": torch.get_num_threads(),
     }
