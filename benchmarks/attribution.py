@@ -301,6 +301,7 @@ def main() -> None:
     """Measure the sizes, and replace their rows in results.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size: 12 layers, 128 tokens, d_model 1024")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("D_MODEL", "LAYERS", "TOKENS"), help="another one size")
     arguments = parser.parse_args()
     there: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results: dict[str, Any] = {"rows": [], "slopes": []} | there | {"torch": torch.__version__}
@@ -310,9 +311,11 @@ def main() -> None:
         results["rows"] = sorted([row for row in results["rows"] if key(row) not in measured] + rows, key=key)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
-    for size in QUICK if arguments.quick else FULL:
+    whole = not (arguments.quick or arguments.size)
+    sizes = FULL if whole else [tuple(arguments.size)] if arguments.size else QUICK
+    for size in sizes:
         keep(measure(*size, quick=arguments.quick))
-    if not arguments.quick:
+    if whole:
         keep(measure_knowledge_neurons())
         slopes = measure_slopes()
         results["slopes"] = [row for row in results["slopes"] if row["machine"] != machine()] + slopes

@@ -31,7 +31,7 @@ from tn_lens.evaluation import ARMS, Evaluation, group_means
 from tn_lens.evaluation.reading import fall
 from tn_lens.evaluation.reference import PAPER
 from tn_lens.evaluation.text import plain_texts, text_loss
-from tn_lens.forward import batches, prefix_groups
+from tn_lens.forward import LEAST_TOKENS, PADDING, batches, prefix_groups
 from tn_lens.manipulation import is_right
 from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.questions.toy import binary, four_choice
@@ -152,6 +152,19 @@ def test_batches_hold_every_prompt_once(toy: Model) -> None:
     assert sorted(i for batch in cut for i in batch) == list(range(60))
     assert all(len(b) * max(len(prompts[i].token_ids) for i in b) <= 100 for b in cut)
     assert all(len(b) == 1 for b in batches(prompts, 1))
+
+
+def test_batches_are_cut_rather_than_padded() -> None:
+    lengths = [30] * 20 + [60] * 20 + [61] * 3
+    prompts = [replace(prompt(n, 0), token_ids=(1,) * length) for n, length in enumerate(lengths)]
+    for n_shared in (0, 20):
+        cut = [[lengths[i] - n_shared for i in batch] for batch in batches(prompts, 4096, n_shared)]
+        assert sum(map(len, cut)) == len(prompts)
+        for batch in cut[:-1]:
+            assert sum(batch) >= LEAST_TOKENS or len(cut) == 1
+        assert all(len(batch) * max(batch) <= PADDING * sum(batch) or sum(batch[:-1]) < LEAST_TOKENS for batch in cut)
+    assert len(list(batches(prompts, 4096))) == 2
+    assert len(list(batches(prompts[:3] + prompts[-3:], 4096))) == 1, "a few prompts are not worth cutting"
 
 
 def prompt(question: int, right: int) -> Prompt:

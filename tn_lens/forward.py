@@ -22,6 +22,9 @@ MAX_TOKENS = 4096
 """Tokens in one batch, padding included. A constant, since results differ in bits between batch sizes."""
 MAX_PAIRS = 2**21
 """Pairs of a position and a key in one batch: what attention's scores of one head need."""
+LEAST_TOKENS = 256
+"""Tokens of a batch that fill the matrix products; from there on it is cut rather than padded by more than `PADDING`."""
+PADDING = 1.1
 LEAST_SHARED = 8
 """Tokens that prompts must have in common before running them apart pays."""
 LEAST_ROWS = 16
@@ -171,13 +174,17 @@ def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> It
     The first `n_shared` tokens of each do not count, but as keys for the others.
     """
     batch: list[int] = []
+    n_own = 0
     for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
         n_tokens = len(prompts[index].token_ids)
-        together = (len(batch) + 1) * (n_tokens - n_shared)
-        if batch and (together > max_tokens or together * n_tokens > MAX_PAIRS):
+        n_columns = n_tokens - n_shared
+        padded = (len(batch) + 1) * n_columns
+        too_large = padded > max_tokens or padded * n_tokens > MAX_PAIRS
+        if batch and (too_large or (n_own >= LEAST_TOKENS and padded > PADDING * (n_own + n_columns))):
             yield batch
-            batch = []
+            batch, n_own = [], 0
         batch.append(index)
+        n_own += n_columns
     if batch:
         yield batch
 
