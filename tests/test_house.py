@@ -56,10 +56,18 @@ ORDER = [
     "evaluation.reference",
     "evaluation.tables",
     "evaluation.result",
+    "evaluation.stored",
     "evaluation.text",
     "evaluation.evaluate",
     "evaluation.dose",
     "evaluation",
+    "figures.look",
+    "figures.layers",
+    "figures.accuracies",
+    "figures.evaluation",
+    "figures.selection",
+    "figures.attribution",
+    "figures.save",
     "figures",
     "settings",
     "storage",
@@ -130,10 +138,10 @@ def test_one_module_imports_a_library(library: str, only: str) -> None:
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            if library in names or module == library:
-                users.add(name)
-    assert users <= {only}
+            outside = node.module or "" if isinstance(node, ast.ImportFrom) and not node.level else ""
+            if library in {one.split(".")[0] for one in (*names, outside)}:
+                users.add(name.split(".")[0])
+    assert users == {only}
 
 
 def test_only_models_imports_transformer_lens() -> None:

@@ -1,4 +1,4 @@
-"""Figures and the report show the run's numbers."""
+"""The report shows the run's numbers."""
 
 from __future__ import annotations
 
@@ -7,39 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tn_lens import Neuron, NeuronSet, Question, QuestionSet, TruthNeurons, find_truth_neurons, plot_layers
+from tn_lens import NeuronSet, Question, QuestionSet, TruthNeurons, find_truth_neurons
 from tn_lens.models import Model
 from tn_lens.questions.toy import binary
-
-FOUND = NeuronSet(
-    [Neuron("mlp", 0, None, 3), Neuron("mlp", 2, None, 1), Neuron("mlp", 2, None, 5), Neuron("attn", 1, 0, 2)]
-)
-
-
-def test_the_heatmap_holds_the_fractions_of_figure_5() -> None:
-    (heatmap,) = plot_layers(FOUND, n_layers=4).data
-    cells = np.array(heatmap.z)
-    assert cells.shape == (2, 4)
-    np.testing.assert_allclose(cells, [[0.25, 0, 0.5, 0], [0, 0.25, 0, 0]])
-    assert np.array(heatmap.customdata).tolist() == [[1, 0, 2, 0], [0, 1, 0, 0]]
-    assert [list(row) for row in heatmap.text] == [["1", "", "2", ""], ["", "1", "", ""]]
-    assert [name.split()[0] for name in heatmap.y] == ["MLP", "Attention"]
-
-
-def test_an_empty_set_draws_an_empty_heatmap() -> None:
-    figure = plot_layers(NeuronSet(), n_layers=3)
-    assert np.array(figure.data[0].z).sum() == 0
-    assert "0 truth neurons" in figure.layout.title.text
-
-
-def test_the_number_of_layers_must_fit() -> None:
-    with pytest.raises(ValueError, match="n_layers"):
-        plot_layers(FOUND)
-    with pytest.raises(ValueError, match="n_layers"):
-        plot_layers(FOUND, n_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def select(
         wide = frame.pivot(index="t", columns="p", values="n_found").reset_index()
         console.print(frame_table(wide, title="neurons found, t down, p across"))
         path = (out or folder / "sweep").with_suffix(".html")
-        _write(path, plot_sweep(frame).to_html(include_plotlyjs=True, div_id="sweep"))
+        _write(path, plot_sweep(frame, chosen=(t, p)).to_html(include_plotlyjs=True))
         console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
     if out is not None:
         provenance = {**settings, "seed": seed, "run": folder.name}

@@ -8,11 +8,10 @@ from html import escape
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from .diagnosis import Diagnosis
 from .evaluation import Evaluation
-from .figures import plot_layers
+from .figures import Figure, plot_layers
 from .manipulation import ManipulationCheck
 from .neurons import Neuron, NeuronSet
 from .reselection import Stability
@@ -62,9 +61,9 @@ class TruthNeurons:
         missing = max((max(of["gap"]) for of in self.completeness.values()), default=0.0)
         return missing / largest if largest else 0.0
 
-    def plot_layers(self) -> go.Figure:
+    def plot_layers(self) -> Figure:
         """Figure 5 of this model."""
-        return plot_layers(self.selection, title=f"{self.model_name}: {len(self.neurons)} truth neurons by layer")
+        return plot_layers({self.model_name: self.selection})
 
     def warnings(self) -> list[str]:
         """Everything that should be read before the result is believed."""

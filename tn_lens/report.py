@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from .diagnosis import CASES, VERDICTS
 from .evaluation import ARM_NAMES
+from .figures import plotly_js
 from .neurons import Neuron
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write_report(found: TruthNeurons, manifest: Mapping[str, Any]) -> str:
         case_counts={case: int((found.diagnosis.case == case).sum()) for case in CASES},
         n_hidden=max(0, len(records) - N_ROWS),
         layers=Markup(layers),
-        plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
+        plotly_js=Markup(f"<script>{plotly_js()}</script>"),
         manifest=json.dumps(settings, indent=1),
         prompt=manifest["rendered_prompt"],
     )

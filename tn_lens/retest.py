@@ -89,11 +89,9 @@ def retest(
         found = evaluate(model, questions, neurons, progress=progress, **options)
         done.append(found)
         if folder is not None:
-            frames = {"categories": found.by_category(1)}
+            record = found.record()
             if parts and questions.name in parts:
-                frames["parts"] = found.by_part(parts[questions.name])
-            record = {**found.record(), "explained": found.explain()}
-            record |= {name: frame.round(6).to_dict("records") for name, frame in frames.items()}
+                record["parts"] = found.by_part(parts[questions.name]).round(6).to_dict("records")
             record["left_out"] = [f"row {row.row}: {row.reason}" for row in questions.dropped]
             folder.write_json(f"{questions.name}.json", record)
     if folder is not None:

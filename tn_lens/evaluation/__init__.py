@@ -5,6 +5,7 @@ from .dose import dose_response
 from .evaluate import evaluate
 from .reading import LETTER_SHIFT, MASS_KEPT, Comparison
 from .result import Evaluation
+from .stored import StoredArm, StoredEvaluation
 from .tables import Table, group_means, table1, table2
 from .text import text_loss
 
@@ -18,6 +19,8 @@ __all__ = [
     "ArmName",
     "Comparison",
     "Evaluation",
+    "StoredArm",
+    "StoredEvaluation",
     "Table",
     "dose_response",
     "evaluate",

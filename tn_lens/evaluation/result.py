@@ -70,6 +70,16 @@ class Evaluation:
         return self.asked.shape[1]
 
     @property
+    def n_neurons(self) -> int:
+        """Neurons that were touched."""
+        return len(self.neurons)
+
+    @property
+    def n_repetitions(self) -> int:
+        """Draws of orders and control neurons."""
+        return len(self.asked)
+
+    @property
     def n_orders(self) -> int:
         """Orders in which every question was asked; with one, letter bias does not cancel."""
         return min((len(rows) for rows, _ in self.orders), default=0)
@@ -140,7 +150,8 @@ class Evaluation:
         """Figure 4: per category the share of questions whose right answer loses probability, and the accuracies.
 
         Args:
-            least: categories with fewer questions are left out; `attrs["hidden"]` counts them.
+            least: categories with fewer questions are left out; `attrs["hidden"]` counts them, `attrs["hidden_questions"]`
+                their questions.
 
         Returns:
             Columns category, n_questions, share_hurt (in [0, 1]) and the accuracy of every arm (percent), sorted by share.
@@ -155,10 +166,9 @@ class Evaluation:
             rows.append(
                 {"category": category, "n_questions": int(at.sum()), "share_hurt": float(hurt[at].mean())} | accuracies
             )
-        shown = sorted((row for row in rows if row["n_questions"] >= least), key=lambda row: -row["share_hurt"])
-        frame = pd.DataFrame(shown, columns=["category", "n_questions", "share_hurt", *right])
-        frame.attrs["hidden"] = len(rows) - len(shown)
-        return frame
+        rows.sort(key=lambda row: -row["share_hurt"])
+        frame = pd.DataFrame(rows, columns=["category", "n_questions", "share_hurt", *right])
+        return enough_questions(frame, least)
 
     def by_part(self, parts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
         """The arms on parts of the questions, as `{"half 1": selection.half_1, ...}`; empty parts are left out."""
@@ -222,10 +232,10 @@ class Evaluation:
             "model": self.model_name,
             "questions": self.name,
             "n_questions": self.n_questions,
-            "n_neurons": len(self.neurons),
+            "n_neurons": self.n_neurons,
             "intervention": self.intervention,
             "seed": self.seed,
-            "n_repetitions": len(self.asked),
+            "n_repetitions": self.n_repetitions,
             "n_orders": self.n_orders,
             "arms": {
                 name: {
@@ -243,6 +253,8 @@ class Evaluation:
             "probability_change_median": self.probability_change_median,
             "compared": {other: self.compare("suppressed", other).to_dict() for other in ("baseline", *controls)},
             "warnings": self.warnings(),
+            "explained": self.explain(),
+            "categories": self.by_category(1).round(6).to_dict("records"),
         }
 
     def explain(self) -> list[str]:
@@ -276,3 +288,12 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.summary())}</p>{self.to_frame().round(3).to_html()}"
+
+
+def enough_questions(categories: pd.DataFrame, least: int) -> pd.DataFrame:
+    """The categories with at least so many questions; `attrs` counts the others and their questions."""
+    n_questions = categories["n_questions"].to_numpy()
+    shown = categories.loc[n_questions >= least].reset_index(drop=True)
+    shown.attrs["hidden"] = int((n_questions < least).sum())
+    shown.attrs["hidden_questions"] = int(n_questions[n_questions < least].sum())
+    return shown

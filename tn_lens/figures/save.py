@@ -1,0 +1,61 @@
+"""Write a figure to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from ..errors import BadInput
+
+IMAGES = (".png", ".svg", ".pdf")
+WIDTH, SCALE = 1000, 2
+
+
+def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scale: float | int = SCALE) -> None:
+    """Write .html (one file that works offline), .png, .svg or .pdf, by the ending.
+
+    Args:
+        figure: any plotly figure.
+        path: where to.
+        width: of a picture, in pixels; its height is the figure's own.
+        scale: pixels of a .png for each pixel of the figure.
+
+    Raises:
+        BadInput: another ending, a file that cannot be written, or a picture where kaleido or Chrome is missing.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending != ".html" and ending not in IMAGES:
+        raise BadInput(f"expected a file that ends in .html, {', '.join(IMAGES)}, got {str(path)!r}")
+    try:
+        if ending == ".html":
+            figure.write_html(path, include_plotlyjs=True)
+        else:
+            path.write_bytes(_picture(figure, ending.removeprefix("."), width, scale))
+    except OSError as error:
+        raise BadInput(f"cannot write {str(path)!r}: {error.strerror or error}; give another path") from error
+
+
+def plotly_js() -> str:
+    """The library that draws figures in a page, to be put into it once."""
+    return get_plotlyjs()
+
+
+def _picture(figure: go.Figure, form: str, width: int, scale: float | int) -> bytes:
+    instead = "or save the figure as .html, which needs neither"
+    try:
+        import kaleido  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise BadInput(
+            f"a .{form} needs kaleido and Chrome or Chromium: pip install 'tn_lens[image]', {instead}"
+        ) from None
+    try:
+        return figure.to_image(format=form, width=width, scale=scale)
+    except Exception as error:  # kaleido's browser has many ways to fail, none of them with a class of its own
+        said = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"kaleido could not draw a .{form}: it needs Chrome or Chromium, and said {said!r}; install one (or set "
+            f"BROWSER_PATH to it), {instead}"
+        ) from error
