@@ -16,7 +16,9 @@ from measuring import Peak, machine, random_model, random_prompt, with_peak
 
 from tn_lens import Prompt, attribute
 from tn_lens.models import Model, lay_out_weights
-from tn_lens.storage import RunFolder, cut_shards
+from tn_lens.scores import pack_scores
+from tn_lens.storage import RunFolder
+from tn_lens.units import cut_prompts
 
 RESULTS = Path(__file__).with_suffix(".json")
 MIB = 2**20
@@ -30,10 +32,10 @@ def run(model: Model, prompts: list[Prompt], max_memory: int) -> tuple[Peak, int
         nonlocal rows
         with tempfile.TemporaryDirectory() as scratch:
             folder = RunFolder.open(Path(scratch) / "run", {})
-            for index, shard in enumerate(cut_shards(prompts)):
+            for index, shard in enumerate(cut_prompts(prompts)):
                 found = attribute(model, shard, engine="shared_prefix", max_memory=max_memory)
                 rows = found.pass_size.n_rows * min(found.pass_size.n_prompts, len(shard))
-                folder.write_shard(index, found)
+                folder.write_unit("scores", index, pack_scores(found))
 
     _, peak = with_peak(shards)
     return peak, rows

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from measuring import machine
-from safetensors.torch import save
 
 from tn_lens import Prompt
 from tn_lens.neurons import NeuronSpace, Site
-from tn_lens.storage import RunFolder, StoredScores, cut_shards
+from tn_lens.scores import StoredScores
+from tn_lens.storage import RunFolder
+from tn_lens.units import cut_prompts
 
 RESULTS = Path(__file__).with_suffix(".json")
 SPACE = NeuronSpace(n_layers=40, d_mlp=13824, n_heads=40, d_head=128)
@@ -33,7 +34,7 @@ def write_run(path: Path) -> int:
     prompts = [
         Prompt(token_ids=(), label_ids=(), right=q % 2, question=q, category=str(q % 38)) for q in range(N_PROMPTS)
     ]
-    stored = StoredScores(folder, SPACE, cut_shards(prompts))
+    stored = StoredScores(folder, SPACE, cut_prompts(prompts))
     stored.save_index()
     torch.manual_seed(0)
     sites: tuple[Site, ...] = ("mlp", "attn")
@@ -46,7 +47,7 @@ def write_run(path: Path) -> int:
             tensors[f"{site}.scale"] = torch.full((len(shard),), 0.1)
             tensors[f"{site}.gap"] = tensors[f"{site}.change"] = torch.zeros(len(shard), SPACE.n_layers)
             tensors[f"{site}.change"] = tensors[f"{site}.change"].clone()
-        folder.write(f"scores/{index:05d}.safetensors", save(tensors))
+        folder.write_unit("scores", index, tensors)
     return sum(file.stat().st_size for file in (path / "scores").iterdir())
 
 

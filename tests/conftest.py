@@ -176,6 +176,12 @@ def shared() -> Path:
     return SHARED
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a run but its log and its lock, by name."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", ".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Call the command as a shell would: exit code, output, errors."""

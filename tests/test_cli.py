@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from tn_lens import cli
 from tn_lens.storage import RESULT_FILES
 
+from .conftest import contents
+
 TOY = ["run", "--model", "toy", "--questions", "toy"]
 FAST = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
 
@@ -99,21 +101,21 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_was(run: Callable, tmp_pat
     assert re.search(r"untouched.*truth neurons at zero", text, re.DOTALL)
     assert 'share of "A"' in text
     files = sorted(p.name for p in out.iterdir())
-    assert files == sorted([*RESULT_FILES, "scores"])
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert files == sorted([*RESULT_FILES, "scores", "work", ".lock", "log.jsonl"])
+    before = contents(out)
     shard = next((out / "scores").iterdir())
     stamp = shard.stat().st_mtime_ns
     code, again, _ = run(*TOY, "--out", out, *FAST)
     assert code == 0
     assert again == text
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "the same run gives the same bytes"
+    assert contents(out) == before, "the same run gives the same bytes"
     assert shard.stat().st_mtime_ns == stamp, "nothing is computed twice"
     tensors = load_file(shard)
     narrow = tensors | {"mlp": tensors["mlp"][..., :5].contiguous()}
     for damaged in (shard.read_bytes()[:100], save({}), save({"mlp": tensors["mlp"]}), save(narrow)):
         shard.write_bytes(damaged)
         assert run(*TOY, "--out", out, *FAST)[0] == 0
-        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "a damaged shard is computed anew"
+        assert contents(out) == before, "a damaged shard is computed anew"
 
 
 def test_a_folder_of_another_run_is_left_alone(run: Callable, tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -202,7 +204,7 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
 def test_selecting_again_needs_no_model(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     assert run(*TOY, "--out", out, *FAST)[0] == 0
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = contents(out)
     monkeypatch.setattr("tn_lens.loading.load_model", None)
     found = json.loads((out / "neurons.json").read_text())
     code, text, error = run("select", out, "--t", found["t"], "--out", tmp_path / "again.json")
@@ -227,7 +229,7 @@ def test_selecting_again_needs_no_model(run: Callable, tmp_path: Path, monkeypat
     assert "Over 3 splits" in text
     assert "neurons found, t down, p across" in text
     assert (tmp_path / "loose.html").stat().st_size > 1_000_000, "works offline"
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before, "the run is left as it was"
+    assert contents(out) == before, "the run is left as it was"
     assert {"verdict", "case", "cohens_d", "ci_low"} <= found["neurons"][0].keys()
 
 

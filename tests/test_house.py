@@ -17,6 +17,7 @@ PACKAGE = ROOT / "tn_lens"
 # From the bottom to the top; a module may import from its own group only what stands before it, and from any group below.
 ORDER = [
     "errors",
+    "distributed",
     "progress",
     "seeds",
     "neurons",
@@ -36,6 +37,7 @@ ORDER = [
     "questions",
     "loading",
     "prompts",
+    "units",
     "toy.plant",
     "forward",
     "interventions",
@@ -70,7 +72,9 @@ ORDER = [
     "figures.save",
     "figures",
     "settings",
+    "seals",
     "storage",
+    "scores",
     "reselection",
     "tuning",
     "diagnosis",

@@ -16,7 +16,6 @@ from tn_lens import (
     Attribution,
     NeuronSet,
     QuestionSet,
-    ablate,
     attribute,
     build_prompts,
     evaluate,
@@ -27,9 +26,11 @@ from tn_lens import tuning as tuning_module
 from tn_lens.figures import plot_sweep
 from tn_lens.models import Model
 from tn_lens.reselection import found_again, stability, sweep
-from tn_lens.storage import RunFolder, StoredScores, cut_shards
+from tn_lens.scores import StoredScores, pack_scores
+from tn_lens.storage import RunFolder
 from tn_lens.toy import planted
 from tn_lens.tuning import tune_threshold
+from tn_lens.units import cut_prompts
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def scores() -> Attribution:
 def stored(scores: Attribution, tmp_path: Path) -> StoredScores:
     """The same scores in a run folder."""
     folder = RunFolder.open(tmp_path / "run", {"model": "planted"})
-    shards = cut_shards(list(scores.prompts))
+    shards = cut_prompts(list(scores.prompts))
     held = StoredScores(folder, scores.space, shards)
     held.save_index()
     first = 0
@@ -53,7 +54,7 @@ def stored(scores: Attribution, tmp_path: Path) -> StoredScores:
             difference={s: d[first : first + len(shard)] for s, d in scores.difference.items()},
             change={s: c[first : first + len(shard)] for s, c in scores.change.items()},
         )
-        folder.write_shard(index, part)
+        folder.write_unit("scores", index, pack_scores(part))
         first += len(shard)
     return held
 
@@ -66,7 +67,7 @@ def test_stored_scores_are_half_precision_of_the_prompts_largest(stored: StoredS
         assert q == question
         for site, values in exact.items():
             torch.testing.assert_close(held[site], values, atol=2**-11 * float(values.abs().max()), rtol=0)
-    sizes = [stored.folder.shard(i).stat().st_size for i in range(len(stored.shards))]
+    sizes = [stored.folder.unit("scores", i).stat().st_size for i in range(len(stored.shards))]
     per_score = (sum(sizes) - 8000) / (len(scores) * scores.space.n_neurons)
     assert per_score <= 2 + 8 * 4 * scores.space.n_layers / scores.space.n_neurons, "2 bytes a score and the sums"
 
@@ -74,7 +75,7 @@ def test_stored_scores_are_half_precision_of_the_prompts_largest(stored: StoredS
 def test_tiny_scores_do_not_vanish(scores: Attribution, tmp_path: Path) -> None:
     small = replace(scores, difference={s: d * 1e-9 for s, d in scores.difference.items()})
     folder = RunFolder.open(tmp_path / "run", {})
-    folder.write_shard(0, small)
+    folder.write_unit("scores", 0, pack_scores(small))
     held = StoredScores(folder, scores.space, (scores.prompts,))
     assert select_neurons(held, t=0.1).neurons == select_neurons(scores, t=0.1).neurons
 
@@ -136,7 +137,7 @@ def test_neurons_of_one_letter_are_not_found_again_in_both_orders(
     scores.difference["mlp"][:, 0, 0] = letters * scores.difference["mlp"].amax((1, 2))
     folder = RunFolder.open(tmp_path / "run", {})
     stored = StoredScores(folder, scores.space, (tuple(kept),))
-    folder.write_shard(0, scores)
+    folder.write_unit("scores", 0, pack_scores(scores))
     selection = select_neurons(stored, t=0.05)
     again = found_again(stored, selection)
     once = select_neurons(replace(stored, drawn=0), t=0.05).neurons
@@ -189,22 +190,20 @@ def test_thresholds_that_lose_the_instruction_are_not_chosen(
 ) -> None:
     """Sets of more than 60 neurons are made to cost the answer mass; the best of the others is chosen, and the walk stops."""
     free, scores = tuned
-    real: Callable = tuning_module.ask
-    size = 0
+    real: Callable = tuning_module.ask_each
+    most = 60
 
-    def watching(model: Model, neurons: NeuronSet) -> Any:
-        nonlocal size
-        size = len(neurons)
-        return ablate(model, neurons)
+    def watching(model: Model, asked: Any, **options: Any) -> Any:
+        ((intervention, _),) = asked
+        size = len(intervention.neurons) if intervention else 0
+        return [answers * (0.5 if size > most else 1.0) for answers in real(model, asked, **options)]
 
-    monkeypatch.setattr(tuning_module, "ablate", watching)
-    monkeypatch.setattr(tuning_module, "ask", lambda *a: real(*a) * (0.5 if size > 60 else 1.0))
+    monkeypatch.setattr(tuning_module, "ask_each", watching)
     bound = tune_threshold(toy, scores, toy_questions.part("tune"))
     assert {s.holds for s in bound.steps if s.n_found > 60} == {False}
     chosen = next(s for s in bound.steps if s.t == bound.t)
     assert chosen.n_found <= 60
     assert len(bound.steps) < len(free.steps), "two thresholds in a row without the instruction end the walk down"
-    size = 0
-    monkeypatch.setattr(tuning_module, "ask", lambda *a: real(*a) * (0.5 if size else 1.0))
+    most = 0
     with pytest.raises(ValueError, match="no threshold lowers accuracy without losing"):
         tune_threshold(toy, scores, toy_questions.part("tune"))

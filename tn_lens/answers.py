@@ -15,6 +15,7 @@ from .interventions import Intervention
 from .models import Model, backend_of
 from .progress import counter
 from .prompts import Prompt
+from .units import PROMPTS_ASKED, Mapper, Tensors, cut_prompts, unit_key
 
 
 @torch.no_grad()
@@ -68,4 +69,45 @@ def ask(
             answers[rows] = labels.cpu()
             if bar is not None:
                 bar.update(len(rows))
+    return answers
+
+
+def ask_each(
+    model: Model,
+    asked: Sequence[tuple[Intervention | None, Sequence[Prompt]]],
+    *,
+    mapper: Mapper,
+    name: str = "answers",
+    progress: str | None = None,
+) -> list[Float[Tensor, "prompt choice"]]:
+    """`ask` several times, in units of one intervention and some hundreds of prompts.
+
+    Args:
+        model: to ask.
+        asked: what is done to the neurons, and the prompts to ask meanwhile.
+        mapper: computes the units, or knows them.
+        name: of the work.
+        progress: text of a progress bar; none by default.
+    """
+    cut = {id(prompts): cut_prompts(prompts, PROMPTS_ASKED) for _, prompts in asked}
+    units: list[tuple[Intervention | None, Sequence[Prompt]]] = []
+    n_units = []
+    for intervention, prompts in asked:
+        whole = intervention is not None and intervention.needs_all_prompts
+        parts = (prompts,) if whole else cut[id(prompts)]
+        units += [(intervention, part) for part in parts]
+        n_units.append(len(parts))
+    prompt_keys = {id(part): unit_key(part) for _, part in units}
+
+    def compute(index: int) -> Tensors:
+        intervention, part = units[index]
+        return {"answers": ask(model, part, intervention=intervention)}
+
+    keys = [unit_key("ask", intervention, prompt_keys[id(part)]) for intervention, part in units]
+    held = iter(mapper(name, keys, compute, progress))
+    answers = []
+    for (_, prompts), n in zip(asked, n_units, strict=True):
+        width = max((p.n_choices for p in prompts), default=0)
+        parts = [next(held)["answers"] for _ in range(n)]
+        answers.append(torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]))
     return answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from .cli_evaluate import evaluate, wrong_answers
 from .console import frame_table, open_console
-from .errors import BadInput
+from .errors import BadInput, WorkerLost
 
 if TYPE_CHECKING:
     from .found import TruthNeurons
@@ -77,6 +78,9 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch, for every worker; the run folder's own by default, or torch's.")
+    ] = None,
     drop_long: Annotated[bool, typer.Option(help="Leave out questions beyond the context window.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Start over where the folder holds another run.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what the run would cost, and stop.")] = False,
@@ -90,8 +94,8 @@ def run(
         pipeline,
         planning,
     )  # torch and transformers are slow to import; --help should not wait for them
+    from .distributed import workers
     from .questions import load_questions
-    from .storage import RunFolder
 
     if out is None and not dry_run:
         raise BadInput("expected a run folder; give one with --out runs/NAME")
@@ -115,15 +119,21 @@ def run(
         "seed": seed,
         "limit": limit,
     }
+    together = workers()
+    device = together.device(device)
     loaded = loading.load_model(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     if dry_run:
+        if not together.is_first:
+            return
         typer.echo(planning.plan_run(loaded, asked, drop_long=drop_long, **settings).summary())
         return
-    found = pipeline.find_truth_neurons(loaded, asked, out=out, overwrite=overwrite, drop_long=drop_long, **settings)
-    if out is not None:
-        RunFolder(out).note("model_source", {"model": model, "dtype": dtype, "revision": revision})
+    found = pipeline.find_truth_neurons(
+        loaded, asked, out=out, overwrite=overwrite, drop_long=drop_long, threads=threads, **settings
+    )
+    if not together.is_first:
+        return
     console = open_console()
     console.print(f"\n{found.check.summary()}", highlight=False)
     if found.tuning:
@@ -156,8 +166,9 @@ def select(
 
     from .figures import plot_sweep
     from .reselection import stability, sweep
+    from .scores import StoredScores
+    from .seals import without_nan
     from .selection import select_neurons
-    from .storage import StoredScores, without_nan
 
     stored = StoredScores.load(folder)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -248,19 +259,45 @@ def _table(found: TruthNeurons) -> Table:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one sentence and exit code 2."""
+    """Run the command line; bad input ends with one sentence and exit code 2, a lost worker with 1."""
     warnings.simplefilter("ignore")  # the stages' warnings come back as notes; a library's are not the user's business
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    said = ""
     try:
         code = app(_spread_lists(sys.argv[1:]), standalone_mode=False) or 0
-    except (BadInput, USAGE_ERROR) as error:
-        said = getattr(error, "format_message", lambda: str(error))()
-        if said.strip():  # without arguments the help has been shown already
-            typer.echo(f"error: {' '.join(said.split())}", err=True)
-        sys.exit(2)
+        _leave()
+    except (BadInput, WorkerLost, USAGE_ERROR) as error:
+        found = " ".join(getattr(error, "format_message", lambda: str(error))().split())
+        said = f"error: {found}" if found else ""  # without arguments the help has been shown already
+        code = 1 if isinstance(error, WorkerLost) else 2
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
+    except Exception as error:
+        _speaks(f"{type(error).__name__}: {error}")
+        raise
     if code == STOPPED:
-        typer.echo("stopped; what was computed is kept, run the same command again to go on", err=True)
+        said = "stopped; what was computed is kept, run the same command again to go on"
+    if code and _speaks(said.removeprefix("error: ")) and said:
+        typer.echo(said, err=True)
     sys.exit(code)
+
+
+def _speaks(sentence: str) -> bool:
+    """Whether this process is the one that says how a command ended: of several workers only one does."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return True
+    from .distributed import workers
+
+    try:
+        return workers().fail(sentence)
+    except BadInput:
+        return True
+
+
+def _leave() -> None:
+    """Several workers end together."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        from .distributed import workers
+
+        workers().leave()

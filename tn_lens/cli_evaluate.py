@@ -51,6 +51,9 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch, for every worker; the run's own by default, or torch's.")
+    ] = None,
     drop_long: Annotated[bool, typer.Option(help="Leave out questions beyond the context window.")] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the checkpoint's own code run.")] = False,
 ) -> None:
@@ -59,6 +62,7 @@ def evaluate(
     from transformers.utils import logging as hf_logging
 
     from . import loading, retest
+    from .distributed import workers
     from .evaluation import ARMS, table1, table2
     from .evaluation.text import paragraphs, plain_texts
     from .neurons import NeuronSet
@@ -72,21 +76,21 @@ def evaluate(
     if folder is not None:
         settings, found, source = retest.run_of(folder)
         known: dict[str, Any] = source or {}
-        model, dtype, revision = (
-            model or known.get("model"),
-            dtype or known.get("dtype"),
-            revision or known.get("revision"),
-        )
+        dtype, revision = dtype or known.get("dtype"), revision or known.get("revision")
         out = out or folder / "evaluation"
+        threads = threads or settings["n_threads"]
     else:
-        found = NeuronSet.load(str(neurons))
-    if model is None:
+        found, known = NeuronSet.load(str(neurons)), {}
+    if model is None and not known:
         raise BadInput("expected a model; give one with --model")
     options = {"n_shots": n_shots, "wrong_answers": wrong_answers, "strict": strict}
     sets = retest.load_sets(on or [], limit=limit, seed=seed, **options)
-    loaded = loading.load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
+    together = workers()
+    about: dict[str, Any] = {"dtype": dtype, "device": together.device(device), "revision": revision}
+    if model is None:
+        loaded = retest.load_noted(known["model"], **about)
+    else:
+        loaded = loading.load_model(model, trust_remote_code=trust_remote_code, **about)
     parts = {}
     if folder is not None and settings is not None:
         retest.check_same_model(loaded, settings, folder)
@@ -110,7 +114,10 @@ def evaluate(
         texts=texts,
         seed=seed,
         drop_long=drop_long,
+        threads=threads,
     )
+    if not together.is_first:
+        return
     console = open_console()
     for questions, evaluation in zip(sets, evaluations, strict=True):
         console.print(f"\n[bold]{escape(questions.summary())}[/]", highlight=False)

@@ -16,14 +16,15 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from .attribution import Attribution, attribute
+from .attribution import attribute
 from .evaluation import Evaluation, evaluate
 from .manipulation import ManipulationCheck, is_right
 from .models import Model
-from .neurons import Neuron, NeuronSet, Site
+from .neurons import SITES, Neuron, NeuronSet, Site
 from .prompts import Prompt
 from .questions.question import QuestionSet
 from .significance import Moments, half_width
+from .units import Mapper, cut_prompts, in_memory, unit_key, within
 
 Verdict = Literal["truth", "choice", "unclear"]
 """Mean D on wrongly answered questions above 0, below 0, or an interval that holds 0."""
@@ -167,6 +168,7 @@ def diagnose(
     n_repetitions: int = 10,
     seed: int = 0,
     progress: bool = False,
+    mapper: Mapper = in_memory,
     **options: Any,
 ) -> Diagnosis:
     """Ask of every found neuron whether it supports truth, the model's choice, or the format.
@@ -182,10 +184,11 @@ def diagnose(
         n_repetitions: of the evaluation on the questions that the check dropped.
         seed: of its orders and random neurons.
         progress: show progress bars.
+        mapper: computes the units of attribution and evaluation, or knows them.
         options: of `attribute`, as they were when the neurons were found.
     """
     nothing = np.full(len(neurons), np.nan)
-    sites: list[Site] = [site for site in ("mlp", "attn") if any(n.site == site for n in neurons)]
+    text = "diagnosis" if progress else None
     answered = is_right(check.probabilities, check.asked)
     mistaken = [p for p, right in zip(check.asked, answered.tolist(), strict=True) if not right]
     n_mistaken = len({p.question for p in mistaken})
@@ -195,12 +198,11 @@ def diagnose(
         if label_means is not None:
             right, wrong = label_means
         elif apart:
-            scores = attribute(model, apart, sites=sites, separate=True, progress=progress, **options)
-            right, wrong = (_columns(scores, of, neurons).mean(0) for of in (scores.right, scores.wrong))
+            columns = attribute_columns(model, apart, neurons, separate=True, mapper=mapper, text=text, **options)
+            right, wrong = (columns[of].mean(0) for of in ("right", "wrong"))
         kept = _first_questions(mistaken, MOST_WRONG)
         if kept:
-            scores = attribute(model, kept, sites=sites, progress=progress, **options)
-            per_prompt = _columns(scores, scores.difference, neurons)
+            per_prompt = attribute_columns(model, kept, neurons, mapper=mapper, text=text, **options)["difference"]
             owners = np.array([p.question for p in kept])
             moments = Moments.of(np.stack([per_prompt[owners == q].mean(0) for q in dict.fromkeys(owners.tolist())]))
             mean = moments.mean
@@ -217,6 +219,7 @@ def diagnose(
             arms=("baseline", "random_matched", "suppressed"),
             seed=seed,
             progress=progress,
+            mapper=within(mapper, "dropped"),
         )
     return Diagnosis(
         neurons=tuple(neurons),
@@ -229,10 +232,32 @@ def diagnose(
     )
 
 
-def _columns(scores: Attribution, of: Any, neurons: NeuronSet) -> Float[np.ndarray, "prompt neuron"]:
-    """The scores of some neurons."""
-    columns = [of[n.site][:, n.layer, scores.space.flat(n)] for n in neurons]
-    return torch.stack(columns, dim=1).double().numpy()
+def attribute_columns(
+    model: Model,
+    prompts: Sequence[Prompt],
+    neurons: NeuronSet,
+    *,
+    separate: bool = False,
+    mapper: Mapper = in_memory,
+    text: str | None = None,
+    **options: Any,
+) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
+    """The scores of some neurons alone, shard by shard: D as "difference", and where they are attributed apart "right" and "wrong"."""
+    sites: list[Site] = [site for site in SITES if neurons.at(site)]
+    shards = cut_prompts(prompts)
+    wanted = ("difference", "right", "wrong") if separate else ("difference",)
+
+    def compute(index: int) -> dict[str, torch.Tensor]:
+        scores = attribute(model, shards[index], sites=sites, separate=separate, **options)
+        of = {name: getattr(scores, name) for name in wanted}
+        return {
+            name: torch.stack([held[n.site][:, n.layer, scores.space.flat(n)] for n in neurons], dim=1).double()
+            for name, held in of.items()
+        }
+
+    keys = [unit_key("columns", neurons, separate, options, shard) for shard in shards]
+    columns = list(mapper("labels" if separate else "mistaken", keys, compute, text))
+    return {name: torch.cat([one[name] for one in columns]).numpy() for name in wanted}
 
 
 def _first_questions(prompts: Sequence[Prompt], most: int) -> list[Prompt]:

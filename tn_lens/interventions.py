@@ -16,9 +16,9 @@ from .errors import BadInput
 from .forward import Layout, Where, pad_right, prompt_logits
 from .models import Hooks, Model, backend_of, neuron_space
 from .neurons import SITES, NeuronSet, NeuronSpace, Site, hook_name
-from .progress import counter
 from .prompts import Prompt
 from .seeds import generator
+from .units import PROMPTS_ASKED, Mapper, Tensors, cut_prompts, in_memory, unit_key
 
 Mode = Literal["zero", "scale", "mean", "resample"]
 
@@ -58,6 +58,11 @@ class Intervention:
     def keeps_prefix(self) -> bool:
         """Whether prompts that begin alike still do so; not where each takes its values from another one."""
         return self.mode != "resample"
+
+    @property
+    def needs_all_prompts(self) -> bool:
+        """Whether what a neuron gets depends on which prompts are asked together."""
+        return self.mode == "resample" or (self.mode == "mean" and self.values is None)
 
     def prepare(self, model: Model, prompts: Sequence[Prompt]) -> Callable[[Layout], Hooks] | None:
         """What `prompt_logits` needs to run these prompts under the intervention; None for no neurons.
@@ -128,6 +133,7 @@ def mean_activations(
     positions: Where = "last",
     absolute: bool = False,
     progress: bool = False,
+    mapper: Mapper = in_memory,
 ) -> dict[Site, Float[Tensor, "layer _"]]:
     """Mean activation of every neuron over prompts: a baseline, or what `mode="mean"` puts.
 
@@ -137,9 +143,30 @@ def mean_activations(
         positions: the last position, or the mean over all of a prompt or from its question on.
         absolute: take the mean of absolute values, as a measure of activity.
         progress: show a progress bar.
+        mapper: computes the units of some hundreds of prompts, or knows them.
     """
     space = neuron_space(model)
     sites: list[Site] = [site for site in SITES if space.width(site)]
+    dtype = backend_of(model).wide_dtype
+    parts = cut_prompts(prompts, PROMPTS_ASKED)
+    sums = mapper(
+        "means",
+        [unit_key("means", positions, absolute, part) for part in parts],
+        lambda index: _activation_sums(model, parts[index], sites, positions, absolute=absolute),
+        "mean activations" if progress else None,
+    )
+    total = {site: torch.zeros(space.n_layers, space.width(site), dtype=torch.float64) for site in sites}
+    for part in sums:
+        for site in sites:
+            total[site] += part[site]
+    return {site: total[site].div(max(len(prompts), 1)).to(dtype) for site in sites}
+
+
+def _activation_sums(
+    model: Model, prompts: Sequence[Prompt], sites: Sequence[Site], positions: Where, *, absolute: bool
+) -> Tensors:
+    """Per site [layer, neuron]: the sum over prompts of each one's mean over positions, in float64."""
+    space = neuron_space(model)
     layers = range(space.n_layers)
     total = {hook_name(s, layer): torch.zeros(space.width(s), dtype=torch.float64) for s in sites for layer in layers}
 
@@ -157,15 +184,9 @@ def mean_activations(
 
         return [(name, add) for name in total]
 
-    bar = counter(len(prompts), "mean activations" if progress else None)
-    for rows, _ in prompt_logits(model, prompts, hooks=hooks, share_prefix=False):
-        if bar is not None:
-            bar.update(len(rows))
-    dtype = backend_of(model).wide_dtype
-    return {
-        site: torch.stack([total[hook_name(site, layer)] for layer in layers]).div(max(len(prompts), 1)).to(dtype)
-        for site in sites
-    }
+    for _ in prompt_logits(model, prompts, hooks=hooks, share_prefix=False):
+        pass
+    return {site: torch.stack([total[hook_name(site, layer)] for layer in layers]) for site in sites}
 
 
 def _masks(space: NeuronSpace, neurons: NeuronSet, device: str) -> dict[tuple[Site, int], Tensor]:

@@ -62,7 +62,7 @@ def load_model(
         BadInput: no such model, no access to it, an architecture or a quantisation that is not supported, a device
             that is not there, or too little memory for the weights.
     """
-    name = str(name_or_folder)
+    name, in_memory = str(name_or_folder), hf_model
     device = find_device(device)
     source = str(resources.files("tn_lens.toy").joinpath("model")) if name == "toy" else name
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -87,6 +87,9 @@ def load_model(
     short = name.rstrip("/").rsplit("/", 1)[-1]
     model.cfg.model_name = name if short == "toy" else short  # a folder called toy is not the embedded model
     attach_tokenizer(model, tokenizer)
+    if in_memory is None:
+        asked = None if dtype is None else str(dtype).removeprefix("torch.")
+        vars(model)["loaded_from"] = {"model": name, "dtype": asked, "revision": revision}  # a run notes it
     return model
 
 

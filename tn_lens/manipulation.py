@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .answers import ask
+from .answers import ask_each
 from .errors import BadInput
 from .models import Model
 from .prompts import Prompt, by_question
+from .units import Mapper, in_memory
 
 LOPSIDED = 0.15
 """How far the share of right answers at A may be from chance before it is worth a warning."""
@@ -108,14 +109,24 @@ class ManipulationCheck:
         )
 
 
-def manipulation_check(model: Model, prompts: Sequence[Prompt], *, progress: bool = False) -> ManipulationCheck:
+def manipulation_check(
+    model: Model, prompts: Sequence[Prompt], *, progress: bool = False, mapper: Mapper = in_memory
+) -> ManipulationCheck:
     """Ask every prompt, and keep the questions that are answered right in all of their prompts (paper 2.3).
 
     An answer is right where the right label has a strictly higher probability than every wrong one.
+
+    Args:
+        model: to ask.
+        prompts: from `build_prompts`.
+        progress: show a progress bar.
+        mapper: computes the units of some hundreds of prompts, or knows them.
     """
     if not prompts:
         raise BadInput("there are no prompts to ask; was the part of the question set empty?")
-    probabilities = ask(model, prompts, progress="manipulation check" if progress else None)
+    (probabilities,) = ask_each(
+        model, [(None, prompts)], mapper=mapper, progress="manipulation check" if progress else None
+    )
     right = is_right(probabilities, prompts)
     passed = torch.zeros_like(right)
     start = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,26 +15,28 @@ from typing import Any
 import torch
 
 from .attribution import attribute, post_norm_warning
-from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, choose_engine
+from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, back_off_warning, choose_engine
 from .attribution.result import PassSize
 from .diagnosis import diagnose
+from .distributed import workers
 from .errors import BadInput
 from .evaluation import PAPER_ARMS, evaluate
 from .found import TruthNeurons
 from .interventions import mean_activations
 from .manipulation import ManipulationCheck, manipulation_check
 from .models import Model, backend_of, check_model, neuron_space
-from .neurons import SITES, NeuronSpace, Site
-from .progress import track
 from .prompts import build_prompts
 from .questions.question import QuestionSet
 from .report import write_report
 from .reselection import found_again, stability
+from .scores import BACKED_OFF, StoredScores, pack_scores
+from .seals import fingerprint, read_manifest
 from .seeds import generator
 from .selection import select_neurons
 from .settings import Settings, resolve_settings
-from .storage import RunFolder, StoredScores, cut_shards
+from .storage import SCORES, RunFolder, StoredUnits
 from .tuning import tune_threshold
+from .units import Mapper, Tensors, cut_prompts, unit_key, within
 
 TUNING_SHARE = 0.2
 """Share of a set without parts that t is tuned on."""
@@ -47,9 +50,12 @@ def find_truth_neurons(
     overwrite: bool = False,
     drop_long: bool = False,
     progress: bool = True,
+    threads: int | None = None,
     **settings: Any,
 ) -> TruthNeurons:
     """Find the truth neurons of a model, suppress them, and say what that does (the paper's whole pipeline).
+
+    Started with torchrun, every worker makes this call, and they share the work.
 
     Args:
         model: from `load_model`, or a HookedTransformer loaded without weight processing.
@@ -59,35 +65,54 @@ def find_truth_neurons(
         overwrite: start over where the folder holds another run.
         drop_long: leave out questions beyond the context window instead of refusing.
         progress: show progress bars.
+        threads: of torch, for every worker; the run folder's own, or what torch takes, by default. Numbers differ in their
+            last bits between numbers of threads, so it is one of the run's settings.
         settings: any field of `Settings`; what is not given (or None) is what the paper used, or what suits the model.
 
     Raises:
-        BadInput: see the stages; nothing is written before the model has answered the questions.
+        BadInput: see the stages; nothing is left in the run folder before the model has answered a question right.
+        WorkerLost: another worker has died or failed.
     """
     check_model(model)
     if not isinstance(questions, QuestionSet):
         raise BadInput(f"expected a QuestionSet, got {questions!r:.60}; load one with load_questions(...)")
     if out is not None and not str(out).strip():
         raise BadInput("the run folder's name is empty; give one like runs/mine")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise BadInput(f"threads must be a whole number and at least 1; got {threads!r}")
     resolved = resolve_settings(model, **settings)
-    with warnings.catch_warnings(record=True) as raised:
+    together = workers()
+    if out is None and together.n_workers > 1:
+        raise BadInput("several workers share their work through the run folder; give one with out=")
+    progress = progress and together.is_first
+    with (
+        fixed_threads(threads or threads_of(out)),
+        warnings.catch_warnings(record=True) as raised,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         warnings.simplefilter("always", UserWarning)
         finding, reporting, tuning_questions = split_questions(questions, resolved)
         prompts = build_prompts(model, finding, order=resolved.order, seed=resolved.seed, drop_long=drop_long)
-        check = manipulation_check(model, prompts, progress=progress)
-        if not check.prompts:
-            raise BadInput(
-                f"no question is left after the manipulation check: the model answers none of the {check.n_asked} right"
-                f"{' in both orders' if resolved.order == 'both' else ''} (answer mass {check.answer_mass:.2f}); "
-                "try a model that knows more, other questions, or order='random'"
-            )
-        with tempfile.TemporaryDirectory() as scratch:
-            manifest = describe(model, questions, resolved, prompts[0].text)
-            folder = RunFolder.open(Path(scratch) / "run" if out is None else out, manifest, overwrite=overwrite)
-            options = attribution_options(model, check, resolved, progress=progress)
-            stored = attribute_into(folder, model, check, options, separate=resolved.separate, progress=progress)
-            if fitted := folder.noted("backed_off"):
-                options["pass_size"] = PassSize(**fitted)
+        manifest = describe(model, questions, resolved, prompts[0].text)
+        together.agree(manifest, str(backend_of(model).device))
+        path = Path(scratch) / "run" if out is None else out
+        with RunFolder.open(path, manifest, overwrite=overwrite, workers=together) as folder:
+            folder.log("start", n_workers=together.n_workers, n_threads=manifest["n_threads"])
+            folder.note("model_source", vars(model).get("loaded_from"))
+            mapper = StoredUnits(folder, fingerprint(manifest))
+            check = manipulation_check(model, prompts, progress=progress, mapper=within(mapper, "check"))
+            if not check.prompts:
+                together.wait()
+                folder.remove()
+                raise BadInput(
+                    f"no question is left after the manipulation check: the model answers none of the {check.n_asked} right"
+                    f"{' in both orders' if resolved.order == 'both' else ''} (answer mass {check.answer_mass:.2f}); "
+                    "try a model that knows more, other questions, or order='random'"
+                )
+            options = attribution_options(model, check, resolved, progress=progress, mapper=mapper)
+            stored = attribute_into(folder, model, check, options, mapper, resolved, progress=progress)
+            if fitted := stored.backed_off():
+                options["pass_size"] = fitted
             selecting: dict[str, Any] = {
                 name: getattr(resolved, name) for name in ("p", "alpha", "correction", "family")
             }
@@ -99,6 +124,7 @@ def find_truth_neurons(
                     tuning_questions,
                     drop_long=drop_long,
                     progress=progress,
+                    mapper=within(mapper, "tuning"),
                     seed=resolved.seed,
                     **selecting,
                 )
@@ -114,18 +140,29 @@ def find_truth_neurons(
                 seed=resolved.seed,
                 drop_long=drop_long,
                 progress=progress,
+                mapper=within(mapper, "evaluation"),
             )
             unseen = None
             if reporting is finding:
                 used = {*selection.half_1, *selection.half_2}
                 rest = sorted({p.question for p in evaluation.prompts} - used)
                 unseen = evaluation.only(rest) if rest else None
-            post_norm = post_norm_warning(model, resolved.method, resolved.baseline)
-            notes = ([post_norm[0].upper() + post_norm[1:] + "."] if post_norm else []) + [
-                str(w.message)[0].upper() + str(w.message)[1:] + "."
-                for w in raised
-                if issubclass(w.category, UserWarning)
-            ]
+            diagnosis = diagnose(
+                model,
+                selection.neurons,
+                check,
+                finding,
+                tested=set(selection.half_2),
+                label_means=stored.label_means(selection.neurons, set(selection.half_2)) if resolved.separate else None,
+                n_repetitions=resolved.n_repetitions,
+                seed=resolved.seed,
+                progress=progress,
+                mapper=within(mapper, "diagnosis"),
+                **options,
+            )
+            said = [post_norm_warning(model, resolved.method, resolved.baseline)]
+            said += [back_off_warning(fitted)] if fitted else []
+            said += [str(w.message) for w in raised if issubclass(w.category, UserWarning)]
             found = TruthNeurons(
                 model_name=backend_of(model).name,
                 questions_name=questions.name,
@@ -135,28 +172,38 @@ def find_truth_neurons(
                 selection=selection,
                 evaluation=evaluation,
                 unseen=unseen,
-                diagnosis=diagnose(
-                    model,
-                    selection.neurons,
-                    check,
-                    finding,
-                    tested=set(selection.half_2),
-                    label_means=stored.label_means(selection.neurons, set(selection.half_2))
-                    if resolved.separate
-                    else None,
-                    n_repetitions=resolved.n_repetitions,
-                    seed=resolved.seed,
-                    progress=progress,
-                    **options,
-                ),
+                diagnosis=diagnosis,
                 stability=stability(stored, **selecting),
                 found_again=found_again(stored, selection, seed=resolved.seed),
                 tuning=tuning,
-                notes=tuple(dict.fromkeys(notes)),
+                notes=tuple(dict.fromkeys(f"{one[0].upper()}{one[1:]}." for one in said if one)),
             )
-            if out is not None:
+            if out is not None and together.is_first:
                 write_results(folder, found, manifest)
+            together.wait()
+            folder.log("end")
     return found
+
+
+def threads_of(out: str | Path | None) -> int:
+    """Threads for a run: those that its folder was begun with, else what torch would take."""
+    manifest = Path(out) / "manifest.json" if out is not None else None
+    try:
+        held = read_manifest(manifest)["settings"].get("n_threads") if manifest and manifest.is_file() else None
+    except (BadInput, OSError, ValueError):
+        held = None
+    return held if type(held) is int and held > 0 else torch.get_num_threads()
+
+
+@contextmanager
+def fixed_threads(n: int) -> Iterator[None]:
+    """Let torch use so many threads inside the `with`: sums differ in bits between numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def split_questions(questions: QuestionSet, settings: Settings) -> tuple[QuestionSet, QuestionSet, QuestionSet]:
@@ -182,12 +229,14 @@ def split_questions(questions: QuestionSet, settings: Settings) -> tuple[Questio
 
 
 def attribution_options(
-    model: Model, check: ManipulationCheck, settings: Settings, *, progress: bool
+    model: Model, check: ManipulationCheck, settings: Settings, *, progress: bool, mapper: Mapper
 ) -> dict[str, Any]:
     """The arguments of `attribute`; a mean baseline is that of the kept prompts."""
     baseline: Any = settings.baseline
     if baseline == "mean":
-        baseline = mean_activations(model, check.prompts, positions=settings.positions, progress=progress)
+        baseline = mean_activations(
+            model, check.prompts, positions=settings.positions, progress=progress, mapper=within(mapper, "baseline")
+        )
     names = ("n_steps", "method", "positions", "target", "engine")
     return {"baseline": baseline, **{name: getattr(settings, name) for name in names}}
 
@@ -197,50 +246,54 @@ def attribute_into(
     model: Model,
     check: ManipulationCheck,
     options: Mapping[str, Any],
+    mapper: Mapper,
+    settings: Settings,
     *,
-    separate: bool = False,
     progress: bool,
 ) -> StoredScores:
-    """Attribute the kept prompts shard by shard; shards that are there and whole are not computed again.
+    """Attribute the kept prompts shard by shard.
 
     Where memory runs out, the size of a pass that fitted serves all further shards, and stands in the manifest.
     """
-    stored = StoredScores(folder, neuron_space(model), cut_shards(check.prompts))
-    stored.save_index()
-    fitted = folder.noted("backed_off")
-    size = PassSize(**fitted) if fitted else None
-    shards = stored.shards
-    todo = [i for i, shard in enumerate(shards) if not is_whole(folder, i, len(shard), stored.space, separate)]
-    for index in track(todo, "attribution" if progress else None):
-        attribution = attribute(model, shards[index], separate=separate, pass_size=size, **options)
-        if attribution.pass_size != attribution.planned:
-            size = attribution.pass_size
-            folder.note("backed_off", size._asdict())
-        folder.write_shard(index, attribution)
+    stored = StoredScores(folder, neuron_space(model), cut_prompts(check.prompts))
+    if folder.workers.is_first:
+        stored.save_index()
+    noted = folder.noted(BACKED_OFF)
+    size = PassSize(**noted) if noted else None
+
+    def compute(index: int) -> Tensors:
+        nonlocal size
+        found = attribute(model, stored.shards[index], separate=settings.separate, pass_size=size, **options)
+        if found.pass_size != found.planned:
+            size = found.pass_size
+            folder.note(BACKED_OFF, size._asdict())
+        return pack_scores(found, size)
+
+    mapper(SCORES, [unit_key(shard) for shard in stored.shards], compute, "attribution" if progress else None)
+    if fitted := stored.backed_off():
+        folder.note(BACKED_OFF, fitted._asdict())
     return stored
-
-
-def is_whole(folder: RunFolder, index: int, n_prompts: int, space: NeuronSpace, separate: bool) -> bool:
-    """Whether a shard can be read and holds everything that it should, in the shapes it should have."""
-    expected: dict[str, tuple[int, ...]] = {}
-    sites: list[Site] = [site for site in SITES if space.width(site)]
-    for site in sites:
-        expected[site] = (n_prompts, space.n_layers, space.width(site))
-        expected[f"{site}.scale"] = (n_prompts,)
-        if separate:
-            expected[f"{site}.right"], expected[f"{site}.right.scale"] = expected[site], (n_prompts,)
-        expected[f"{site}.gap"] = expected[f"{site}.change"] = (n_prompts, space.n_layers)
-    tensors = folder.read_shard(index)
-    return tensors is not None and {name: tuple(value.shape) for name, value in tensors.items()} == expected
 
 
 def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
     """The manifest: everything that the numbers depend on, and one rendered prompt."""
-    backend = backend_of(model)
     return {
         **asdict(settings),
         "engine": choose_engine(model, settings.engine, settings.positions),
         "max_memory": MAX_MEMORY,
+        **describe_model(model),
+        "weight_processing": "none",
+        "batch_size": BATCH_SIZE,
+        "questions": questions.name,
+        "questions_sha256": questions.digest,
+        "rendered_prompt": example,
+    }
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """The model, and how this process runs it."""
+    backend = backend_of(model)
+    return {
         "model": backend.name,
         "backend": backend.kind,
         "architecture": backend.architecture,
@@ -248,11 +301,6 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
         "dtype": str(backend.dtype).removeprefix("torch."),
         "device": backend.device.type,
         "n_threads": torch.get_num_threads(),
-        "weight_processing": "none",
-        "batch_size": BATCH_SIZE,
-        "questions": questions.name,
-        "questions_sha256": questions.digest,
-        "rendered_prompt": example,
         "versions": {name: version(name) for name in ("tn_lens", "torch", "transformer-lens", "transformers")},
     }
 
@@ -289,4 +337,5 @@ def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str,
     )
     folder.write_json("diagnosis.json", found.checks_to_dict())
     folder.write_json("summary.json", found.to_dict())
-    folder.write("report.html", write_report(found, manifest).encode())
+    folder.write("report.html", write_report(found, manifest).encode(errors="xmlcharrefreplace"))
+    folder.note("neurons_sha256", folder.digest("neurons.json"))  # `evaluate` relies on it

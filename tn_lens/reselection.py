@@ -13,6 +13,7 @@ import torch
 
 from .errors import BadInput
 from .neurons import NeuronSet, Site
+from .scores import StoredScores
 from .selection import (
     ScoreSource,
     Selection,
@@ -24,7 +25,6 @@ from .selection import (
     split_halves,
 )
 from .significance import Correction, adjust, one_sided_t_test, significant
-from .storage import StoredScores
 
 T_GRID = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 P_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)

@@ -7,17 +7,25 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import constants
+
+from .distributed import workers
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate, table1, table2
+from .loading import HUB_ID, load_model
 from .models import Model, backend_of, check_model
 from .neurons import NeuronSet
-from .pipeline import split_questions, weights_digest
+from .pipeline import describe_model, fixed_threads, split_questions, weights_digest
 from .questions.load import OPTIONS, load_questions
 from .questions.question import QuestionSet
+from .scores import StoredScores
+from .seals import fingerprint, read_manifest
 from .seeds import generator
 from .selection import split_halves
 from .settings import Settings
-from .storage import RunFolder, StoredScores
+from .storage import RunFolder, StoredUnits
+from .units import within
 
 Parts = Mapping[str, Sequence[int]]
 
@@ -61,6 +69,7 @@ def retest(
     out: str | Path | None = None,
     parts: Mapping[str, Parts] | None = None,
     progress: bool = True,
+    threads: int | None = None,
     **options: Any,
 ) -> list[Evaluation]:
     """Evaluate a set of neurons on several question sets, and write what came out.
@@ -72,32 +81,39 @@ def retest(
         out: a folder for one JSON file a set and for table1 and table2 as .md, .tex and .csv; None writes nothing.
         parts: per question set, parts whose accuracies are told apart.
         progress: show progress bars.
+        threads: of torch, for every worker; what torch takes by default.
         options: of `evaluate`.
 
     Raises:
         BadInput: what `evaluate` refuses, or a folder that cannot be written.
     """
     check_model(model)
-    folder = None if out is None else RunFolder(Path(out))
-    if folder is not None:
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot write {str(folder.path)!r}: {error.strerror}; give another --out") from error
+    together = workers()
+    progress = progress and together.is_first
+    if out is None:
+        if together.n_workers > 1:
+            raise BadInput("several workers share their work through a folder; give one with --out")
+        return [evaluate(model, questions, neurons, progress=progress, **options) for questions in sets]
     done = []
-    for questions in sets:
-        found = evaluate(model, questions, neurons, progress=progress, **options)
-        done.append(found)
-        if folder is not None:
+    with fixed_threads(threads or torch.get_num_threads()), RunFolder.hold(Path(out), together) as folder:
+        basis = describe_model(model)
+        together.agree(basis, str(backend_of(model).device))
+        mapper = StoredUnits(folder, fingerprint(basis))
+        for questions in sets:
+            asked = within(mapper, questions.name)
+            found = evaluate(model, questions, neurons, progress=progress, mapper=asked, **options)
+            done.append(found)
             record = found.record()
             if parts and questions.name in parts:
                 record["parts"] = found.by_part(parts[questions.name]).round(6).to_dict("records")
             record["left_out"] = [f"row {row.row}: {row.reason}" for row in questions.dropped]
-            folder.write_json(f"{questions.name}.json", record)
-    if folder is not None:
-        for name, table in {"table1": table1(done[:1]), "table2": table2(done)}.items():
-            for ending, text in table.files().items():
-                folder.write(f"{name}{ending}", text.encode())
+            if together.is_first:
+                folder.write_json(f"{questions.name}.json", record)
+        if together.is_first:
+            for name, table in {"table1": table1(done[:1]), "table2": table2(done)}.items():
+                for ending, text in table.files().items():
+                    folder.write(f"{name}{ending}", text.encode(errors="backslashreplace"))
+        together.wait()
     return done
 
 
@@ -109,10 +125,45 @@ def run_of(path: str | Path) -> tuple[dict[str, Any], NeuronSet, dict[str, Any] 
     """
     path = Path(path)
     StoredScores.load(path)  # refuses what is no run
-    folder = RunFolder(path)
-    if not (path / "neurons.json").is_file():
+    manifest = read_manifest(path / "manifest.json")
+    if not (path / "neurons.json").is_file() or "neurons_sha256" not in manifest:
         raise BadInput(f"{path} has no neurons.json yet; finish the run with the same command")
-    return folder.noted("settings"), NeuronSet.load(path / "neurons.json"), folder.noted("model_source")
+    if RunFolder(path).digest("neurons.json") != manifest["neurons_sha256"]:
+        raise BadInput(
+            f"{path / 'neurons.json'} is not as the run wrote it; run the same command again, or evaluate another set with "
+            "--neurons FILE"
+        )
+    return manifest["settings"], NeuronSet.load(path / "neurons.json"), manifest.get("model_source")
+
+
+def load_noted(name: Any, **options: Any) -> Model:
+    """The model that a run says it was made with, without the network: a manifest may come from anybody.
+
+    Args:
+        name: from the manifest.
+        options: of `load_model`.
+
+    Raises:
+        BadInput: it is a folder, or not in the hub's cache.
+    """
+    if name == "toy":
+        return load_model(name, **options)
+    if not isinstance(name, str) or Path(name).exists() or not HUB_ID.fullmatch(name):
+        raise BadInput(
+            f"the run was made with the model in {str(name)!r:.200}, and folders that a manifest names are not opened; give it "
+            "with --model"
+        )
+    online = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        return load_model(name, **options)
+    except BadInput as error:
+        raise BadInput(
+            f"the run was made with {name!r}, which is not in the hub's cache, and a manifest does not open the network; give "
+            f"it with --model {name}"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = online
 
 
 def check_same_model(model: Model, settings: Mapping[str, Any], path: Path) -> None:

@@ -6,28 +6,29 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .attribution.result import Attribution, Scores
+from .distributed import ALONE, Workers
 from .errors import BadInput
-from .neurons import NeuronSet, NeuronSpace
-from .prompts import Prompt, by_question
-from .seeds import generator
+from .progress import track
+from .seals import fingerprint, read_manifest, seal_tensors, sealed, unseal_tensors, without_nan
+from .units import Tensors, unit_key
 
-PROMPTS_PER_SHARD = 64
-"""Prompts in one file of scores (a question's prompts stay together): at most this much work is lost."""
-
+SCORES = "scores"
+"""The units of attribution, which other thresholds are answered from."""
+WORK = "work"
+"""All other units: what a resumed run need not compute again."""
 
 RESULT_FILES = (
     "report.html",
@@ -38,7 +39,14 @@ RESULT_FILES = (
     "prompts.json",
     "manifest.json",
 )
-"""What a run writes beside its scores."""
+"""What a run writes beside its units: the same bytes for the same settings."""
+LOCK, LOG = ".lock", "log.jsonl"
+BEGINNINGS = (LOCK, LOG, ".manifest.json.part")
+"""What may stand in a folder whose run was stopped before it had a manifest."""
+
+UNIT = re.compile(r"\.?\d{5,}\.safetensors(\.part)?")
+said = logging.getLogger("tn_lens")
+"""Where words about a run go that are no results; Python shows them on standard error."""
 
 
 @dataclass(frozen=True)
@@ -46,74 +54,143 @@ class RunFolder:
     """A folder whose manifest holds the settings that everything in it was made with."""
 
     path: Path
+    workers: Workers = ALONE
+    lock: int | None = field(default=None, compare=False)
+    """Descriptor of the lock file; None where nobody holds it."""
 
     @classmethod
-    def open(cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> RunFolder:
-        """Create the folder, or go on in one of the same settings.
+    def open(
+        cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False, workers: Workers = ALONE
+    ) -> RunFolder:
+        """Create the folder, or go on in one of the same settings; the first worker does it for all.
 
         Raises:
-            BadInput: it holds a run of other settings (the first that differs is named), something else, or cannot be
-                written.
+            BadInput: it holds a run of other settings (the first that differs is named), something else, cannot be
+                written, or another run is at work in it.
         """
         path = Path(path)
-        manifest = path / "manifest.json"
+        if not workers.is_first:
+            workers.wait()
+            return cls(path, workers)
         settings = json.loads(json.dumps(settings))
+        manifest = path / "manifest.json"
         with _writing(path):
-            if path.exists() and not path.is_dir():
-                raise BadInput(f"{path} is a file; expected a folder, or a path that does not exist yet")
-            is_run, is_empty = manifest.exists(), not path.exists() or not any(path.iterdir())
-        if is_run:
-            there = _settings_of(manifest)
-            if overwrite:
-                cls(path).clear()
-            else:
-                for key in [*settings, *(there.keys() - settings.keys())]:
-                    if settings.get(key) != there.get(key):
-                        raise BadInput(
-                            f"{path} holds a run with {key} = {_short(there.get(key))}, and this one has {key} = "
-                            f"{_short(settings.get(key))}; give another folder, or start over with --overwrite"
-                        )
-        elif not is_empty:
-            raise BadInput(f"{path} is not empty and holds no run; give another folder")
-        folder = cls(path)
-        with _writing(path):
-            (path / "scores").mkdir(parents=True, exist_ok=True)
-        if overwrite or not is_run:
-            folder.write_json("manifest.json", {"fingerprint": fingerprint(settings), "settings": settings})
+            _refuse_foreign(path)
+        folder = cls.hold(path, workers)
+        try:
+            is_run = manifest.exists()
+            if is_run:
+                there = read_manifest(manifest)["settings"]
+                if overwrite:
+                    folder.clear()
+                else:
+                    for key in [*settings, *(there.keys() - settings.keys())]:
+                        if settings.get(key) != there.get(key):
+                            raise BadInput(
+                                f"{path} holds a run with {key} = {_short(there.get(key))}, and this one has {key} = "
+                                f"{_short(settings.get(key))}; give another folder, or start over with --overwrite"
+                            )
+            if overwrite or not is_run:
+                folder.write_json("manifest.json", sealed({"fingerprint": fingerprint(settings), "settings": settings}))
+        except BaseException:
+            folder.release()
+            raise
+        workers.wait()
         return folder
+
+    @classmethod
+    def hold(cls, path: Path, workers: Workers = ALONE) -> RunFolder:
+        """The folder, made where it is not there, and locked against other processes until `release`.
+
+        Raises:
+            BadInput: another process works in it, or it cannot be written.
+        """
+        if not workers.is_first:
+            return cls(path, workers)
+        with _writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(lock)
+        except BlockingIOError:
+            holder = os.pread(lock, 100, 0).decode(errors="replace").strip()
+            os.close(lock)
+            raise BadInput(
+                f"another run is at work in {path} ({holder or 'a process'}); wait until it has ended, or give another folder"
+            ) from None
+        except OSError as error:
+            said.warning("%s cannot be locked (%s): do not start a second run in it", path, error.strerror)
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return cls(path, workers, lock)
+
+    def release(self) -> None:
+        """Let others work in the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def noted(self, key: str) -> Any:
         """What was noted in the manifest beside the settings; None where nothing was."""
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8")).get(key)
+        return read_manifest(self.path / "manifest.json").get(key)
 
     def note(self, key: str, value: Any) -> None:
-        """Note something in the manifest that happened on the way and does not make it another run."""
-        manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        self.write_json("manifest.json", manifest | {key: value})
+        """Note something in the manifest that does not make it another run; the first worker does it for all."""
+        if self.workers.is_first and self.noted(key) != value:
+            self.write_json("manifest.json", sealed(read_manifest(self.path / "manifest.json") | {key: value}))
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a file."""
+        return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
 
     def clear(self) -> None:
         """Remove what a run has written, and nothing else."""
         with _writing(self.path):
-            for name in RESULT_FILES:
+            for name in (*RESULT_FILES, LOG):
                 (self.path / name).unlink(missing_ok=True)
-            for shard in (self.path / "scores").glob("[0-9]*.safetensors"):
-                shard.unlink()
+            for top in (SCORES, WORK):
+                for parent, _, files in os.walk(self.path / top, topdown=False):  # follows no links
+                    for name in filter(UNIT.fullmatch, files):
+                        (Path(parent) / name).unlink()
+                    with contextlib.suppress(OSError):  # somebody else's files are in it
+                        Path(parent).rmdir()
+
+    def remove(self) -> None:
+        """Remove what a run has written, and the folder itself if nothing else is in it."""
+        if self.workers.is_first:
+            self.clear()
+            with contextlib.suppress(OSError):
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all: under a temporary name, synced, then renamed.
 
         Raises:
-            BadInput: the disk is full, or the folder cannot be written.
+            BadInput: the disk is full, the folder cannot be written, or the name leads out of it.
         """
         path = self.path / name
         temporary = path.with_name(f".{path.name}.part")
         with _writing(path):
+            if not path.parent.resolve().is_relative_to(self.path.resolve()):
+                raise BadInput(
+                    f"{str(path)!r} lies outside the run folder {str(self.path)!r}; nothing is written there"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with temporary.open("wb") as file:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+                with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)
+                _sync_folder(path.parent)
             except OSError:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
@@ -122,210 +199,141 @@ class RunFolder:
     def write_json(self, name: str, payload: Any) -> None:
         """Write JSON; NaN becomes null."""
         text = json.dumps(without_nan(payload), indent=1, ensure_ascii=False, allow_nan=False)
-        self.write(name, (text + "\n").encode())
+        self.write(name, (text + "\n").encode(errors="backslashreplace"))
 
-    def shard(self, index: int) -> Path:
-        """The file of one shard of scores."""
-        return self.path / "scores" / f"{index:05d}.safetensors"
+    def log(self, what: str, **about: Any) -> None:
+        """Add a line to log.jsonl: the only file with times. A line that cannot be written is left out."""
+        event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "rank": self.workers.rank, "what": what}
+        with contextlib.suppress(OSError):
+            log = os.open(self.path / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(log, (json.dumps(event | about) + "\n").encode())  # one call, so that workers do not mix
+            finally:
+                os.close(log)
 
-    def write_shard(self, index: int, attribution: Attribution) -> None:
-        """Store D in half precision, scaled per prompt and site, and what it should sum to."""
-        self.write(f"scores/{index:05d}.safetensors", save(_pack(attribution)))
+    def unit(self, name: str, index: int) -> Path:
+        """The file of one unit."""
+        return self.path / name / f"{index:05d}.safetensors"
 
-    def read_shard(self, index: int) -> dict[str, Tensor] | None:
-        """The tensors of a shard; None where it is missing or damaged."""
+    def write_unit(self, name: str, index: int, tensors: Tensors, key: str = "") -> None:
+        """Store the result of a unit under the key of what it depends on."""
+        self.write(f"{name}/{index:05d}.safetensors", seal_tensors(tensors, key))
+
+    def read_unit(self, name: str, index: int) -> tuple[str, dict[str, Tensor]] | None:
+        """Key and result of a unit; None where it is missing or damaged."""
         try:
-            return load_file(self.shard(index))
-        except (OSError, SafetensorError):
+            return unseal_tensors(self.unit(name, index).read_bytes())
+        except OSError:
             return None
 
 
 @dataclass(frozen=True)
-class StoredScores:
-    """D of every prompt of a run, read shard by shard: memory does not grow with the number of prompts."""
+class StoredUnits:
+    """A mapper that keeps every unit in a run folder, shares them out among the workers, and computes none twice."""
 
     folder: RunFolder
-    space: NeuronSpace
-    shards: tuple[tuple[Prompt, ...], ...]
-    drawn: int | None = None
-    """A seed, to count each question by one order drawn at random, as if it had been asked once; None for the mean of all."""
+    basis: str
+    """Digest of everything that all units depend on."""
 
-    @classmethod
-    def load(cls, path: str | Path) -> StoredScores:
-        """The scores of a finished or interrupted run, without its model.
+    def __call__(
+        self, name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None
+    ) -> StoredResults:
+        workers, folder = self.folder.workers, self.folder
+        name = name if name == SCORES else f"{WORK}/{name}"
+        keys = [unit_key(self.basis, name, key) for key in keys]
+        mine = workers.share(len(keys))
+        there = {
+            index for index in (range(len(keys)) if workers.is_first else mine) if self._is_whole(name, index, keys)
+        }
+        todo = [index for index in mine if index not in there]
+        for index in track(todo, text if workers.is_first else None):
+            started = time.perf_counter()
+            with warnings.catch_warnings(record=True) as raised:  # a resumed run could not raise them again
+                warnings.simplefilter("always", UserWarning)
+                tensors = compute(index)
+            for warning in raised:
+                folder.log("warning", name=name, index=index, text=str(warning.message))
+            folder.write_unit(name, index, tensors, keys[index])
+            folder.log("unit", name=name, index=index, seconds=round(time.perf_counter() - started, 3))
+        workers.wait()
+        return StoredResults(folder, name, tuple(keys))
 
-        Raises:
-            BadInput: there is no run, or it has not come to its scores.
-        """
-        path = Path(path)
-        if not (path / "manifest.json").is_file():
-            raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
-        _settings_of(path / "manifest.json")
+    def _is_whole(self, name: str, index: int, keys: Sequence[str]) -> bool:
+        """Whether a unit need not be computed; a damaged one is named, by the first worker alone."""
+        path, held = self.folder.unit(name, index), self.folder.read_unit(name, index)
+        if held is None and path.exists() and self.folder.workers.is_first:
+            said.warning("%s is cut off or altered (its checksum does not fit); it is computed again", path)
+            self.folder.log("damaged", name=name, index=index)
+        return held is not None and held[0] == keys[index]
+
+
+@dataclass(frozen=True)
+class StoredResults(Sequence[Tensors]):
+    """The results of units, each read when it is asked for: memory does not grow with their number."""
+
+    folder: RunFolder
+    name: str
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensors: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensors]: ...
+    def __getitem__(self, index: int | slice) -> Tensors | list[Tensors]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for pause in (0, 0.2, 1, 5) if self.folder.workers.n_workers > 1 else (0,):  # a shared disk may lag behind
+            time.sleep(pause)
+            held = self.folder.read_unit(self.name, index)
+            if held is not None and held[0] == self.keys[index]:
+                return held[1]
+        shared = "; all workers must see the same run folder" if self.folder.workers.n_workers > 1 else ""
+        raise BadInput(
+            f"{self.folder.unit(self.name, index)} is missing or damaged; run again to compute it anew{shared}"
+        )
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse what is no run folder and cannot become one; nothing is touched."""
+    if path.exists() and not path.is_dir():
+        raise BadInput(f"{path} is a file; expected a folder, or a path that does not exist yet")
+    others = [one.name for one in path.iterdir() if one.name not in BEGINNINGS] if path.exists() else []
+    if others and not (path / "manifest.json").exists():
+        raise BadInput(f"{path} is not empty and holds no run; give another folder")
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a file for this process.
+
+    Raises:
+        BlockingIOError: another one has it.
+        OSError: the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename last through a power failure, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            held = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
-            shards = tuple(
-                tuple(
-                    Prompt(
-                        token_ids=(),
-                        label_ids=(),
-                        right=prompt["right"],
-                        question=prompt["question"],
-                        order=tuple(prompt["order"]),
-                        category=prompt["category"],
-                    )
-                    for prompt in shard
-                )
-                for shard in held["shards"]
-            )
-            return cls(RunFolder(path), NeuronSpace(**held["space"]), shards)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(
-                f"{path / 'prompts.json'} is missing or damaged; run the same command again, or another version wrote it"
-            ) from error
-
-    def save_index(self) -> None:
-        """Write prompts.json: which prompt each score belongs to, so that `load` needs no model."""
-        shards = [
-            [{"question": p.question, "category": p.category, "right": p.right, "order": p.order} for p in shard]
-            for shard in self.shards
-        ]
-        self.folder.write_json("prompts.json", {"space": asdict(self.space), "shards": shards})
-
-    @property
-    def categories(self) -> dict[int, str]:
-        """Question index -> category."""
-        return {prompt.question: prompt.category for shard in self.shards for prompt in shard}
-
-    @property
-    def n_orders(self) -> int:
-        """In how many orders questions were asked, at most."""
-        return max((len(group) for shard in self.shards for _, group in by_question(shard)), default=0)
-
-    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
-        """D of each question (or of some), averaged over its orders."""
-        for index, prompts in enumerate(self.shards):
-            tensors: dict[str, Tensor] | None = None
-            start = 0
-            for question, group in by_question(prompts):
-                if questions is None or question in questions:
-                    tensors = self._read(index) if tensors is None else tensors
-                    rows = range(start, start + len(group))
-                    if self.drawn is not None:
-                        place = int(generator(self.drawn, question).integers(len(group)))
-                        rows = rows[place : place + 1]
-                    yield question, {site: _unpack(tensors, site, rows) for site in self.sites(tensors)}
-                start += len(group)
-
-    def label_means(
-        self, neurons: NeuronSet, questions: Set[int]
-    ) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]] | None:
-        """Mean Attr_t and Attr_f of some neurons over the prompts of some questions; None where Attr_t was not stored."""
-        right, wrong, n_prompts = np.zeros(len(neurons)), np.zeros(len(neurons)), 0
-        for index, prompts in enumerate(self.shards):
-            tensors = self._read(index)
-            if any(f"{site}.right" not in tensors for site in self.sites(tensors)):
-                return None
-            rows = [row for row, prompt in enumerate(prompts) if prompt.question in questions]
-            n_prompts += len(rows)
-            for place, n in enumerate(neurons):
-                at = (rows, n.layer, self.space.flat(n))
-                difference = tensors[n.site][at].double() * tensors[f"{n.site}.scale"][rows]
-                attr_t = tensors[f"{n.site}.right"][at].double() * tensors[f"{n.site}.right.scale"][rows]
-                right[place] += float(attr_t.sum())
-                wrong[place] += float((attr_t - difference).sum())
-        return (right / n_prompts, wrong / n_prompts) if n_prompts else None
-
-    def completeness(self) -> dict[str, dict[str, list[float]]]:
-        """Per site and layer: mean |gap| and mean |change|, over all prompts."""
-        total: dict[str, dict[str, Tensor]] = {}
-        count = 0
-        for index in range(len(self.shards)):
-            tensors = self._read(index)
-            for site in self.sites(tensors):
-                of_site = total.setdefault(site, {})
-                for name in ("gap", "change"):
-                    summed = tensors[f"{site}.{name}"].abs().sum(0).double()
-                    of_site[name] = of_site.get(name, torch.zeros_like(summed)) + summed
-            count += len(self.shards[index])
-        return {s: {name: (value / count).tolist() for name, value in of.items()} for s, of in total.items()}
-
-    def _read(self, index: int) -> dict[str, Tensor]:
-        tensors = self.folder.read_shard(index)
-        if tensors is None:
-            raise BadInput(f"{self.folder.shard(index)} is missing or damaged; run again to compute it anew")
-        return tensors
-
-    @staticmethod
-    def sites(tensors: Mapping[str, Tensor]) -> list[Any]:
-        """The sites a shard holds."""
-        return [site for site in ("mlp", "attn") if site in tensors]
-
-
-def cut_shards(prompts: list[Prompt], size: int = PROMPTS_PER_SHARD) -> tuple[tuple[Prompt, ...], ...]:
-    """Cut prompts by count, never by workers; a question's prompts stay together."""
-    shards: list[list[Prompt]] = []
-    for _, group in by_question(prompts):
-        if not shards or len(shards[-1]) + len(group) > size:
-            shards.append([])
-        shards[-1] += group
-    return tuple(map(tuple, shards))
-
-
-def fingerprint(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def without_nan(payload: Any) -> Any:
-    """The same payload with None for every NaN and infinity, which JSON does not have."""
-    match payload:
-        case dict():
-            return {key: without_nan(value) for key, value in payload.items()}
-        case list() | tuple():
-            return [without_nan(value) for value in payload]
-        case float() if payload != payload or abs(payload) == float("inf"):
-            return None
-        case _:
-            return payload
-
-
-def _pack(attribution: Attribution) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for site, scores in attribution.difference.items():
-        scale = scores.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
-        tensors[site] = (scores.float() / scale[:, None, None]).half().contiguous()
-        tensors[f"{site}.scale"] = scale
-        if attribution.right is not None:
-            right = attribution.right[site]
-            scale = right.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
-            tensors[f"{site}.right"] = (right.float() / scale[:, None, None]).half().contiguous()
-            tensors[f"{site}.right.scale"] = scale
-        tensors[f"{site}.gap"] = attribution.gap[site].float().contiguous()
-        tensors[f"{site}.change"] = attribution.change[site].float().contiguous()
-    return tensors
-
-
-def _unpack(tensors: Mapping[str, Tensor], site: str, rows: range) -> Float[Tensor, "layer neuron"]:
-    """The mean of some prompts' scores."""
-    total = tensors[site][rows[0]].float() * tensors[f"{site}.scale"][rows[0]]
-    for row in rows[1:]:
-        total += tensors[site][row].float() * tensors[f"{site}.scale"][row]
-    return total / len(rows) if len(rows) > 1 else total
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _settings_of(manifest: Path) -> dict[str, Any]:
-    try:
-        held = json.loads(manifest.read_text(encoding="utf-8"))
-        if isinstance(held["settings"], dict) and held["fingerprint"] == fingerprint(held["settings"]):
-            return held["settings"]
-    except (ValueError, KeyError, TypeError, OSError):
-        pass
-    raise BadInput(f"{manifest} is damaged or belongs to something else; give another folder, or remove it yourself")
 
 
 @contextlib.contextmanager

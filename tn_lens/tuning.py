@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .answers import ask
+from .answers import ask_each
 from .errors import BadInput
 from .evaluation import LETTER_SHIFT, MASS_KEPT, Evaluation
-from .interventions import ablate
+from .interventions import Intervention
 from .models import Model
 from .neurons import NeuronSet
 from .progress import track
 from .prompts import build_prompts, by_question
 from .questions.question import QuestionSet
 from .selection import ScoreSource, select_neurons
+from .units import Mapper, in_memory
 
 START = 0.2
 """Where the search begins (paper A.3)."""
@@ -88,6 +89,7 @@ def tune_threshold(
     letter_shift: float = LETTER_SHIFT,
     drop_long: bool = False,
     progress: bool = False,
+    mapper: Mapper = in_memory,
     **settings: Any,
 ) -> Tuning:
     """Search the t whose neurons, at zero, lower order-averaged accuracy most while the instruction is still followed.
@@ -105,6 +107,7 @@ def tune_threshold(
         letter_shift: by how much the share of "A" may move.
         drop_long: leave out questions beyond the context window instead of refusing.
         progress: show a progress bar.
+        mapper: computes the answers under each set of neurons, or knows them.
         settings: of `select_neurons`, but for t.
 
     Raises:
@@ -114,13 +117,13 @@ def tune_threshold(
         raise BadInput("tuning needs questions; got none")
     prompts = build_prompts(model, questions, order="both", drop_long=drop_long)
     first = np.cumsum([0] + [len(group) for _, group in by_question(prompts)])[:-1]
-    before = ask(model, prompts).double().numpy()
     known: dict[NeuronSet, Mapping[str, float]] = {}
 
     def look(neurons: NeuronSet) -> Mapping[str, float]:
         if neurons not in known:
-            with ablate(model, neurons):
-                after = ask(model, prompts).double().numpy() if neurons else before
+            intervention = Intervention(neurons=neurons) if neurons else None
+            (answers,) = ask_each(model, [(intervention, prompts)], mapper=mapper, name=f"set-{len(known)}")
+            after = answers.double().numpy()
             arms = Evaluation(
                 name=questions.name,
                 prompts=tuple(prompts),

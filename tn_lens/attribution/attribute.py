@@ -98,6 +98,8 @@ def attribute(
             "attribute needs at least one prompt, one site the model has, positions 'last' or 'all', and a batch_size "
             f"from 1; got {len(prompts)} prompts, sites {list(sites)}, positions {positions!r}, batch_size {batch_size}"
         )
+    if pass_size is not None and min(pass_size) < 1:
+        raise BadInput(f"pass_size needs at least one prompt and one row in a pass; got {tuple(pass_size)}")
     start = resolve_baseline(model, prompts, baseline, sites, positions)
     targets: list[Target] = [right_probability, wrong_probability] if separate else []
     if not separate or target is not probability_difference:
@@ -176,11 +178,15 @@ def _within_memory(
         size = smaller  # outside the except, whose traceback holds on to the tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        warnings.warn(
-            f"out of memory: going on with {size.n_rows} rows of {size.n_prompts} prompts in a pass; scores may differ in "
-            "their last digits from those of a run that never ran out",
-            stacklevel=3,
-        )
+        warnings.warn(back_off_warning(size), stacklevel=3)
+
+
+def back_off_warning(size: PassSize) -> str:
+    """What to know about scores during which memory ran out."""
+    return (
+        f"out of memory: going on with {size.n_rows} rows of {size.n_prompts} prompts in a pass; scores may differ in their "
+        "last digits from those of a run that never ran out"
+    )
 
 
 def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Literal["shared_prefix", "direct"]:

@@ -12,6 +12,7 @@ from ..models import Model
 from ..neurons import NeuronSet
 from ..progress import track
 from ..questions.question import QuestionSet
+from ..units import Mapper, in_memory, within
 from .evaluate import evaluate
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -25,6 +26,7 @@ def dose_response(
     factors: Sequence[float | int] = FACTORS,
     n_repetitions: int = 10,
     progress: bool = False,
+    mapper: Mapper = in_memory,
     **options: Any,
 ) -> pd.DataFrame:
     """Scale the neurons by each factor, and as many matched random ones: does amplifying them help?
@@ -36,6 +38,7 @@ def dose_response(
         factors: 0 suppresses, 1 leaves the model as it is, above 1 amplifies.
         n_repetitions: draws of the matched control.
         progress: show a progress bar.
+        mapper: see `evaluate`.
         options: of `evaluate`: positions, seed, order, texts.
 
     Returns:
@@ -57,6 +60,7 @@ def dose_response(
             factor=factor,
             arms=("baseline", "random_matched", "suppressed"),
             n_repetitions=n_repetitions,
+            mapper=within(mapper, f"times-{float(factor)}"),
             **options,
         )
         for name in ("suppressed", "random_matched"):

@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..answers import ask
+from ..answers import ask_each
 from ..controls import active_neurons, matched_neurons, random_neurons
 from ..errors import BadInput
 from ..forward import Where
 from ..interventions import Intervention, Mode, mean_activations
 from ..models import Model, backend_of, neuron_space
 from ..neurons import NeuronSet, NeuronSpace, Site
-from ..progress import track
 from ..prompts import Order, Prompt, build_prompts, by_question
 from ..questions.question import QuestionSet
 from ..seeds import generator
+from ..units import Mapper, in_memory, unit_key, within
 from .arm import ARMS, ArmName
 from .result import Evaluation
 from .text import Text, text_loss
@@ -41,6 +42,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
     drop_long: bool = False,
+    mapper: Mapper = in_memory,
 ) -> Evaluation:
     """Ask the questions untouched, with each control and with the found neurons suppressed (paper 3.3).
 
@@ -68,6 +70,7 @@ def evaluate(
         seed: of orders and control neurons.
         progress: show a progress bar.
         drop_long: leave out questions beyond the context window instead of refusing.
+        mapper: computes the answers under each set of neurons, or knows them.
 
     Raises:
         BadInput: no repetitions, an unknown arm, a set that does not fit the model, or texts with an intervention that needs
@@ -90,10 +93,12 @@ def evaluate(
         raise BadInput(f"expected order 'both' or 'given', got {order!r}; the repetitions draw the orders themselves")
     whole = Intervention(neurons=neurons, mode=mode, factor=factor, positions=positions, seed=seed)  # refuses early
     prompts = build_prompts(model, questions, order=order, drop_long=drop_long)
-    values = mean_activations(model, prompts, positions=positions) if mode == "mean" else None
+    values = None
+    if mode == "mean":
+        values = mean_activations(model, prompts, positions=positions, mapper=within(mapper, "values"))
     activity = None
     if "top_activation" in arms:
-        activity = mean_activations(model, prompts, positions="last", absolute=True)
+        activity = mean_activations(model, prompts, positions="last", absolute=True, mapper=within(mapper, "activity"))
     sets = draw_sets(space, neurons, arms, n_repetitions, activity, seed)
     asked = draw_orders(prompts, n_repetitions, seed)
     wanted: dict[NeuronSet, set[int]] = {}
@@ -101,20 +106,28 @@ def evaluate(
         for repetition, one in enumerate(drawn):
             only = control_orders == "drawn" and len(drawn) > 1
             wanted.setdefault(one, set()).update(asked[repetition].tolist() if only else range(len(prompts)))
+    done = [
+        Intervention(neurons=touched, mode=mode, factor=factor, positions=positions, values=values, seed=seed)
+        if touched
+        else None
+        for touched in wanted
+    ]
+    places = [tuple(sorted(rows)) for rows in wanted.values()]
+    chosen = {at: [prompts[row] for row in at] for at in set(places)}
+    text = f"evaluation on {questions.name}" if progress else None
+    asked_each = [(intervention, chosen[at]) for intervention, at in zip(done, places, strict=True)]
+    held = ask_each(model, asked_each, mapper=mapper, progress=text)
     answers: dict[NeuronSet, np.ndarray] = {}
-    losses: dict[NeuronSet, float] = {}
-    for touched, rows in track(list(wanted.items()), f"evaluation on {questions.name}" if progress else None):
-        intervention = (
-            Intervention(neurons=touched, mode=mode, factor=factor, positions=positions, values=values, seed=seed)
-            if touched
-            else None
-        )
-        at = sorted(rows)
-        found = ask(model, [prompts[row] for row in at], intervention=intervention).double().numpy()
+    for touched, at, found in zip(wanted, places, held, strict=True):
         answers[touched] = np.full((len(prompts), max(p.n_choices for p in prompts)), np.nan)
-        answers[touched][at, : found.shape[1]] = found
-        if texts is not None:
-            losses[touched] = text_loss(model, texts, intervention)
+        answers[touched][list(at), : found.shape[1]] = found.double().numpy()
+    losses: dict[NeuronSet, float] = {}
+    if texts is not None:
+        keys = [unit_key("loss", texts, intervention) for intervention in done]
+        measured = mapper(
+            "loss", keys, lambda i: {"loss": torch.tensor(text_loss(model, texts, done[i]), dtype=torch.float64)}, text
+        )
+        losses = {touched: float(one["loss"]) for touched, one in zip(wanted, measured, strict=True)}
     return Evaluation(
         name=questions.name,
         prompts=tuple(prompts),
