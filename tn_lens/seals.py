@@ -30,7 +30,7 @@ def seal_tensors(tensors: Tensors, key: str = "") -> bytes:
 
 def unseal_tensors(content: bytes) -> tuple[str, dict[str, Tensor]] | None:
     """Key and tensors of a sealed file; None where a byte of it is missing or altered."""
-    found = SEAL.search(content, 8, 8 + int.from_bytes(content[:8], "little"))
+    found = SEAL.search(content, 8, min(len(content), 8 + int.from_bytes(content[:8], "little")))
     if found is None:
         return None
     blank = content[: found.start(2)] + BLANK + content[found.end(2) :]
