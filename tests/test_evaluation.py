@@ -178,7 +178,7 @@ def test_right_is_strictly_more_probable() -> None:
 
 def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.7, 0.2]])
-    monkeypatch.setattr("tn_lens.manipulation.ask", lambda *_, **__: answers)
+    monkeypatch.setattr("tn_lens.answers.ask", lambda *_, **__: answers)
     prompts = [prompt(0, 0), prompt(0, 1), prompt(1, 0), prompt(1, 1)]
     check = manipulation_check(toy, prompts)
     assert check.passed.tolist() == [True, True, False, False]
@@ -191,7 +191,7 @@ def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch:
 
 
 def test_a_model_that_always_says_a_is_called_lopsided(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tn_lens.manipulation.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts)))
+    monkeypatch.setattr("tn_lens.answers.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts)))
     check = manipulation_check(toy, [prompt(i, i % 2) for i in range(20)])
     assert check.questions == list(range(0, 20, 2))
     assert check.right_at_a_after == 1
