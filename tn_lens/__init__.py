@@ -13,6 +13,7 @@ from .selection import Selection, select_neurons
 from .interventions import Intervention, ablate, mean_activations
 from .evaluation import Evaluation, dose_response, evaluate, table1, table2
 from .figures import plot_layers
+from .cards import neuron_card
 from .neurons import Neuron, NeuronSet
 from .pipeline import find_truth_neurons
 from .found import TruthNeurons
@@ -45,6 +46,7 @@ __all__ = [
     "load_questions",
     "manipulation_check",
     "mean_activations",
+    "neuron_card",
     "plot_layers",
     "select_neurons",
     "table1",

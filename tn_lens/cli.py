@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_evaluate import evaluate, wrong_answers
+from .cli_show import show
 from .console import frame_table, open_console
 from .errors import BadInput, WorkerLost
 
@@ -214,6 +215,7 @@ def _spread_lists(arguments: list[str]) -> list[str]:
     return spread
 
 
+app.command()(show)
 app.command()(evaluate)
 app.command("wrong-answers")(wrong_answers)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .cards import Card
 from .diagnosis import Diagnosis
 from .evaluation import Evaluation
 from .figures import Figure, plot_layers
@@ -48,6 +49,8 @@ class TruthNeurons:
     """The search for t, where t was "auto"."""
     notes: tuple[str, ...]
     """Warnings of the stages, in sentences."""
+    cards: tuple[Card, ...] = ()
+    """Of the strongest neurons, strongest first."""
 
     @property
     def neurons(self) -> NeuronSet:

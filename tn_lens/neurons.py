@@ -8,6 +8,7 @@ keys and values are shared by groups of heads. Inside tensors a site of a layer 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,19 @@ class Neuron:
     def __str__(self) -> str:
         head = "" if self.head is None else f".h{self.head}"
         return f"{self.site} {self.layer}{head}:{self.index}"
+
+    @classmethod
+    def from_name(cls, name: str) -> Neuron:
+        """Read what `str` writes.
+
+        Raises:
+            BadInput: it is no such name.
+        """
+        found = re.fullmatch(r"\s*(?:(mlp)\s+([0-9]+)|(attn)\s+([0-9]+)\.h([0-9]+)):([0-9]+)\s*", name)
+        if found is None:
+            raise BadInput(f"expected a neuron's name like 'mlp 3:17' or 'attn 2.h1:5', got {name!r:.60}")
+        mlp, layer, _, of_head, head, index = found.groups()
+        return cls("mlp", int(layer), None, int(index)) if mlp else cls("attn", int(of_head), int(head), int(index))
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Neuron:

@@ -17,6 +17,7 @@ import torch
 from .attribution import attribute, post_norm_warning
 from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, back_off_warning, choose_engine
 from .attribution.result import PassSize
+from .cards import make_cards
 from .diagnosis import diagnose
 from .distributed import workers
 from .errors import BadInput
@@ -177,6 +178,16 @@ def find_truth_neurons(
                 found_again=found_again(stored, selection, seed=resolved.seed),
                 tuning=tuning,
                 notes=tuple(dict.fromkeys(f"{one[0].upper()}{one[1:]}." for one in said if one)),
+                cards=make_cards(
+                    model,
+                    stored,
+                    check,
+                    selection=selection,
+                    diagnosis=diagnosis,
+                    questions=finding,
+                    progress=progress,
+                    mapper=within(mapper, "cards"),
+                ),
             )
             if out is not None and together.is_first:
                 write_results(folder, found, manifest)
@@ -315,11 +326,12 @@ def weights_digest(model: Model) -> str:
 
 
 def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str, Any]) -> None:
-    """neurons.json, evaluation.json, summary.json and report.html."""
+    """neurons.json, cards.json, evaluation.json, diagnosis.json, summary.json and report.html."""
     provenance = {
         key: manifest[key] for key in ("model", "questions", "p", "alpha", "correction", "family", "order", "seed")
     }
     folder.write_json("neurons.json", {**provenance, "t": found.selection.t, "neurons": found.records()})
+    folder.write_json("cards.json", {"model": found.model_name, "cards": [card.to_dict() for card in found.cards]})
     evaluation = found.evaluation
     folder.write_json(
         "evaluation.json",

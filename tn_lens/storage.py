@@ -35,6 +35,7 @@ RESULT_FILES = (
     "summary.json",
     "diagnosis.json",
     "evaluation.json",
+    "cards.json",
     "neurons.json",
     "prompts.json",
     "manifest.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..neurons import NeuronSpace
+from ..neurons import Neuron, NeuronSpace
 
 BackendName = Literal["hooked", "bridge"]
 """TransformerLens' own model (HookedTransformer, to 3.9), or Hugging Face's within TransformerLens (TransformerBridge, from 3)."""
@@ -165,6 +165,18 @@ class Backend(ABC):
     @abstractmethod
     def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """What a unit of each attention neuron of a layer adds to the attention's output: the rows of W_O."""
+
+    def direct_logits(self, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron vocab"] | None:
+        """What one unit of each neuron's activation adds to the logits by itself, past all later layers.
+
+        Its row of W_out or W_O through the norm behind that (post-norm models), the final norm and W_U. Of a norm its weights
+        count, and a LayerNorm's centring, but not the division by the size of the stream: one positive factor for all tokens.
+
+        Returns:
+            Logits on the CPU less their mean over the vocabulary, which the softmax does not see; None where the weights
+            cannot be read row by row.
+        """
+        return None
 
     def generate(self, ids: Int[Tensor, "1 column"], *, n_tokens: int, temperature: float, stop: bool) -> list[int]:
         """Sample a continuation.
