@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench bench-quick train clean
+.PHONY: demo test lint docs bench bench-quick train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
@@ -14,6 +14,10 @@ lint: .venv/test
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 	.venv/bin/pyright
+
+# The guides and the reference as a site, from the docstrings; a dead link stops it.
+docs: .venv/docs
+	.venv/bin/python -m sphinx -q -W --keep-going -E -d .venv/doctrees docs site
 
 # What integrated gradients and evaluation cost beside captum and plain loops; TRUTHFULQA=path of TruthfulQA.csv if offline.
 bench: .venv/bench
@@ -36,7 +40,11 @@ train: .venv/demo
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[test,notebook]'
+	$(PIP) --editable '.[test,notebook,docs]'
+	touch $@
+
+.venv/docs: .venv/demo
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 .venv/bench: .venv/test
@@ -44,4 +52,4 @@ train: .venv/demo
 	touch $@
 
 clean:
-	rm -rf .venv runs dist build .pytest_cache .ruff_cache
+	rm -rf .venv runs dist build site docs/reference docs/project .pytest_cache .ruff_cache
