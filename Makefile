@@ -7,7 +7,7 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint con
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
 
-test: .venv/test
+test: .venv/test docs
 	.venv/bin/pytest -n 2 --dist loadgroup
 
 lint: .venv/test
@@ -16,8 +16,8 @@ lint: .venv/test
 	.venv/bin/pyright
 
 # The guides and the reference as a site, from the docstrings; a dead link stops it.
-docs: .venv/docs
-	.venv/bin/python -m sphinx -q -W --keep-going -E -d .venv/doctrees docs site
+docs: .venv-docs/done
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -E -d .venv-docs/doctrees docs site
 
 # What integrated gradients and evaluation cost beside captum and plain loops; TRUTHFULQA=path of TruthfulQA.csv if offline.
 bench: .venv/bench
@@ -40,11 +40,12 @@ train: .venv/demo
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[test,notebook,docs]'
+	$(PIP) --editable '.[test,notebook]'
 	touch $@
 
-.venv/docs: .venv/demo
-	$(PIP) --editable '.[docs]'
+.venv-docs/done: docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt -r docs/requirements.txt
 	touch $@
 
 .venv/bench: .venv/test
@@ -52,4 +53,4 @@ train: .venv/demo
 	touch $@
 
 clean:
-	rm -rf .venv runs dist build site docs/reference docs/project .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs runs dist build site docs/reference docs/project .pytest_cache .ruff_cache
