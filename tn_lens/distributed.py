@@ -179,7 +179,7 @@ class Workers:
                 return
             time.sleep(BEAT)
 
-    def _terminated(self, *_: Any) -> None:
+    def _terminated(self, *signal_and_frame: Any) -> None:
         """Torchrun ends all workers when one is gone: say which, if it can be seen from here."""
         with contextlib.suppress(RuntimeError, OSError):
             self.store.set(f"ended/{self.rank}", "")
