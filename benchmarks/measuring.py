@@ -12,9 +12,10 @@ from typing import Any
 
 import psutil
 import torch
+from transformer_lens import HookedTransformer
 
 from tn_lens import Prompt
-from tn_lens.models import Model, build_model
+from tn_lens.models import build_model
 
 VOCABULARY = 32000
 
@@ -102,7 +103,7 @@ def with_peak(function: Callable[[], Any]) -> tuple[Any, Peak]:
     return result, Peak(allocated, highest[1] - start[1])
 
 
-def random_model(d_model: int, n_layers: int, **options: Any) -> Model:
+def random_model(d_model: int, n_layers: int, **options: Any) -> HookedTransformer:
     """A Llama-shaped model with random weights, in the order TransformerLens makes them."""
     config: dict[str, Any] = {
         "n_layers": n_layers,

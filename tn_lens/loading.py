@@ -1,13 +1,10 @@
-"""Load a model: a hub id, a local folder, or a Hugging Face model in memory -> HookedTransformer.
+"""Load a model: a hub id, a local folder, or a Hugging Face model in memory -> a model of either kind.
 
-`HookedTransformer.from_pretrained` knows a fixed list of names. For the families of the paper's six models this module
-reads the Hugging Face configuration instead, so that every checkpoint of the family loads, fine-tuned and local ones
-too, and hands the weights over in the order in which they are stored.
+What is read from the hub or a folder is checked here; `models` makes a model of it.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -19,8 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from .errors import BadInput
-from .models import Model, assemble, load_from_transformer_lens, official_name
-from .models.conversion import CONVERTERS, convert_config, convert_weights
+from .models import BackendName, Model, backend_of, choose_backend, make_model, official_name
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -41,8 +37,9 @@ def load_model(
     hf_model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    backend: BackendName | None = None,
 ) -> Model:
-    """Load a model as a frozen HookedTransformer without any weight processing.
+    """Load a model, frozen and without any weight processing.
 
     Args:
         name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, or a folder that
@@ -54,6 +51,9 @@ def load_model(
         hf_model: a Hugging Face model in memory, whose weights are shared, not copied, where dtype and device agree.
         tokenizer: to use instead of the checkpoint's.
         trust_remote_code: let the checkpoint's own Python code run.
+        backend: `"hooked"`, TransformerLens' own model of the families that it knows, the default where TransformerLens
+            has it (to 3.9); or `"bridge"`, Hugging Face's model with TransformerLens' hook points in it, the only one
+            from 4 on. The numbers are the same.
 
     Returns:
         The model, with its tokenizer and in evaluation mode; weights hold no gradient.
@@ -62,7 +62,7 @@ def load_model(
         BadInput: no such model, no access to it, an architecture or a quantisation that is not supported, a device
             that is not there, or too little memory for the weights.
     """
-    name, in_memory = str(name_or_folder), hf_model
+    name, backend = str(name_or_folder), choose_backend(backend)
     device = find_device(device)
     source = str(resources.files("tn_lens.toy").joinpath("model")) if name == "toy" else name
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -72,24 +72,29 @@ def load_model(
     weights_dtype = find_dtype(dtype, config, device)
     if tokenizer is None and (hf_model is None or Path(source).is_dir()):
         tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
-    if architecture in CONVERTERS:
-        try:
-            lens_config = convert_config(config, architecture, name)
-        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-            raise BadInput(f"the config.json of {name!r} cannot be used: {type(error).__name__}: {error}") from error
-        lens_config.dtype, lens_config.device = weights_dtype, str(device)
-        if hf_model is None:
-            check_memory(config, weights_dtype, device)
-            hf_model = read_weights(source, name, dtype=weights_dtype, **hub)
-        model = assemble(lens_config, convert_weights(hf_model, lens_config, architecture))
-    else:
-        model = load_by_name(name, architecture, dtype=weights_dtype, device=str(device), hf_model=hf_model, **hub)
+
+    def read() -> Any:
+        check_memory(config, weights_dtype, device)
+        return read_weights(source, name, dtype=weights_dtype, **hub)
+
+    model = make_model(
+        backend,
+        name,
+        architecture,
+        config,
+        dtype=weights_dtype,
+        device=device,
+        hf_model=hf_model,
+        read=read,
+        hub={key: value for key, value in hub.items() if value},
+    )
     short = name.rstrip("/").rsplit("/", 1)[-1]
-    model.cfg.model_name = name if short == "toy" else short  # a folder called toy is not the embedded model
-    attach_tokenizer(model, tokenizer)
-    if in_memory is None:
+    # a folder called toy is not the embedded model
+    backend_of(model).name_and_equip(name if short == "toy" else short, tokenizer)
+    if hf_model is None:
         asked = None if dtype is None else str(dtype).removeprefix("torch.")
-        vars(model)["loaded_from"] = {"model": name, "dtype": asked, "revision": revision}  # a run notes it
+        loaded_from = {"model": name, "dtype": asked, "revision": revision, "backend": backend}
+        vars(model)["loaded_from"] = loaded_from  # a run notes it
     return model
 
 
@@ -239,39 +244,3 @@ def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
             f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {device} has "
             f"{available / 2**30:.1f} GiB free; take a smaller dtype, another device, or a smaller model"
         )
-
-
-def load_by_name(name: str, architecture: str, *, hf_model: Any, revision: str | None, **options: Any) -> Model:
-    """Everything else: what TransformerLens supports under that name.
-
-    Raises:
-        BadInput: it does not.
-    """
-    trust = {"trust_remote_code": True} if options.pop("trust_remote_code") else {}
-    try:
-        return load_from_transformer_lens(
-            name, hf_model=hf_model, **({"revision": revision} if revision else {}), **trust, **options
-        )
-    except (ValueError, NotImplementedError, OSError, KeyError) as error:
-        raise BadInput(
-            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, or a "
-            f"model that TransformerLens {_transformer_lens_version()} lists (transformer_lens.supported_models)"
-        ) from error
-
-
-def _transformer_lens_version() -> str:
-    from importlib.metadata import version
-
-    return version("transformer-lens")
-
-
-def attach_tokenizer(model: Model, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Give the model a copy of the tokenizer, with a padding token, and say whether it prepends a BOS token."""
-    if tokenizer is None:
-        return
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    model.tokenizer = tokenizer
-    model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
-    model.cfg.default_prepend_bos = tokenizer.bos_token is not None

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES
 
 from ..errors import BadInput
 from ..neurons import NeuronSpace
+from . import bridge
 from .backend import Backend, BackendName, Hooks, Prefix, Siblings
-from .hooked import Hooked, assemble, build_model, freeze, lay_out_weights, load_from_transformer_lens
+
+HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
+"""Whether this TransformerLens still has HookedTransformer: to 3.9."""
+
+if TYPE_CHECKING or HAS_HOOKED:
+    from transformer_lens import HookedTransformer
+
+    from . import conversion
+    from .hooked import Hooked, assemble, build_model, lay_out_weights
+
+    Model: TypeAlias = HookedTransformer | TransformerBridge
+    """The kinds of model that every stage takes."""
+else:
+    Model: TypeAlias = TransformerBridge
+
+    def build_model(*_: object, **__: object) -> Any:
+        """Models from a configuration are HookedTransformers.
+
+        Raises:
+            BadInput: always.
+        """
+        raise BadInput(NO_HOOKED)
+
+    assemble = lay_out_weights = build_model
+
+NO_HOOKED = (
+    f"TransformerLens {version('transformer-lens')} has no HookedTransformer; take backend='bridge', or install "
+    "'transformer-lens<4'"
+)
 
 __all__ = [
+    "HAS_HOOKED",
     "Backend",
     "BackendName",
     "Hooks",
@@ -25,16 +57,33 @@ __all__ = [
     "backend_of",
     "build_model",
     "check_model",
-    "freeze",
+    "choose_backend",
     "last_logits",
     "lay_out_weights",
-    "load_from_transformer_lens",
+    "make_model",
     "neuron_space",
     "official_name",
 ]
 
-Model: TypeAlias = HookedTransformer
-"""The kind of model that every stage takes."""
+
+def choose_backend(name: str | None) -> BackendName:
+    """The kind of model asked for; by default "hooked" where there is one.
+
+    Raises:
+        BadInput: an unknown name, or "hooked" where TransformerLens has it no longer.
+    """
+    if name is None:
+        return "hooked" if HAS_HOOKED else "bridge"
+    if name not in get_args(BackendName):
+        raise BadInput(f"expected backend {' or '.join(map(repr, get_args(BackendName)))}; got {name!r}")
+    if name == "hooked" and not HAS_HOOKED:
+        raise BadInput(NO_HOOKED)
+    return "hooked" if name == "hooked" else "bridge"
+
+
+def make_model(backend: BackendName, name: str, architecture: str, config: Any, **options: Any) -> Model:
+    """A model of the kind asked for, from a checkpoint's configuration and weights; see `bridge.load`."""
+    return (conversion if backend == "hooked" else bridge).load(name, architecture, config, **options)
 
 
 def backend_of(model: object) -> Backend:
@@ -43,9 +92,12 @@ def backend_of(model: object) -> Backend:
     Raises:
         BadInput: it is of no kind that is known.
     """
-    if isinstance(model, HookedTransformer):
+    if isinstance(model, TransformerBridge):
+        return bridge.Bridge(model)
+    if HAS_HOOKED and isinstance(model, HookedTransformer):
         return Hooked(model)
-    raise BadInput(f"expected a HookedTransformer, got {type(model).__name__}; load the model with load_model(...)")
+    kinds = "a HookedTransformer or a TransformerBridge" if HAS_HOOKED else "a TransformerBridge"
+    raise BadInput(f"expected {kinds}, got {type(model).__name__}; load the model with load_model(...)")
 
 
 def official_name(source: str) -> str:
@@ -63,7 +115,7 @@ def check_model(model: object) -> None:
     """Refuse, or warn about, models in which hook_z and hook_post are not what the paper calls neurons.
 
     Raises:
-        BadInput: mixture of experts, encoders, or `refactor_factored_attn_matrices`, which rotates the basis of z.
+        BadInput: mixture of experts, encoders, processed weights, or a rotated basis of z.
     """
     backend_of(model).check()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +11,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
 
 BackendName = Literal["hooked", "bridge"]
@@ -118,6 +121,18 @@ class Backend(ABC):
     def unshareable(self) -> str | None:
         """Why what stands before a position cannot be run once for all that follows; None if it can."""
 
+    def name_and_equip(self, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Give the model its name, and a copy of the tokenizer with a padding token; say whether it prepends a BOS token."""
+        self.model.cfg.model_name = name
+        if tokenizer is None:
+            return
+        tokenizer = copy.deepcopy(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        self.model.tokenizer = tokenizer
+        self.model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
+        self.model.cfg.default_prepend_bos = tokenizer.bos_token is not None
+
     @abstractmethod
     def check(self) -> None:
         """Refuse, or warn about, a model in which hook_z and hook_post are not what the paper calls neurons."""
@@ -196,6 +211,21 @@ class Backend(ABC):
         return out[0, ids.shape[1] :].tolist()
 
 
+def visible_whole(
+    seen: Bool[Tensor, "prompt position"], window: int | None = None
+) -> Bool[Tensor, "prompt 1 position position"]:
+    """What the positions of prompts attend to: what stands before them and is seen, and each itself.
+
+    Args:
+        seen: False where a prompt is padded.
+        window: positions that a local attention sees, the own one among them; None for all.
+    """
+    places = torch.arange(seen.shape[1], device=seen.device)
+    back = places[:, None] - places
+    near = (back >= 0) & (back < (window or len(places)))
+    return ((near & seen[:, None]) | (back == 0))[:, None]
+
+
 def visible(
     seen: Bool[Tensor, "prompt prefix"], n_rows: int, window: int | None = None
 ) -> Bool[Tensor, "prompt 1 row key"]:
@@ -212,3 +242,18 @@ def visible(
         near = seen & (places > seen.shape[1] - window)
     itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
     return torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]
+
+
+def refuse_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:
+    """Refuse W_O whose rows are orthogonal within every head.
+
+    Raises:
+        BadInput: they are; the basis of z was rotated.
+    """
+    gram = torch.einsum("him,hjm->hij", w_o.float(), w_o.float())
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if gram.abs().sum() > 0 and (gram - diagonal.diag_embed()).abs().max() < 1e-4 * diagonal.abs().max():
+        raise BadInput(
+            "W_O's rows are orthogonal, as refactor_factored_attn_matrices leaves them: hook_z is in a rotated "
+            "basis; load the model without that option"
+        )

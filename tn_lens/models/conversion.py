@@ -1,13 +1,19 @@
-"""Hugging Face's checkpoints as HookedTransformers, for the families of the paper's six models."""
+"""Hugging Face's checkpoints as HookedTransformers.
+
+`HookedTransformer.from_pretrained` knows a fixed list of names. For the families of the paper's six models this module
+reads the Hugging Face configuration instead, so that every checkpoint of the family loads, fine-tuned and local ones
+too, and hands the weights over in the order in which they are stored.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import (
     convert_llama_weights,
     convert_mistral_weights,
@@ -17,6 +23,7 @@ from transformer_lens.pretrained.weight_conversions import (
 from transformers import PretrainedConfig
 
 from ..errors import BadInput
+from .hooked import assemble, load_from_transformer_lens
 
 CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
     "LlamaForCausalLM": convert_llama_weights,
@@ -27,6 +34,38 @@ CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
 """The families that load from their Hugging Face configuration, whatever the checkpoint is called."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu"}
+
+
+def load(
+    name: str,
+    architecture: str,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    hf_model: Any,
+    read: Callable[[], Any],
+    hub: Mapping[str, Any],
+) -> HookedTransformer:
+    """A HookedTransformer of a checkpoint.
+
+    Args:
+        hf_model: its Hugging Face model, if it is in memory.
+        read: reads it, if it is not.
+        hub: options for TransformerLens' own loader.
+
+    Raises:
+        BadInput: a configuration that cannot be used, or an architecture that is not supported.
+    """
+    if architecture not in CONVERTERS:
+        return load_by_name(name, architecture, dtype=dtype, device=str(device), hf_model=hf_model, **hub)
+    try:
+        lens_config = convert_config(config, architecture, name)
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise BadInput(f"the config.json of {name!r} cannot be used: {type(error).__name__}: {error}") from error
+    lens_config.dtype, lens_config.device = dtype, str(device)
+    hf_model = read() if hf_model is None else hf_model
+    return assemble(lens_config, convert_weights(hf_model, lens_config, architecture))
 
 
 def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
@@ -111,3 +150,19 @@ def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture
                 key = prefix + bias if prefix + bias in weights else f"{prefix}_{bias}"
                 weights[key] = value.reshape(weights[key].shape)
     return weights
+
+
+def load_by_name(name: str, architecture: str, **options: Any) -> HookedTransformer:
+    """Everything else: what TransformerLens supports under that name.
+
+    Raises:
+        BadInput: it does not.
+    """
+    try:
+        return load_from_transformer_lens(name, **options)
+    except (ValueError, NotImplementedError, OSError, KeyError) as error:
+        raise BadInput(
+            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, or a "
+            f"model that TransformerLens {version('transformer-lens')} lists (transformer_lens.supported_models); "
+            "or load it with backend='bridge'"
+        ) from error

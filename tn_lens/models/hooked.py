@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
-from .backend import Backend, Hooks, Prefix, Siblings, visible
+from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible
 
 TOKENS_AT_ONCE = 8192
 """Columns of W_U that are converted to float32 together."""
@@ -335,18 +335,3 @@ def side_by_side(
     finally:
         for attention in attentions:
             vars(attention).pop("apply_causal_mask", None)
-
-
-def refuse_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:
-    """Refuse W_O whose rows are orthogonal within every head.
-
-    Raises:
-        BadInput: they are; the basis of z was rotated.
-    """
-    gram = torch.einsum("him,hjm->hij", w_o.float(), w_o.float())
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    if gram.abs().sum() > 0 and (gram - diagonal.diag_embed()).abs().max() < 1e-4 * diagonal.abs().max():
-        raise BadInput(
-            "W_O's rows are orthogonal, as refactor_factored_attn_matrices leaves them: hook_z is in a rotated "
-            "basis; load the model without that option"
-        )
