@@ -79,6 +79,12 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    backend: Annotated[
+        Literal["hooked", "bridge"] | None,
+        typer.Option(
+            help="TransformerLens' own model, or Hugging Face's within TransformerLens; the numbers are the same."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Of torch, for every worker; the run folder's own by default, or torch's.")
     ] = None,
@@ -123,7 +129,7 @@ def run(
     together = workers()
     device = together.device(device)
     loaded = loading.load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code, backend=backend
     )
     if dry_run:
         if not together.is_first:

@@ -51,6 +51,12 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    backend: Annotated[
+        Literal["hooked", "bridge"] | None,
+        typer.Option(
+            help="TransformerLens' own model, or Hugging Face's within TransformerLens; the run's own by default."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Of torch, for every worker; the run's own by default, or torch's.")
     ] = None,
@@ -77,6 +83,7 @@ def evaluate(
         settings, found, source = retest.run_of(folder)
         known: dict[str, Any] = source or {}
         dtype, revision = dtype or known.get("dtype"), revision or known.get("revision")
+        backend = backend or settings.get("backend")
         out = out or folder / "evaluation"
         threads = threads or settings["n_threads"]
     else:
@@ -87,6 +94,7 @@ def evaluate(
     sets = retest.load_sets(on or [], limit=limit, seed=seed, **options)
     together = workers()
     about: dict[str, Any] = {"dtype": dtype, "device": together.device(device), "revision": revision}
+    about["backend"] = backend
     if model is None:
         loaded = retest.load_noted(known["model"], **about)
     else:

@@ -175,7 +175,8 @@ def check_same_model(model: Model, settings: Mapping[str, Any], path: Path) -> N
     name = backend_of(model).name
     if name != settings["model"]:
         raise BadInput(f"the neurons of {path} were found in {settings['model']!r}, and this model is {name!r}")
-    same = str(backend_of(model).dtype).removeprefix("torch.") == settings["dtype"]
+    backend = backend_of(model)
+    same = str(backend.dtype).removeprefix("torch.") == settings["dtype"] and backend.kind == settings.get("backend")
     if same and weights_digest(model) != settings["weights_sha256"]:
         raise BadInput(
             f"the neurons of {path} were found in other weights than {name!r} has now; run again to find its own"
