@@ -1,0 +1,209 @@
+"""Several workers: the same bytes for any number, and whoever is lost is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tn_lens import QuestionSet, distributed, find_truth_neurons
+from tn_lens.distributed import Workers
+from tn_lens.errors import WorkerLost
+from tn_lens.models import Model
+
+from .conftest import contents
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {"limit": 80, "n_steps": 2, "n_repetitions": 2, "order": "both"}
+FEW = ("find", 80), ("report", 16)
+
+RUN = """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore")
+import tn_lens as tn
+from tn_lens.storage import RunFolder
+questions = tn.load_questions("toy")
+few = [p for part, n in {few!r} for p in [i for i, q in enumerate(questions) if q.split == part][:n]]
+real = RunFolder.write_unit
+def write(self, name, index, *rest):
+    if {dies!r} == self.workers.rank and name == "work/evaluation/answers":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, name, index, *rest)
+RunFolder.write_unit = write
+tn.find_truth_neurons(tn.load_model("toy"), questions.select(few), out={out!r}, progress=False, **{small!r})
+"""
+
+
+def torchrun(n_workers: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A job as a user would start it, on a port of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_workers)]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> Path:
+    """The run of one worker."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    places = [p for part, n in FEW for p in [i for i, q in enumerate(toy_questions) if q.split == part][:n]]
+    find_truth_neurons(toy, toy_questions.select(places), out=out, threads=1, progress=False, **SMALL)
+    assert len(list((out / "scores").iterdir())) > 1
+    return out
+
+
+@pytest.mark.parametrize("n_workers", [2, 4])
+def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path, tmp_path: Path) -> None:
+    out, script = tmp_path / "run", tmp_path / "run.py"
+    script.write_text(RUN.format(few=FEW, out=str(out), small=SMALL, dies=None))
+    done = torchrun(n_workers, script)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(alone)
+    units = [
+        event for event in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if event["what"] == "unit"
+    ]
+    assert len({(event["name"], event["index"]) for event in units}) == len(units), "no unit twice"
+    assert {event["rank"] for event in units} == set(range(n_workers))
+
+
+def test_a_killed_worker_is_named_and_one_worker_goes_on(
+    alone: Path, toy: Model, toy_questions: QuestionSet, tmp_path: Path
+) -> None:
+    out, script = tmp_path / "run", tmp_path / "run.py"
+    script.write_text(RUN.format(few=FEW, out=str(out), small=SMALL, dies=1))
+    done = torchrun(2, script)
+    assert done.returncode != 0
+    assert "error: worker 1 of 2" in done.stderr
+    assert "has died; run the same command again" in done.stderr
+    held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert any(path.parent.name == "scores" for path in held)
+    places = [p for part, n in FEW for p in [i for i, q in enumerate(toy_questions) if q.split == part][:n]]
+    find_truth_neurons(toy, toy_questions.select(places), out=out, progress=False, **SMALL)
+    assert contents(out) == contents(alone), "a run of two workers resumes on one"
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
+
+
+def test_the_command_speaks_with_one_voice(tmp_path: Path) -> None:
+    toy = ["-m", "tn_lens", "run", "--model", "toy", "--questions", "toy", "--out", tmp_path / "run"]
+    done = torchrun(2, *toy, "--t", "7")
+    assert done.returncode != 0
+    assert done.stderr.count("error: the threshold t must lie in (0, 1]") == 1
+    assert not done.stdout
+    assert not (tmp_path / "run").exists()
+    done = torchrun(2, *toy, "--limit", "20", "--n-steps", "2", "--repetitions", "2", "--order", "both")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report:") == 1
+
+
+def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:
+    script = tmp_path / "agree.py"
+    script.write_text(
+        "import sys; from tn_lens.distributed import workers\n"
+        "me = workers()\n"
+        "me.agree({'model': 'toy', 'seed': 0}, 'cpu')\n"
+        "print('agreed')\n"
+        "try: me.agree({'model': 'toy', 'seed': me.rank}, 'cpu')\n"
+        "except ValueError as error: print(f'{me.rank}: {error}')\n"
+        "me.leave()\n"
+    )
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agreed") == 2
+    for rank in (0, 1):
+        assert f"{rank}: worker 1 has seed = 1 where worker 0 has 0; all workers need the same" in done.stdout
+
+
+def pair() -> tuple[Workers, Workers]:
+    """Two workers that meet in one process."""
+    store = dist.HashStore()
+    return Workers(0, 2, 0, store), Workers(1, 2, 1, store)
+
+
+def test_shares_are_disjoint_and_complete() -> None:
+    for n_workers in (1, 2, 3, 4, 7):
+        shares = [list(Workers(rank, n_workers).share(10)) for rank in range(n_workers)]
+        assert sorted(unit for share in shares for unit in share) == list(range(10))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_waiting_ends_when_all_have_come() -> None:
+    first, second = pair()
+    arrived = []
+    thread = threading.Thread(target=lambda: (first.wait(), arrived.append(time.monotonic())))
+    thread.start()
+    time.sleep(0.1)
+    assert not arrived
+    second.wait()
+    thread.join(5)
+    assert arrived
+
+
+def test_a_worker_that_fails_ends_the_waiting_of_the_others_with_its_reason() -> None:
+    first, second = pair()
+    assert second.n_workers == 2
+    second.store.set("failed/1", "the disk is full")
+    with pytest.raises(WorkerLost, match="worker 1 of 2: the disk is full"):
+        first.wait()
+
+
+def test_a_silent_worker_is_dead_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "SILENCE", 0.2)
+    first, second = pair()
+    second.store.set("beat/1", "1")
+    second.store.set("process/1", "node7 4711")
+    with pytest.raises(WorkerLost, match=r"worker 1 of 2 \(node7, process 4711\) has died; run the same command again"):
+        first.wait()
+
+
+def test_only_one_worker_says_why_the_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+    first, second = pair()
+    assert first.fail("bad input")
+    assert not second.fail("bad input")
+    first, second = pair()
+    assert second.fail("the first one is busy")
+    assert not first.fail("later")
+    assert Workers().fail("alone")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "many", "RANK": "0", "LOCAL_RANK": "0"}, "start them with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "rank 2 of 2"),
+        ({"WORLD_SIZE": "2"}, "cannot find each other"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+    ],
+)
+def test_an_environment_without_sense_is_bad_input(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, run: Callable, tmp_path: Path
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.workers.cache_clear()
+    code, _, error = run("run", "--model", "toy", "--questions", "toy", "--out", tmp_path / "run")
+    distributed.workers.cache_clear()
+    assert (code, said in error, error.count("\n")) == (2, True, 1)
+
+
+def test_each_worker_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [Workers(rank, 4, rank % 2).device(None) for rank in range(4)] == ["cuda:0", "cuda:1"] * 2
+    assert Workers(1, 2, 1).device("cpu") == "cpu"
+    assert Workers().device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="has 2 cards, too few for worker 2"):
+        Workers(2, 3, 2).device("cuda")
