@@ -28,19 +28,21 @@ SMALL: dict[str, Any] = {"limit": 80, "n_steps": 2, "n_repetitions": 2, "order":
 FEW = ("find", 80), ("report", 16)
 
 RUN = """
-import os, signal, sys, warnings
-warnings.simplefilter("ignore")
-import tn_lens as tn
+import os, signal, sys
+from tn_lens import cli, questions
 from tn_lens.storage import RunFolder
-questions = tn.load_questions("toy")
-few = [p for part, n in {few!r} for p in [i for i, q in enumerate(questions) if q.split == part][:n]]
+toy = questions.load_questions("toy")
+places = [p for part, n in {few!r} for p in [i for i, q in enumerate(toy) if q.split == part][:n]]
+questions.load_questions = lambda name: toy.select(places)
 real = RunFolder.write_unit
 def write(self, name, index, *rest):
     if {dies!r} == self.workers.rank and name == "work/evaluation/answers":
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, name, index, *rest)
 RunFolder.write_unit = write
-tn.find_truth_neurons(tn.load_model("toy"), questions.select(few), out={out!r}, progress=False, **{small!r})
+options = "--limit 80 --n-steps 2 --repetitions 2 --order both"
+sys.argv = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", {out!r}, *options.split()]
+cli.main()
 """
 
 
@@ -66,9 +68,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: Q
 @pytest.mark.parametrize("n_workers", [2, 4])
 def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path, tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, out=str(out), small=SMALL, dies=None))
+    script.write_text(RUN.format(few=FEW, out=str(out), dies=None))
     done = torchrun(n_workers, script)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report:") == done.stdout.count("untouched ") == 1, "one voice"
     assert contents(out) == contents(alone)
     units = [
         event for event in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if event["what"] == "unit"
@@ -81,7 +84,7 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
     alone: Path, toy: Model, toy_questions: QuestionSet, tmp_path: Path
 ) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, out=str(out), small=SMALL, dies=1))
+    script.write_text(RUN.format(few=FEW, out=str(out), dies=1))
     done = torchrun(2, script)
     assert done.returncode != 0
     assert "error: worker 1 of 2" in done.stderr
@@ -94,16 +97,14 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
 
 
-def test_the_command_speaks_with_one_voice(tmp_path: Path) -> None:
-    toy = ["-m", "tn_lens", "run", "--model", "toy", "--questions", "toy", "--out", tmp_path / "run"]
-    done = torchrun(2, *toy, "--t", "7")
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    done = torchrun(
+        2, *["-m", "tn_lens", "run", "--model", "toy", "--questions", "toy", "--t", "7", "--out"], tmp_path / "run"
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: the threshold t must lie in (0, 1]") == 1
     assert not done.stdout
     assert not (tmp_path / "run").exists()
-    done = torchrun(2, *toy, "--limit", "20", "--n-steps", "2", "--repetitions", "2", "--order", "both")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Report:") == 1
 
 
 def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""Kill a run at random moments with SIGKILL, and see that every resume ends in the same bytes: `make torture`.
+
+Each kill waits for a random unit of one of the three phases in turn, and then for a random part of the time that the next
+one takes. The processes are forks of this one, which has imported everything and computed nothing, so that a run is seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tn_lens.planning  # noqa: F401 (the forks need not import it)
+from tests.conftest import contents
+from tn_lens import cli, questions
+from tn_lens.seals import unseal_tensors
+
+PHASES = ("attribution", "evaluation", "report")
+OPTIONS = ["--limit", "100", "--n-steps", "2", "--repetitions", "2", "--order", "both", "--threads", "1"]
+
+
+def start(out: Path) -> int:
+    """A run in a process of its own; its number."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        with (out.parent / "said").open("w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            sys.argv = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", str(out), *OPTIONS]
+            cli.main()
+            code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        os._exit(code)
+
+
+def finish(out: Path) -> None:
+    """Run to the end."""
+    _, status = os.waitpid(start(out), 0)
+    assert status == 0, (out.parent / "said").read_text()
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log."""
+    log = out / "log.jsonl"
+    text = log.read_text() if log.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def phase_of(event: dict[str, Any]) -> str:
+    """What a run does after an event of its log."""
+    if event["what"] == "start" or event["name"].startswith("work/check") or event["name"] == "scores":
+        return "attribution"
+    return "evaluation"
+
+
+def moments(reference: Path) -> dict[str, list[tuple[int, float]]]:
+    """Per phase: numbers of log lines to wait for, and seconds from there to the next."""
+    held = events(reference)
+    times = [datetime.fromisoformat(event["time"]).timestamp() for event in held]
+    gaps = [after - before for before, after in pairwise(times)]
+    found: dict[str, list[tuple[int, float]]] = {phase: [] for phase in PHASES}
+    for place, gap in enumerate(gaps):
+        last = place == len(gaps) - 1  # from the last unit to the end: figures, report, result files
+        found["report" if last else phase_of(held[place])].append((place + 1, gap))
+    return found
+
+
+def whole_units(out: Path) -> set[tuple[str, int]]:
+    """The units that are there and can be read."""
+    return {
+        (str(path.parent.relative_to(out)), int(path.stem))
+        for path in out.rglob("*.safetensors")
+        if unseal_tensors(path.read_bytes()) is not None
+    }
+
+
+def kill_once(out: Path, n_lines: int, delay: float) -> bool:
+    """Start a run, and kill it after so many lines of its log and a delay; whether it was still at work."""
+    before = len(events(out))
+    process = start(out)
+    while len(events(out)) - before < n_lines and os.waitpid(process, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    time.sleep(delay)
+    try:
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+    except (ProcessLookupError, ChildProcessError):
+        return False
+    return os.WIFSIGNALED(status)
+
+
+def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
+    """Kills by phase; an assertion fails where a resume went wrong."""
+    toy = questions.load_questions("toy")
+    few = [p for part in ("find", "report") for p in [i for i, q in enumerate(toy) if q.split == part][:100:2]]
+    questions.load_questions = lambda name: toy.select(few)
+    rng = random.Random(seed)
+    reference = folder / "reference"
+    finish(reference)
+    expected, units = contents(reference), whole_units(reference)
+    where = moments(reference)
+    done = dict.fromkeys(PHASES, 0)
+    while sum(done.values()) < n_kills:
+        phase = PHASES[sum(done.values()) % len(PHASES)]
+        out = folder / "run"
+        n_lines, gap = rng.choice(where[phase])
+        if not kill_once(out, n_lines, rng.uniform(0, gap)):
+            shutil.rmtree(out)
+            continue
+        done[phase] += 1
+        logged, kept = [event for event in events(out) if event["what"] == "unit"], whole_units(out)
+        lost = len({(event["name"], event["index"]) for event in logged} - kept)
+        n_before = len(logged)
+        finish(out)
+        again = [(event["name"], event["index"]) for event in events(out) if event["what"] == "unit"][n_before:]
+        assert not set(again) & kept, f"computed again although it was there: {set(again) & kept}"
+        assert kept | set(again) == units
+        assert len(again) == len(set(again))
+        assert lost == 0, "a unit that was finished is not there"
+        differing = [
+            name for name in expected.keys() | contents(out).keys() if expected.get(name) != contents(out).get(name)
+        ]
+        assert not differing, f"killed in {phase}: {differing} differ"
+        shutil.rmtree(out)
+    return done
+
+
+def main() -> None:
+    """Say what was done."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        done = torture(given.kills, given.seed, Path(folder))
+    print(
+        f"{given.kills} kills ({', '.join(f'{n} in {phase}' for phase, n in done.items())}), every resume ended in the same "
+        f"bytes, no unit that was finished was computed again; {time.monotonic() - began:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
