@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config, GPT2Config
 
+from tests.conftest import paper_config, random_checkpoint
 from tn_lens import (
     Neuron,
     QuestionSet,
     attribute,
     build_prompts,
     find_truth_neurons,
+    load_model,
     manipulation_check,
     neuron_card,
     select_neurons,
@@ -173,6 +176,41 @@ def test_a_norm_behind_the_weights_counts(tiny: Callable[..., Model]) -> None:
     torch.testing.assert_close(backend_of(model).direct_logits(neurons), expected - expected.mean(1, keepdim=True))
     plain = torch.stack([block.mlp.W_out[5], block.attn.W_O[2, 3]]) * last @ model.unembed.W_U
     assert not torch.allclose(plain - plain.mean(1, keepdim=True), backend_of(model).direct_logits(neurons), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-3B-Instruct", "OLMo-2-1124-7B-Instruct", "gemma2", "gpt2"])
+def test_direct_logits_of_a_bridge(name: str) -> None:
+    """By the names and conventions of Hugging Face: Gemma's norms add 1 to their weights, GPT-2's center."""
+    small: dict[str, Any] = {"vocab_size": 283, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if name == "gemma2":
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        config = Gemma2Config(**small, **heads, hidden_size=32, intermediate_size=40, num_hidden_layers=2)
+    elif name == "gpt2":
+        config = GPT2Config(**small, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    else:
+        config = paper_config(name)
+    source: Any = random_checkpoint(config)
+    ours = backend_of(load_model(name, hf_model=source, backend="bridge", dtype="float64")).direct_logits(
+        [Neuron("mlp", 1, None, 5), Neuron("attn", 1, 2, 3)]
+    )
+    source = source.double()
+    if name == "gpt2":
+        block = source.transformer.h[1]
+        rows = torch.stack([block.mlp.c_proj.weight[5], block.attn.c_proj.weight[2 * 8 + 3]])
+        rows = (rows - rows.mean(-1, keepdim=True)) * source.transformer.ln_f.weight
+    else:
+        layer, d_head = source.model.layers[1], source.config.hidden_size // source.config.num_attention_heads
+        rows = torch.stack([layer.mlp.down_proj.weight[:, 5], layer.self_attn.o_proj.weight[:, 2 * d_head + 3]])
+        if name == "gemma2":
+            behind = torch.stack([layer.post_feedforward_layernorm.weight, layer.post_attention_layernorm.weight])
+            rows = rows * (1 + behind) * (1 + source.model.norm.weight)
+        elif name.startswith("OLMo"):
+            behind = torch.stack([layer.post_feedforward_layernorm.weight, layer.post_attention_layernorm.weight])
+            rows = rows * behind * source.model.norm.weight
+        else:
+            rows = rows * source.model.norm.weight
+    expected = (rows @ source.lm_head.weight.T).detach()
+    torch.testing.assert_close(ours, expected - expected.mean(1, keepdim=True), rtol=1e-5, atol=1e-6)
 
 
 def test_a_planted_neuron_shows_what_was_planted() -> None:

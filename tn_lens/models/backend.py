@@ -19,6 +19,9 @@ from ..neurons import Neuron, NeuronSpace
 BackendName = Literal["hooked", "bridge"]
 """TransformerLens' own model (HookedTransformer, to 3.9), or Hugging Face's within TransformerLens (TransformerBridge, from 3)."""
 
+TOKENS_AT_ONCE = 8192
+"""Columns of W_U that are converted to float32 together."""
+
 Hooks = list[tuple[str, Callable[..., Any]]]
 """Hook names and functions of an activation and the hook point, whose `name` is the one given; None changes nothing."""
 
@@ -181,6 +184,15 @@ class Backend(ABC):
     def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """What a unit of each attention neuron of a layer adds to the attention's output: the rows of W_O."""
 
+    @abstractmethod
+    def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
+        """The row of W_out or W_O that a neuron writes, and the norm that stands behind it; None where there is none."""
+
+    @abstractmethod
+    def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
+        """W_U and the norm before it, if there is one; None where the weights cannot be read row by row."""
+
+    @torch.no_grad()
     def direct_logits(self, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron vocab"] | None:
         """What one unit of each neuron's activation adds to the logits by itself, past all later layers.
 
@@ -191,7 +203,27 @@ class Backend(ABC):
             Logits on the CPU less their mean over the vocabulary, which the softmax does not see; None where the weights
             cannot be read row by row.
         """
-        return None
+        read = self.unembedding()
+        if read is None:
+            return None
+        w_u, final = read
+        rows = [self._through(norm, row.to(w_u.device, self.wide_dtype)) for row, norm in map(self.output_row, neurons)]
+        directions = torch.stack(rows) if rows else w_u.new_zeros(0, len(w_u), dtype=self.wide_dtype)
+        directions = self._through(final, directions)
+        parts = [directions @ columns.to(self.wide_dtype) for columns in w_u.split(TOKENS_AT_ONCE, dim=1)]
+        logits = torch.cat(parts, dim=1).cpu()
+        return logits - logits.mean(1, keepdim=True)
+
+    def _through(self, norm: Any, direction: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """The linear part of a norm, whatever its weights mean: what it makes of a vector of equal sizes, without its bias."""
+        if norm is None:
+            return direction
+        signs = torch.ones(1, 1, direction.shape[-1], device=direction.device, dtype=self.dtype)
+        signs[..., 1::2] = -1
+        large = 64 * signs  # so that the norm's eps does not count
+        weights = ((norm(large) - norm(-large)) / 2 * signs)[0, 0].to(direction)
+        centred = str(self.model.cfg.normalization_type).startswith("LN")
+        return (direction - direction.mean(-1, keepdim=True) if centred else direction) * weights
 
     def generate(self, ids: Int[Tensor, "1 column"], *, n_tokens: int, temperature: float, stop: bool) -> list[int]:
         """Sample a continuation.

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput
-from ..neurons import NeuronSpace
+from ..neurons import Neuron, NeuronSpace
 from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible, visible_whole
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -235,6 +235,19 @@ class Bridge(Backend):
         cfg, out = self.model.cfg, self.model.blocks[layer].attn.o.original_component
         rows = out.weight.T if isinstance(out, nn.Linear) else out.weight
         return rows.reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
+
+    def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
+        block: Any = self.model.blocks[neuron.layer]
+        if neuron.head is None:
+            out, behind = block.mlp.out.original_component, "ln2"
+            row = out.weight[:, neuron.index] if isinstance(out, nn.Linear) else out.weight[neuron.index]
+        else:
+            row, behind = self.written(neuron.layer)[neuron.head, neuron.index], "ln1"
+        return row, getattr(block, f"{behind}_post", None) or getattr(block, behind) if self.is_post_norm else None
+
+    def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
+        head = self.model.unembed.original_component
+        return head.weight.T, getattr(self.model, "ln_final", None)
 
     def _padded(self, mask: Int[Tensor, "row column"]) -> dict[str, Any]:
         """Masks and positions of rows that are padded on the left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,9 +15,6 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
 from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible
-
-TOKENS_AT_ONCE = 8192
-"""Columns of W_U that are converted to float32 together."""
 
 
 def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:
@@ -205,37 +202,20 @@ class Hooked(Backend):
     def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         return self.model.blocks[layer].attn.W_O
 
-    @torch.no_grad()
-    def direct_logits(self, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron vocab"] | None:
-        if self.model.cfg.load_in_4bit:
-            return None
-        W_U: Tensor = self.model.unembed.W_U
-        rows = [self._output_row(n).to(W_U.device, self.wide_dtype) for n in neurons]
-        directions = torch.stack(rows) if rows else W_U.new_zeros(0, len(W_U), dtype=self.wide_dtype)
-        if self.model.cfg.normalization_type is not None:
-            directions = self._scaled(self.model.ln_final, directions)
-        parts = [directions @ columns.to(self.wide_dtype) for columns in W_U.split(TOKENS_AT_ONCE, dim=1)]
-        logits = torch.cat(parts, dim=1).cpu()
-        return logits - logits.mean(1, keepdim=True)
-
-    def _output_row(self, neuron: Neuron) -> Float[Tensor, " d_model"]:
-        """What a unit of a neuron adds to the residual stream, but for the size that a norm behind it divides by."""
+    def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
             row, behind = block.mlp.W_out[neuron.index], "ln2"
         else:
             row, behind = block.attn.W_O[neuron.head, neuron.index], "ln1"
-        if not self.is_post_norm:
-            return row
         behind += "_post" if self.model.cfg.use_normalization_before_and_after else ""
-        return self._scaled(getattr(block, behind), row.to(self.wide_dtype))
+        return row, getattr(block, behind) if self.is_post_norm else None
 
-    def _scaled(self, norm: Any, direction: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
-        """The linear part of a norm."""
-        if str(self.model.cfg.normalization_type).startswith("LN"):
-            direction = direction - direction.mean(-1, keepdim=True)
-        weight = getattr(norm, "w", None)
-        return direction if weight is None else direction * weight.to(direction)
+    def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
+        cfg = self.model.cfg
+        if cfg.load_in_4bit:
+            return None
+        return self.model.unembed.W_U, None if cfg.normalization_type is None else self.model.ln_final
 
 
 class HookedPrefix(Prefix):
