@@ -93,7 +93,8 @@ def load_model(
     backend_of(model).name_and_equip(name if short == "toy" else short, tokenizer)
     if hf_model is None:
         asked = None if dtype is None else str(dtype).removeprefix("torch.")
-        vars(model)["loaded_from"] = {"model": name, "dtype": asked, "revision": revision}  # a run notes it
+        loaded_from = {"model": name, "dtype": asked, "revision": revision, "backend": backend}
+        vars(model)["loaded_from"] = loaded_from  # a run notes it
     return model
 
 
