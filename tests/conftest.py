@@ -16,12 +16,14 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
 
 from tn_lens import QuestionSet, cli, load_model, load_questions
-from tn_lens.models import Model
+from tn_lens.models import HAS_HOOKED, Model
 from tn_lens.toy.train import build_tokenizer
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has no HookedTransformer")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 283,  # the toy's, so that its tokenizer fits
