@@ -284,7 +284,17 @@ def _tokenizer(model: Model) -> Any:
 
 
 def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+    if not texts:
+        return []
+    try:
+        return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    except (TypeError, UnicodeEncodeError) as error:  # what tokenizers make of lone surrogates
+        broken = next(
+            (text for text in texts if not text.isascii() and text != text.encode(errors="ignore").decode()), None
+        )
+        if broken is None:
+            raise
+        raise BadInput(f"a question holds half of a character (a lone surrogate): {ascii(broken)[-120:]}") from error
 
 
 def _label_id(tokenizer: Any, text: str, ids: list[int], label: str, *, special: bool) -> int:

@@ -85,7 +85,7 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
     check_thresholds(t=t, p=settings.p, alpha=settings.alpha)
     for name in ("n_steps", "n_repetitions", "limit"):
         value = getattr(settings, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BadInput(f"{name} must be a whole number and at least 1; got {value!r}")
     for name, options in OPTIONS.items():
         if getattr(settings, name) not in options:

@@ -162,7 +162,12 @@ def _question(values: dict[str, Any], where: str) -> Question:
     if len(set(choices)) < len(choices):
         raise BadInput(f"{where}: two choices are equal ({', '.join(map(repr, choices))}); each must differ")
     category = values.get("category")
-    return Question(text=text, choices=choices, answer=answer, category="" if category is None else str(category))
+    return Question(
+        text=text,
+        choices=choices,
+        answer=answer,
+        category="" if category is None else _whole(str(category), f"{where}: the category"),
+    )
 
 
 def _text(value: Any, what: str) -> str:
@@ -170,7 +175,16 @@ def _text(value: Any, what: str) -> str:
         raise BadInput(f"{what} is empty")
     if not isinstance(value, str | int | float):
         raise BadInput(f"{what} must be text, got {str(value)[:60]}")
-    return str(value).strip()
+    return _whole(str(value).strip(), what)
+
+
+def _whole(text: str, what: str) -> str:
+    """The text, if a tokenizer can take it: JSON can hold halves of characters (lone surrogates), and a wrong encoding NULs."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadInput(f"{what} holds half of a character, {ascii(text)[:60]}; write the whole one")
+    if "\0" in text:
+        raise BadInput(f"{what} holds a NUL character, {ascii(text)[:60]}; save the file as UTF-8")
+    return text
 
 
 def _answer_index(value: Any, n: int, where: str) -> int:
