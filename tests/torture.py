@@ -114,7 +114,7 @@ def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
     finish(reference)
     expected, units = contents(reference), whole_units(reference)
     where = moments(reference)
-    done = dict.fromkeys(PHASES, 0)
+    done: dict[str, int] = dict.fromkeys(PHASES, 0)
     while sum(done.values()) < n_kills:
         phase = PHASES[sum(done.values()) % len(PHASES)]
         out = folder / "run"
