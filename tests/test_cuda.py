@@ -1,0 +1,92 @@
+"""On CUDA everything is what it is on the CPU: run with `pytest -m gpu` on a machine that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import PAPER_MODELS
+from tests.test_engines import assert_equal, prompts_of
+from tn_lens import ablate, attribute, build_prompts, evaluate, find_truth_neurons, load_model, load_questions
+from tn_lens.attribution.attribute import choose_engine
+from tn_lens.models import Model, last_logits
+from tn_lens.neurons import SITES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Model:
+    return load_model("toy", device="cuda", dtype="float32")
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_the_engines_are_equal(
+    name: str, dtype: torch.dtype, tolerance: float, checkpoint: Callable[[str], Path]
+) -> None:
+    model = load_model(checkpoint(name), device="cuda", dtype=dtype)
+    prompts = prompts_of([12, 40, 23])
+    options: dict[str, Any] = {"n_steps": 4, "separate": True}
+    fast = attribute(model, prompts, engine="shared_prefix", **options)
+    slow = attribute(model, prompts, engine="direct", **options)
+    assert_equal(fast, slow, tolerance)
+    assert all(fast.difference[site].device.type == "cpu" for site in SITES)
+
+
+def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, toy: Model) -> None:
+    tokens = torch.randint(4, 283, (3, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(last_logits(on_gpu, tokens.cuda()).cpu(), last_logits(toy, tokens), atol=1e-3, rtol=1e-3)
+    prompts = build_prompts(toy, load_questions("toy").part("find")[:4], order="both")
+    assert_equal(attribute(on_gpu, prompts), attribute(toy, prompts), 1e-3)
+
+
+def test_suppression_is_what_it_is_on_the_cpu(on_gpu: Model, toy: Model) -> None:
+    questions = load_questions("toy").part("report")[:40]
+    found = find_truth_neurons(toy, load_questions("toy"), limit=60, n_steps=5, n_repetitions=2, progress=False)
+    for mode in ("zero", "mean", "resample"):
+        cpu, gpu = (evaluate(m, questions, found.neurons, n_repetitions=2, mode=mode) for m in (toy, on_gpu))
+        for arm in cpu.arms:
+            torch.testing.assert_close(
+                torch.tensor(gpu.probabilities[arm]), torch.tensor(cpu.probabilities[arm]), atol=1e-3, rtol=0
+            )
+    with ablate(on_gpu, found.neurons):
+        pass
+    assert not any(point.fwd_hooks for point in on_gpu.hook_dict.values())
+
+
+def test_a_whole_run(on_gpu: Model, toy: Model, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"limit": 80, "n_steps": 5, "n_repetitions": 2, "progress": False}
+    gpu = find_truth_neurons(on_gpu, load_questions("toy"), out=tmp_path / "run", **options)
+    cpu = find_truth_neurons(toy, load_questions("toy"), **options)
+    assert gpu.neurons.jaccard(cpu.neurons) > 0.95
+    assert (tmp_path / "run" / "report.html").stat().st_size > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights(dtype: str, on_gpu: Model) -> None:
+    narrow = load_model("toy", device="cuda", dtype=dtype)
+    assert choose_engine(narrow, "auto", "last") == "shared_prefix"
+    prompts = build_prompts(narrow, load_questions("toy").part("find")[:20], order="both")
+    ours, wide = attribute(narrow, prompts), attribute(on_gpu, prompts)
+    for site in SITES:
+        assert ours.difference[site].dtype == torch.float32
+        pairs = zip(ours.difference[site].flatten(1), wide.difference[site].flatten(1), strict=True)
+        assert torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).median() > 0.999
+
+
+def test_memory_stays_within_the_budget(on_gpu: Model) -> None:
+    prompts = build_prompts(on_gpu, load_questions("toy").part("find")[:64], order="both")
+    budget = 64 * 2**20
+    attribute(on_gpu, prompts[:2], max_memory=budget)
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    attribute(on_gpu, prompts, max_memory=budget)
+    assert torch.cuda.max_memory_allocated() - start < budget
