@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint docs bench bench-quick train clean
+.PHONY: demo test lint notebooks docs bench bench-quick train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
@@ -14,6 +14,10 @@ lint: .venv/test
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 	.venv/bin/pyright
+
+# Runs the notebooks and keeps what they show.
+notebooks: .venv/test
+	.venv/bin/python -W ignore notebooks/refresh.py
 
 # The guides and the reference as a site, from the docstrings; a dead link stops it.
 docs: .venv-docs/done

@@ -1,28 +1,167 @@
-"""The notebooks run from the first cell to the last on the embedded model."""
+"""The notebooks run from the first cell to the last on the embedded model, and show what they show in the repository."""
 
 from __future__ import annotations
 
+import base64
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PLOT = "application/vnd.plotly.v1+json"
+MOST_BYTES = 500_000
+
+RELATIVE = 0.02
+"""Two numbers agree within 2 % of the larger: sums differ in their last bits between machines, and counts by a neuron."""
+TINY = 1e-4
+"""Below it, where p-values and differences of equal things are, numbers need only both be so small."""
+
+NUMBER = re.compile(r"(?<![\w.])[-−+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
+
+
+def refresh() -> Any:
+    """The script that makes the outputs."""
+    spec = importlib.util.spec_from_file_location("refresh", FOLDER / "refresh.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers_of(text: str) -> list[float]:
+    """The numbers in a text, in order."""
+    return [float(found.replace(",", "").replace("−", "-")) for found in NUMBER.findall(text)]
+
+
+def leaves(value: Any) -> Iterator[float | str]:
+    """The numbers and words of a plot, arrays unpacked."""
+    match value:
+        case {"bdata": packed, "dtype": kind}:
+            yield from np.frombuffer(base64.b64decode(packed), kind).astype(float).tolist()
+        case dict():
+            for key in sorted(value):
+                yield from leaves(value[key])
+        case list() | tuple():
+            for one in value:
+                yield from leaves(one)
+        case bool() | None:
+            yield str(value)
+        case int() | float():
+            yield float(value)
+        case _:
+            yield str(value)
+
+
+def shown(output: Any) -> list[float | str]:
+    """What an output says: words, and numbers apart."""
+    if output.output_type == "stream":
+        texts = [output.text]
+    elif PLOT in output.data:
+        found = list(leaves(output.data[PLOT]["data"]))
+        title = output.data[PLOT]["layout"].get("title", {}).get("text", "")
+        return [*[one for one in found if isinstance(one, float)], *said(title)]
+    else:
+        texts = [output.data[kind] for kind in ("text/plain", "text/html") if kind in output.data]
+    return [one for text in texts for one in said(text)]
+
+
+def said(text: str) -> list[float | str]:
+    """The words between the numbers, and the numbers."""
+    words: list[float | str] = [" ".join(NUMBER.sub("#", text).split())]
+    return [*words, *numbers_of(text)]
+
+
+def agree(one: float | str, two: float | str) -> bool:
+    """Whether two words are the same, or two numbers nearly so."""
+    if isinstance(one, str) or isinstance(two, str):
+        return one == two
+    if math.isnan(one) or math.isnan(two):
+        return math.isnan(one) == math.isnan(two)
+    return abs(one - two) <= max(RELATIVE * max(abs(one), abs(two)), TINY)
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Where two runs of a notebook differ."""
+    found = []
+    for number, (before, after) in enumerate(zip(old.cells, new.cells, strict=True)):
+        if before.cell_type != "code":
+            continue
+        was, now = ([one for output in cell.outputs for one in shown(output)] for cell in (before, after))
+        if len(was) != len(now):
+            found.append(f"cell {number}: {len(was)} values were shown, {len(now)} are")
+        found += [f"cell {number}: {a!r} was, {b!r} is" for a, b in zip(was, now, strict=False) if not agree(a, b)]
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+def test_a_fresh_run_shows_what_the_repository_has(path: Path) -> None:
+    committed = nbformat.read(path, as_version=4)
+    fresh = refresh().run(path)
+    cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert cells
     assert all(cell.execution_count for cell in cells)
+    assert not differences(committed, fresh)
 
 
-def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_kept_is_small_and_shows_plots(path: Path) -> None:
+    assert path.stat().st_size < MOST_BYTES
+    notebook = nbformat.read(path, as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert kinds <= {PLOT, "text/plain", "text/html"}
+    assert sum(PLOT in output.get("data", {}) for output in outputs) >= 1
+    assert not [output for output in outputs if output.output_type == "error"]
+    text = json.dumps(outputs)
+    assert "<script" not in text
+    assert "/tmp/" not in text
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert re.search(r"^MODELS?\b.*=", first.source)
+    assert "\n# MODEL" in first.source, "the first cell switches to a real model"
+
+
+def test_the_five_notebooks_are_there() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+
+
+def test_other_outputs_are_seen() -> None:
+    """The comparison can fail, in words, in numbers, in plots and in their number."""
+
+    def notebook(text: str, values: list[float]) -> Any:
+        plot = {"data": [{"y": values, "type": "bar"}], "layout": {"title": {"text": "found 3"}}}
+        packed = {"data": [{"y": {"bdata": base64.b64encode(np.array(values)).decode(), "dtype": "f8"}}], "layout": {}}
+        outputs = [
+            nbformat.v4.new_output("stream", name="stdout", text=text),
+            nbformat.v4.new_output("display_data", data={PLOT: plot}),
+            nbformat.v4.new_output("display_data", data={PLOT: packed}),
+        ]
+        return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
+
+    base = notebook("149 of 960 found, p = 6.8e-12", [1.0, 2.0])
+    assert not differences(base, notebook("150 of 960 found, p = 1.8e-12", [1.01, 2.0]))
+    assert len(differences(base, notebook("139 of 960 found, p = 6.8e-12", [1.0, 2.0]))) == 1
+    assert len(differences(base, notebook("149 of 960 lost, p = 6.8e-12", [1.0, 2.0]))) == 1
+    assert len(differences(base, notebook("149 of 960 found, p = 0.01", [1.0, 2.0]))) == 1
+    assert len(differences(base, notebook("149 of 960 found, p = 6.8e-12", [1.0, 2.2]))) == 2
+    assert differences(base, notebook("149 of 960 found, p = 6.8e-12", [1.0]))
+
+
+def test_progress_bars_and_errors_are_not_kept() -> None:
+    script = refresh()
+    bar = nbformat.v4.new_output("display_data", data={script.WIDGET: {}, "text/plain": "50%"})
+    noise = nbformat.v4.new_output("stream", name="stderr", text="a warning")
+    plot = nbformat.v4.new_output(
+        "display_data", data={PLOT: {"data": [], "layout": {}, "config": {}}, "text/html": "<div>"}
+    )
+    assert script.clean_output(bar) is script.clean_output(noise) is None
+    assert script.clean_output(plot).data == {PLOT: {"data": [], "layout": {}}}
