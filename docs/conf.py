@@ -9,7 +9,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tn_lens"
-BEHIND = ("diagnosis", "reselection", "tuning", "controls", "significance", "storage", "retest", "report", "toy.plant")
+BEHIND = (
+    "diagnosis",
+    "reselection",
+    "tuning",
+    "controls",
+    "significance",
+    "storage",
+    "scores",
+    "retest",
+    "report",
+    "toy.plant",
+)
 """Modules of the reference that hold no public name of the package, after those that do."""
 
 MIRRORED = {
