@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_evaluate import evaluate, wrong_answers
+from .cli_pages import compare, report
 from .cli_show import show
 from .console import frame_table, open_console
 from .errors import BadInput, WorkerLost
@@ -222,6 +223,8 @@ def _spread_lists(arguments: list[str]) -> list[str]:
 
 
 app.command()(show)
+app.command()(report)
+app.command()(compare)
 app.command()(evaluate)
 app.command("wrong-answers")(wrong_answers)
 

@@ -72,6 +72,8 @@ def evaluate(
     from .evaluation import ARMS, table1, table2
     from .evaluation.text import paragraphs, plain_texts
     from .neurons import NeuronSet
+    from .pipeline import report_of
+    from .storage import RunFolder
 
     hf_logging.disable_progress_bar()
     if (folder is None) == (neurons is None):
@@ -141,6 +143,9 @@ def evaluate(
         console.print(table2(evaluations))
     if out is not None:
         console.print(f"\nTables and numbers: {out}", highlight=False, soft_wrap=True)
+    if folder is not None and out == folder / "evaluation":
+        RunFolder(folder).write("report.html", report_of(folder))
+        console.print(f"Report, with these evaluations: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def wrong_answers(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .attribution.result import largest_gap
 from .cards import Card
 from .diagnosis import Diagnosis
 from .evaluation import Evaluation
@@ -60,9 +61,7 @@ class TruthNeurons:
     @property
     def completeness_gap(self) -> float:
         """Largest mean |gap| of a site and layer over the largest mean |change|."""
-        largest = max((max(of["change"]) for of in self.completeness.values()), default=0.0)
-        missing = max((max(of["gap"]) for of in self.completeness.values()), default=0.0)
-        return missing / largest if largest else 0.0
+        return largest_gap(self.completeness)
 
     def plot_layers(self) -> Figure:
         """Figure 5 of this model."""
@@ -122,17 +121,23 @@ class TruthNeurons:
         return summary
 
     def checks_to_dict(self) -> dict[str, Any]:
-        """diagnosis.json: what the neurons support, how stable the set is, and how t was chosen."""
+        """diagnosis.json: what was kept, what the neurons support, how stable the set is, and how t was chosen."""
         checks: dict[str, Any] = {
+            "manipulation": self.check.to_dict(),
+            "completeness": self.completeness,
             **self.diagnosis.to_dict(),
+            "sentences": self.diagnosis.sentences(),
             "stability": {
                 "n_splits": len(self.stability.seeds),
                 "mean_jaccard": float(np.mean(self.stability.jaccards)),
                 "n_in_every_split": len(self.stability.core),
+                "summary": self.stability.summary(),
             },
             "found_again_in_both_orders": self.found_again,
         }
-        return checks if self.tuning is None else checks | {"tuning": self.tuning.to_dict()}
+        if self.tuning is not None:
+            checks["tuning"] = {**self.tuning.to_dict(), "summary": self.tuning.summary()}
+        return checks
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.summary())}</p>{self.evaluation.to_frame().round(3).to_html()}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +20,7 @@ from .units import Mapper, in_memory
 
 LOPSIDED = 0.15
 """How far the share of right answers at A may be from chance before it is worth a warning."""
+CALIBRATION_BINS = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -94,6 +97,45 @@ class ManipulationCheck:
         if self.is_lopsided:
             said += f" {self.lopsided}"
         return said
+
+    def calibration(self, n_bins: int = CALIBRATION_BINS) -> pd.DataFrame:
+        """How often the model is right where it is sure: prompts by the chosen label's share of the labels' probability.
+
+        Returns:
+            One row per bin that holds a prompt: low, high, n_prompts, confidence and accuracy (means, in [0, 1]).
+        """
+        shares = self.probabilities / self.probabilities.sum(-1, keepdim=True).clamp(min=1e-12)
+        confidence = shares.max(-1).values.double().numpy()
+        right = is_right(self.probabilities, self.asked).double().numpy()
+        least = 1 / max((p.n_choices for p in self.asked), default=2)
+        edges = np.linspace(least, 1, n_bins + 1)
+        bins = np.clip(np.digitize(confidence, edges) - 1, 0, n_bins - 1)
+        rows = [
+            {
+                "low": float(edges[b]),
+                "high": float(edges[b + 1]),
+                "n_prompts": int((bins == b).sum()),
+                "confidence": float(confidence[bins == b].mean()),
+                "accuracy": float(right[bins == b].mean()),
+            }
+            for b in sorted(set(bins.tolist()))
+        ]
+        return pd.DataFrame(rows, columns=["low", "high", "n_prompts", "confidence", "accuracy"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts and shares, as plain values for JSON."""
+        return {
+            "n_asked": self.n_asked,
+            "n_kept": len(self.questions),
+            "n_prompts": len(self.asked),
+            "answer_mass": self.answer_mass,
+            "says_a": self.says_a,
+            "right_at_a_before": self.right_at_a_before,
+            "right_at_a_after": self.right_at_a_after,
+            "is_lopsided": self.is_lopsided,
+            "calibration": self.calibration().to_dict("records"),
+            "summary": self.summary(),
+        }
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt."""

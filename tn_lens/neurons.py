@@ -7,6 +7,7 @@ keys and values are shared by groups of heads. Inside tensors a site of a layer 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -126,6 +127,11 @@ class NeuronSet(Set[Neuron]):
     def jaccard(self, other: NeuronSet) -> float:
         """Size of the intersection over size of the union; 1 for two empty sets."""
         return len(self & other) / len(self | other) if self or other else 1.0
+
+    @property
+    def digest(self) -> str:
+        """What tells this set from others: SHA-256 of the neurons' names."""
+        return hashlib.sha256("\n".join(map(str, self)).encode()).hexdigest()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per neuron: site, layer, head, index."""

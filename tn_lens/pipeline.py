@@ -17,7 +17,7 @@ import torch
 from .attribution import attribute, post_norm_warning
 from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, back_off_warning, choose_engine
 from .attribution.result import PassSize
-from .cards import make_cards
+from .cards import load_cards, make_cards
 from .diagnosis import diagnose
 from .distributed import workers
 from .errors import BadInput
@@ -30,6 +30,7 @@ from .prompts import build_prompts
 from .questions.question import QuestionSet
 from .report import write_report
 from .reselection import found_again, stability
+from .runs import load_run
 from .scores import BACKED_OFF, StoredScores, pack_scores
 from .seals import fingerprint, read_manifest
 from .seeds import generator
@@ -326,28 +327,24 @@ def weights_digest(model: Model) -> str:
 
 
 def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str, Any]) -> None:
-    """neurons.json, cards.json, evaluation.json, diagnosis.json, summary.json and report.html."""
+    """What was found as JSON files, and from them report.html."""
     provenance = {
         key: manifest[key] for key in ("model", "questions", "p", "alpha", "correction", "family", "order", "seed")
     }
     folder.write_json("neurons.json", {**provenance, "t": found.selection.t, "neurons": found.records()})
     folder.write_json("cards.json", {"model": found.model_name, "cards": [card.to_dict() for card in found.cards]})
-    evaluation = found.evaluation
-    folder.write_json(
-        "evaluation.json",
-        {
-            "questions": evaluation.name,
-            "n_questions": evaluation.n_questions,
-            "arms": {
-                name: {"accuracy": (100 * arm.accuracies).tolist(), **evaluation.to_dict()[name]}
-                for name, arm in evaluation.arms.items()
-            },
-            "welch_p": evaluation.welch_p,
-            "probability_change": evaluation.probability_change,
-            "warnings": found.warnings(),
-        },
-    )
+    folder.write_json("selection.json", found.selection.to_dict())
+    folder.write_json("evaluation.json", {**found.evaluation.record(), "warnings": found.warnings()})
     folder.write_json("diagnosis.json", found.checks_to_dict())
     folder.write_json("summary.json", found.to_dict())
-    folder.write("report.html", write_report(found, manifest).encode(errors="xmlcharrefreplace"))
+    folder.write("report.html", report_of(folder.path))
     folder.note("neurons_sha256", folder.digest("neurons.json"))  # `evaluate` relies on it
+
+
+def report_of(path: Path) -> bytes:
+    """report.html from what a run folder holds, evaluations on other question sets among it; no model is needed.
+
+    Raises:
+        BadInput: there is no finished run, or a file of it is damaged.
+    """
+    return write_report(load_run(path), load_cards(path)).encode(errors="xmlcharrefreplace")

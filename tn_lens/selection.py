@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -22,6 +22,9 @@ from .significance import Correction, Moments, adjust, half_width, one_sided_t_t
 
 Family = Literal["candidates", "all"]
 """What the correction counts as tested: the candidates that were, or every neuron of the model."""
+
+COLUMNS = ("share", "mean_difference", "std", "t_statistic", "p_value", "p_adjusted", "found")
+"""What is known of every candidate."""
 
 
 @runtime_checkable
@@ -112,6 +115,39 @@ class Selection:
             {str(k): v for k, v in row.items()} | {"head": int(row["head"]) if row["site"] == "attn" else None}
             for row in rows
         ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values for JSON: one list a column of the candidates."""
+        columns = {name: getattr(self, name).tolist() for name in COLUMNS}
+        places = {name: [getattr(n, name) for n in self.candidates] for name in ("site", "layer", "head", "index")}
+        settings = {name: getattr(self, name) for name in ("t", "p", "alpha", "correction", "family", "seed")}
+        halves = {"half_1": list(self.half_1), "half_2": list(self.half_2)}
+        return {"space": asdict(self.space), **settings, **halves, "candidates": {**places, **columns}}
+
+    @classmethod
+    def from_dict(cls, held: Mapping[str, Any]) -> Selection:
+        """The inverse of `to_dict`, also after JSON.
+
+        Raises:
+            BadInput: a field is missing or does not fit.
+        """
+        try:
+            columns = held["candidates"]
+            places = zip(*(columns[name] for name in ("site", "layer", "head", "index")), strict=True)
+            return cls(
+                space=NeuronSpace(**held["space"]),
+                candidates=tuple(Neuron(*place) for place in places),
+                **{name: np.array(columns[name], dtype=np.float64) for name in COLUMNS if name != "found"},
+                found=np.array(columns["found"], dtype=bool),
+                half_1=tuple(held["half_1"]),
+                half_2=tuple(held["half_2"]),
+                **{name: held[name] for name in ("t", "p", "alpha", "correction", "family", "seed")},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(
+                f"expected a selection as tn_lens writes it, and {error} is missing or of another kind; run the same "
+                "command again to write it anew"
+            ) from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"

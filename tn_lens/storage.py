@@ -36,6 +36,7 @@ RESULT_FILES = (
     "diagnosis.json",
     "evaluation.json",
     "cards.json",
+    "selection.json",
     "neurons.json",
     "prompts.json",
     "manifest.json",

@@ -149,3 +149,11 @@ def relative_gap(gap: Scores, change: Scores) -> float:
     largest = max((float(c.abs().max()) for c in change.values() if c.numel()), default=0.0)
     missing = max((float(g.abs().max()) for g in gap.values() if g.numel()), default=0.0)
     return missing / largest if largest else float(missing > 0)
+
+
+def largest_gap(completeness: Mapping[str, Mapping[str, list[float]]]) -> float:
+    """Largest mean |gap| of a site and layer over the largest mean |change|; 0 where nothing changes."""
+    largest, missing = (
+        max((max(of[name], default=0.0) for of in completeness.values()), default=0.0) for name in ("change", "gap")
+    )
+    return missing / largest if largest else 0.0

@@ -147,6 +147,11 @@ def warnings_of(evaluation: Evaluation) -> list[str]:
     return said
 
 
+def _points(value: float) -> str:
+    """With one digit, and no minus before nothing."""
+    return f"{round(value, 1) + 0.0:.1f}"
+
+
 def explain(evaluation: Evaluation) -> list[str]:
     """What the fall is made of, and how it compares with every control: one sentence each."""
     parts = fall(evaluation)
@@ -155,11 +160,11 @@ def explain(evaluation: Evaluation) -> list[str]:
         of = "fall" if parts["total"] > 0 else "rise"
         sign = 1 if parts["total"] > 0 else -1
         pieces = (
-            f"{sign * parts['content']:.1f} are the content choice (order-averaged) and {sign * parts['letter']:.1f} letter bias"
+            f"{_points(sign * parts['content'])} are the content choice (order-averaged) and {_points(sign * parts['letter'])} letter bias"
             if evaluation.n_orders > 1
             else "letter bias cannot be told apart, as every question was asked in one order"
         )
-        lost = f"; counting answers without half of the probability as wrong adds {sign * parts['mass']:.1f}"
+        lost = f"; counting answers without half of the probability as wrong adds {_points(sign * parts['mass'])}"
         said.append(f"Of the {of} of {abs(parts['total']):.1f} points in plain accuracy {pieces}{lost}.")
     else:
         said.append("Plain accuracy does not move.")

@@ -233,6 +233,7 @@ class Evaluation:
             "questions": self.name,
             "n_questions": self.n_questions,
             "n_neurons": self.n_neurons,
+            "neurons_sha256": self.neurons.digest,
             "intervention": self.intervention,
             "seed": self.seed,
             "n_repetitions": self.n_repetitions,

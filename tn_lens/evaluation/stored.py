@@ -45,6 +45,7 @@ class StoredEvaluation:
     model_name: str
     n_questions: int
     n_neurons: int
+    neurons_sha256: str
     n_repetitions: int
     n_orders: int
     intervention: str
@@ -77,6 +78,7 @@ class StoredEvaluation:
                 model_name=record["model"],
                 n_questions=record["n_questions"],
                 n_neurons=record["n_neurons"],
+                neurons_sha256=record["neurons_sha256"],
                 n_repetitions=record["n_repetitions"],
                 n_orders=record["n_orders"],
                 intervention=record["intervention"],

@@ -15,6 +15,9 @@ from .reference import PAPER
 
 if TYPE_CHECKING:
     from .result import Evaluation
+    from .stored import StoredEvaluation
+
+    Evaluated = Evaluation | StoredEvaluation
 
 LEVEL = 0.05
 HEADINGS: Mapping[str, str] = {
@@ -86,7 +89,7 @@ class Table:
         return f"{self.frame.to_html(index=False)}<p>{escape(self.caption)}</p>"
 
 
-def table1(evaluations: Sequence[Evaluation]) -> Table:
+def table1(evaluations: Sequence[Evaluated]) -> Table:
     """Accuracy untouched, with every control and with the found neurons suppressed; one row a model (paper table 1).
 
     Raises:
@@ -99,7 +102,7 @@ def table1(evaluations: Sequence[Evaluation]) -> Table:
     rows: list[dict[str, str]] = []
     for e in evaluations:
         cells = {HEADINGS[arm]: _spread(e, arm) for arm in arms}
-        rows.append({"model": e.model_name or "model", **cells, "neurons": str(len(e.neurons))})
+        rows.append({"model": e.model_name or "model", **cells, "neurons": str(e.n_neurons)})
         if e.n_orders > 1:
             averaged = {HEADINGS[arm]: _averaged(e, arm) for arm in arms}
             rows.append({"model": "  order-averaged", **averaged, "neurons": ""})
@@ -110,7 +113,7 @@ def table1(evaluations: Sequence[Evaluation]) -> Table:
                 HEADINGS[arm]: f"{theirs[arm][0]:.2f} ± {theirs[arm][1]:.2f}" if arm in theirs else "-" for arm in arms
             }
             rows.append({"model": "  in the paper", **cells, "neurons": str(paper.n_neurons)})
-    n_repetitions = sorted({len(e.asked) for e in evaluations})
+    n_repetitions = sorted({e.n_repetitions for e in evaluations})
     repeated = " or ".join(map(str, n_repetitions))
     return Table(
         pd.DataFrame(rows).fillna("-"),
@@ -119,7 +122,7 @@ def table1(evaluations: Sequence[Evaluation]) -> Table:
     )
 
 
-def table2(evaluations: Sequence[Evaluation]) -> Table:
+def table2(evaluations: Sequence[Evaluated]) -> Table:
     """Accuracy before and after suppression, with every control; one row a model and question set (paper table 2).
 
     Raises:
@@ -148,7 +151,7 @@ def table2(evaluations: Sequence[Evaluation]) -> Table:
     )
 
 
-def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluation]) -> pd.DataFrame:
+def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluated]) -> pd.DataFrame:
     """Means over models of one size, as in section 3.3 of the paper.
 
     Args:
@@ -184,7 +187,7 @@ def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluat
     return pd.DataFrame(rows)
 
 
-def _spread(evaluation: Evaluation, name: str) -> str:
+def _spread(evaluation: Evaluated, name: str) -> str:
     if name not in evaluation.arms:
         return "-"
     arm = evaluation.arms[name]
@@ -192,13 +195,13 @@ def _spread(evaluation: Evaluation, name: str) -> str:
     return f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}{star}"
 
 
-def _averaged(evaluation: Evaluation, name: str) -> str:
+def _averaged(evaluation: Evaluated, name: str) -> str:
     if name not in evaluation.arms or not evaluation.arms[name].is_complete:
         return "-"
     return f"{100 * evaluation.arms[name].order_averaged_accuracy:.2f}"
 
 
-def _cell(evaluation: Evaluation, name: str) -> str:
+def _cell(evaluation: Evaluated, name: str) -> str:
     if name not in evaluation.arms:
         return "-"
     star = " *" if name == "suppressed" and evaluation.compare("suppressed", "baseline").high < 0 else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..errors import BadInput
 from ..neurons import SITES, NeuronSet
@@ -247,10 +247,11 @@ def _gap(n_layers: int) -> int:
     return 2 if n_layers <= 32 else 1
 
 
-def _thirds(counts: np.ndarray) -> np.ndarray:
-    """Neurons in the first, middle and last third of the layers, by the middle of each layer."""
-    third = np.floor(3 * (np.arange(len(counts)) + 0.5) / len(counts)).astype(int)
-    return np.bincount(third, weights=counts, minlength=3)
+def shares_of_thirds(counts: Int[np.ndarray, " layer"]) -> Float[np.ndarray, " third"]:
+    """The fraction of the neurons in each third of the depth; a layer on a border counts for both by its parts."""
+    n_layers = len(counts)
+    cumulative = np.concatenate([[0], np.cumsum(counts / max(counts.sum(), 1))])
+    return np.diff(np.interp([0, 1 / 3, 2 / 3, 1], np.linspace(0, 1, n_layers + 1), cumulative))
 
 
 def _finding(counts: Mapping[str, np.ndarray]) -> str:
@@ -265,7 +266,7 @@ def _finding(counts: Mapping[str, np.ndarray]) -> str:
         if n_layers < 6:
             top = int(of.argmax())
             return f"{of[top] / total:.0%} of the {total:,} {noun}{whose} sit in layer {top} of 0 to {n_layers - 1}"
-        shares = _thirds(of) / total
+        shares = shares_of_thirds(of)
         if shares.max() >= 0.5:
             return f"{shares.max():.0%} of the {total:,} {noun}{whose} sit in the {THIRDS[int(shares.argmax())]} third of {n_layers} layers"
         said = ", ".join(f"{share:.0%} in the {third}" for share, third in zip(shares, THIRDS, strict=True))
@@ -273,6 +274,6 @@ def _finding(counts: Mapping[str, np.ndarray]) -> str:
     held = {name: of for name, of in counts.items() if of.any()}
     if not held:
         return f"No truth neurons were found in {len(counts)} models"
-    favourite = [int(_thirds(of).argmax()) for of in held.values()]
+    favourite = [int(shares_of_thirds(of).argmax()) for of in held.values()]
     most = max(range(3), key=favourite.count)
     return f"In {favourite.count(most)} of {len(counts)} models the {THIRDS[most]} third of the layers holds the most truth neurons"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,12 +120,29 @@ class Figure(go.Figure):
     @property
     def finding(self) -> str:
         """The title on one line, safe to stand in HTML."""
-        return (self.layout.title.text or "").replace("<br>", " ")
+        return self._title.get("text", "").replace("<br>", " ")
 
     @property
     def remark(self) -> str:
         """The subtitle on one line, safe to stand in HTML."""
-        return (self.layout.title.subtitle.text or "").replace("<br>", " ")
+        return self._title.get("subtitle", {}).get("text", "").replace("<br>", " ")
+
+    @property
+    def _title(self) -> dict[str, Any]:
+        return self.to_plotly_json()["layout"].get("title", {})
+
+    def bare(self) -> dict[str, Any]:
+        """Data and layout as plain values, for a page that has its own headings: without a title, as wide as its place."""
+        held = json.loads(str(self.to_json()))
+        layout = held["layout"]
+        plot = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"]
+        has_headings = any(a.get("yref") == "paper" and a.get("y") == 1 for a in layout.get("annotations", ()))
+        top = 34 if has_headings else 16
+        legend = LEGEND_ROW + 6 if layout["showlegend"] else 0
+        layout |= {"title": {}, "height": plot + layout["margin"]["b"] + top + legend}
+        layout["margin"] |= {"t": top, "l": 10, "r": 10}
+        layout["legend"] |= {"xref": "paper", "yref": "paper", "x": 0, "y": 1 + (top - 6) / plot, "yanchor": "bottom"}
+        return {"data": held["data"], "layout": layout}
 
 
 def look_of(theme: Theme) -> Look:
