@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint notebooks docs bench bench-quick train clean
+.PHONY: demo test lint notebooks docs bench bench-quick fuzz torture train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
@@ -22,6 +22,14 @@ notebooks: .venv/test
 # The guides and the reference as a site, from the docstrings; a dead link stops it.
 docs: .venv-docs/done
 	.venv-docs/bin/python -m sphinx -q -W --keep-going -E -d .venv-docs/doctrees docs site
+
+# More than 10,000 cases of questions, settings and run folders that nobody thought of; some minutes.
+fuzz: .venv/test
+	TN_LENS_FUZZ=1 .venv/bin/pytest -o addopts= tests/test_fuzz.py
+
+# A run killed with SIGKILL at 50 random moments; some minutes.
+torture: .venv/test
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.torture --kills 50
 
 # What integrated gradients and evaluation cost beside captum and plain loops; TRUTHFULQA=path of TruthfulQA.csv if offline.
 bench: .venv/bench

@@ -202,7 +202,7 @@ def test_candidates_are_those_of_the_definition(seed: int, n_questions: int, t: 
     half, _ = split_halves(scores.categories, 0)
     expected = set()
     for site, values in difference.items():
-        own = values[list(half)].double()
+        own = values[list(half)]
         largest = own.flatten(1).max(1).values[:, None, None]
         salient = (own > t * largest) & (largest > 0)
         for layer, index in (salient.sum(0) >= p * len(half) - 1e-9).nonzero().tolist():

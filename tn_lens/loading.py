@@ -176,6 +176,10 @@ def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
             )
         elif any_is(errors.RevisionNotFoundError):
             said = f"it has no revision {options.get('revision')!r}"
+        elif "model.safetensors" in text:
+            said = (
+                "it has no weights as safetensors, and pickled ones are not opened; save it anew with save_pretrained"
+            )
         elif "model type" in text or "trust_remote_code" in text:
             said = f"transformers does not know its architecture ({text[:200]})"
         elif (
@@ -201,7 +205,12 @@ def read_weights(source: str, name: str, **options: Any) -> Any:
         BadInput: some are missing (Hugging Face would make them up), left over, or of another shape.
     """
     model, report = read_from_hub(
-        AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,  # never unpickled
+        **options,
     )
     left_over = [key for key in report["unexpected_keys"] if ".layers." in key and "inv_freq" not in key]
     wrong = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]

@@ -258,7 +258,7 @@ def attribute_into(
     model: Model,
     check: ManipulationCheck,
     options: Mapping[str, Any],
-    mapper: Mapper,
+    mapper: StoredUnits,
     settings: Settings,
     *,
     progress: bool,
@@ -267,21 +267,22 @@ def attribute_into(
 
     Where memory runs out, the size of a pass that fitted serves all further shards, and stands in the manifest.
     """
-    stored = StoredScores(folder, neuron_space(model), cut_prompts(check.prompts))
-    if folder.workers.is_first:
-        stored.save_index()
+    shards = cut_prompts(check.prompts)
     noted = folder.noted(BACKED_OFF)
     size = PassSize(**noted) if noted else None
 
     def compute(index: int) -> Tensors:
         nonlocal size
-        found = attribute(model, stored.shards[index], separate=settings.separate, pass_size=size, **options)
+        found = attribute(model, shards[index], separate=settings.separate, pass_size=size, **options)
         if found.pass_size != found.planned:
             size = found.pass_size
             folder.note(BACKED_OFF, size._asdict())
         return pack_scores(found, size)
 
-    mapper(SCORES, [unit_key(shard) for shard in stored.shards], compute, "attribution" if progress else None)
+    done = mapper(SCORES, [unit_key(shard) for shard in shards], compute, "attribution" if progress else None)
+    stored = StoredScores(folder, neuron_space(model), shards, keys=done.keys)
+    if folder.workers.is_first:
+        stored.save_index()
     if fitted := stored.backed_off():
         folder.note(BACKED_OFF, fitted._asdict())
     return stored

@@ -35,6 +35,8 @@ class StoredScores:
     shards: tuple[tuple[Prompt, ...], ...]
     drawn: int | None = None
     """A seed, to count each question by one order drawn at random, as if it had been asked once; None for the mean of all."""
+    keys: tuple[str, ...] = ()
+    """Of the shards, so that no other file passes for one; empty where they are not known."""
 
     @classmethod
     def load(cls, path: str | Path) -> StoredScores:
@@ -46,7 +48,7 @@ class StoredScores:
         path = Path(path)
         if not (path / "manifest.json").is_file():
             raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
-        read_manifest(path / "manifest.json")
+        manifest = read_manifest(path / "manifest.json")
         try:
             held = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
             if not is_sealed(held):
@@ -65,7 +67,9 @@ class StoredScores:
                 )
                 for shard in held["shards"]
             )
-            return cls(RunFolder(path), NeuronSpace(**held["space"]), shards)
+            if held["run"] != manifest["fingerprint"]:
+                raise ValueError("it belongs to another run")
+            return cls(RunFolder(path), NeuronSpace(**held["space"]), shards, keys=tuple(held["keys"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{path / 'prompts.json'} is missing or damaged; run the same command again, or another version wrote it"
@@ -77,7 +81,13 @@ class StoredScores:
             [{"question": p.question, "category": p.category, "right": p.right, "order": p.order} for p in shard]
             for shard in self.shards
         ]
-        self.folder.write_json("prompts.json", sealed({"space": asdict(self.space), "shards": shards}))
+        index = {
+            "run": self.folder.noted("fingerprint"),
+            "space": asdict(self.space),
+            "keys": self.keys,
+            "shards": shards,
+        }
+        self.folder.write_json("prompts.json", sealed(json.loads(json.dumps(index))))
 
     @property
     def categories(self) -> dict[int, str]:
@@ -148,7 +158,7 @@ class StoredScores:
 
     def _read(self, index: int) -> dict[str, Tensor]:
         held = self.folder.read_unit(SCORES, index)
-        if held is None:
+        if held is None or (self.keys and held[0] != self.keys[index]):
             raise BadInput(f"{self.folder.unit(SCORES, index)} is missing or damaged; run again to compute it anew")
         return held[1]
 

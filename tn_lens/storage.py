@@ -153,15 +153,17 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run has written, and nothing else."""
+        for top in (SCORES, WORK):
+            self._refuse_outside(self.path / top)
         with _writing(self.path):
-            for name in (*RESULT_FILES, LOG):
-                (self.path / name).unlink(missing_ok=True)
             for top in (SCORES, WORK):
                 for parent, _, files in os.walk(self.path / top, topdown=False):  # follows no links
                     for name in filter(UNIT.fullmatch, files):
                         (Path(parent) / name).unlink()
                     with contextlib.suppress(OSError):  # somebody else's files are in it
                         Path(parent).rmdir()
+            for name in (LOG, *RESULT_FILES):  # the manifest last, by which the folder is known for a run
+                (self.path / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove what a run has written, and the folder itself if nothing else is in it."""
@@ -180,10 +182,7 @@ class RunFolder:
         path = self.path / name
         temporary = path.with_name(f".{path.name}.part")
         with _writing(path):
-            if not path.parent.resolve().is_relative_to(self.path.resolve()):
-                raise BadInput(
-                    f"{str(path)!r} lies outside the run folder {str(self.path)!r}; nothing is written there"
-                )
+            self._refuse_outside(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
@@ -197,6 +196,11 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
                 raise
+
+    def _refuse_outside(self, folder: Path) -> None:
+        """Refuse a place that a name or a link leads to outside the run folder."""
+        if not folder.resolve().is_relative_to(self.path.resolve()):
+            raise BadInput(f"{str(folder)!r} lies outside the run folder {str(self.path)!r}; nothing is written there")
 
     def write_json(self, name: str, payload: Any) -> None:
         """Write JSON; NaN becomes null."""

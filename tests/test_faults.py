@@ -1,0 +1,124 @@
+"""A disk that is full, a folder that cannot be written: one sentence, and a later run completes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tn_lens import BadInput, QuestionSet, find_truth_neurons
+from tn_lens.models import Model
+
+from .conftest import contents
+
+SMALL: dict[str, Any] = {"limit": 24, "n_steps": 2, "n_repetitions": 2, "order": "both", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def few(toy_questions: QuestionSet) -> QuestionSet:
+    """So few questions that a run takes a second."""
+    split = [question.split for question in toy_questions]
+    places = [p for part in ("find", "report") for p in [i for i, s in enumerate(split) if s == part][:24]]
+    return toy_questions.select(places)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> dict[str, bytes]:
+    """What a run writes where nothing goes wrong."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    find_truth_neurons(toy, few, out=folder, **SMALL)
+    return contents(folder)
+
+
+class Failing:
+    """A system call that works so many times, and then no more."""
+
+    def __init__(self, real: Callable[..., Any], inside: Path, budget: list[int], number: int) -> None:
+        self.real, self.inside, self.budget, self.number = real, inside, budget, number
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        target = arguments[0]
+        path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else os.fspath(target)
+        if str(path).startswith(str(self.inside)) and Path(path).name not in ("log.jsonl", ".lock"):
+            self.budget[0] -= 1
+            if self.budget[0] < 0:
+                raise OSError(self.number, os.strerror(self.number), str(path))
+        return self.real(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "make room and run again"), (errno.EACCES, "give another folder")],
+)
+def test_every_call_that_writes_may_fail(
+    number: int,
+    said: str,
+    whole: dict[str, bytes],
+    toy: Model,
+    few: QuestionSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each start gets some calls further than the last one did; whatever fails, it is a sentence, and nothing is half there."""
+    out = tmp_path / "run"
+    budget = [0]
+    for name in ("mkdir", "fsync", "replace", "ftruncate"):
+        monkeypatch.setattr(os, name, Failing(getattr(os, name), out, budget, number))
+    real_open = os.open
+    failing_open = Failing(real_open, out, budget, number)
+    monkeypatch.setattr(
+        os,
+        "open",
+        lambda path, flags, *rest, **o: (failing_open if flags & os.O_CREAT else real_open)(path, flags, *rest, **o),
+    )
+    sentences = []
+    for n_calls in range(1, 500, 4):
+        budget[0] = n_calls
+        try:
+            find_truth_neurons(toy, few, out=out, **SMALL)
+            break
+        except BadInput as error:
+            sentences.append(str(error))
+        assert not list(out.rglob("*.part"))
+    assert all("cannot write" in one and said in one and os.strerror(number) in one for one in sentences)
+    assert len(sentences) > 5
+    assert contents(out) == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(
+    small_disk: Path, whole: dict[str, bytes], run: Callable, toy: Model, few: QuestionSet
+) -> None:
+    out = small_disk / "run"
+    with pytest.raises(ValueError, match="No space left on device; make room and run again: what was computed is kept"):
+        find_truth_neurons(toy, few, out=out, **SMALL)
+    held = contents(out)
+    assert held
+    assert "report.html" not in held
+    assert not list(out.rglob("*.part"))
+    subprocess.run(["mount", "-o", "remount,ro,size=300k", small_disk], check=True)
+    with pytest.raises(ValueError, match="Read-only file system; give another folder"):
+        find_truth_neurons(toy, few, out=out, **SMALL)
+    with pytest.raises(ValueError, match="Read-only file system"):
+        find_truth_neurons(toy, few, out=small_disk / "other", **SMALL)
+    subprocess.run(["mount", "-o", "remount,rw,size=50m", small_disk], check=True)
+    find_truth_neurons(toy, few, out=out, **SMALL)
+    assert contents(out) == whole
