@@ -1,14 +1,19 @@
 # Needs Python 3.11 or newer and nothing else; everything is installed into .venv.
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_TL4 = .venv-tl4/bin/pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt
 
-.PHONY: demo test lint notebooks docs bench bench-quick fuzz torture train clean
+.PHONY: demo test test-tl4 lint notebooks docs bench bench-quick fuzz torture train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
 
 test: .venv/test docs
 	.venv/bin/pytest -n 2 --dist loadgroup
+
+# What touches a model, again on TransformerLens 4, which has TransformerBridge alone; in an environment of its own.
+test-tl4: .venv-tl4/test
+	.venv-tl4/bin/pytest -n 2 --dist loadgroup
 
 lint: .venv/test
 	.venv/bin/ruff format .
@@ -55,6 +60,12 @@ train: .venv/demo
 	$(PIP) --editable '.[test,notebook]'
 	touch $@
 
+.venv-tl4/test: pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv .venv-tl4
+	$(PIP_TL4) torch
+	$(PIP_TL4) --editable '.[test]'
+	touch $@
+
 .venv-docs/done: docs/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt -r docs/requirements.txt
@@ -65,4 +76,4 @@ train: .venv/demo
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs runs dist build site docs/reference docs/project .pytest_cache .ruff_cache
+	rm -rf .venv .venv-tl4 .venv-docs runs dist build site docs/reference docs/project .pytest_cache .ruff_cache

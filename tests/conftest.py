@@ -25,6 +25,29 @@ settings.load_profile("repeatable")
 
 needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has no HookedTransformer")
 
+ONCE = (
+    "against_lm_eval",
+    "bad_input",
+    "browser",
+    "data_sets",
+    "distributed",
+    "docs",
+    "figures",
+    "fuzz",
+    "house",
+    "neurons",
+    "notebooks",
+    "questions",
+    "reselection",
+    "runs",
+    "selection",
+    "significance",
+    "torture",
+)
+"""What knows no model (statistics, questions, figures, pages) or only how its numbers are kept (run folders, workers): a
+second run on another release of TransformerLens would see nothing new."""
+collect_ignore = [] if HAS_HOOKED else [f"test_{name}.py" for name in ONCE]
+
 SMALL: dict[str, Any] = {
     "vocab_size": 283,  # the toy's, so that its tokenizer fits
     "num_hidden_layers": 3,

@@ -266,6 +266,14 @@ def test_hook_points_hold_the_same_numbers(family: str) -> None:
         torch.testing.assert_close(kept[0][name], kept[1][name], atol=2e-5 * float(kept[0][name].abs().max()), rtol=0)
 
 
+@needs_hooked
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_neuron_adds_to_the_logits_is_the_same(family: str) -> None:
+    neurons = [Neuron("mlp", 0, None, 5), Neuron("attn", 1, 2, 3), Neuron("mlp", 2, None, 1)]
+    one, two = (backend_of(model).direct_logits(neurons) for model in (hooked(family), bridged(family)))
+    torch.testing.assert_close(one, two, atol=1e-5 * float(two.abs().max()), rtol=0)
+
+
 def assert_equal(fast: Attribution, slow: Attribution, tolerance: float = 1e-5) -> None:
     for site in slow.difference:
         largest = float(slow.difference[site].abs().max())

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.conftest import PAPER_MODELS
+from tests.conftest import PAPER_MODELS, needs_hooked
 from tn_lens import Attribution, Prompt, attribute, mean_activations
 from tn_lens.attribution import shared_prefix
-from tn_lens.models import Model, build_model, hooked
+from tn_lens.models import HAS_HOOKED, Model, build_model
 from tn_lens.neurons import SITES
+
+pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout
 
 BASE: dict[str, Any] = {
     "n_layers": 3,
@@ -132,7 +134,7 @@ def test_equal_for_any_lengths(lengths: list[int], style: str, seed: int) -> Non
     assert_equal(fast, slow, 1e-9)
 
 
-MODELS = {style: styled(style) for style in STYLES}
+MODELS = {style: styled(style) for style in STYLES} if HAS_HOOKED else {}
 
 
 @pytest.mark.parametrize("style", ["gpt2", "neo"])
@@ -227,6 +229,8 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
 
 
 def broken(kind: str) -> Any:
+    from tn_lens.models import hooked
+
     real = hooked.side_by_side
 
     def side_by_side(model: Model, seen: Tensor) -> Any:
@@ -245,7 +249,7 @@ def broken(kind: str) -> Any:
 def test_a_broken_mask_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of([20, 20] if "blind" in kind else [20, 8])
     slow = attribute(styled("gpt2"), prompts, n_steps=3, engine="direct")
-    monkeypatch.setattr(hooked, "side_by_side", broken(kind))
+    monkeypatch.setattr("tn_lens.models.hooked.side_by_side", broken(kind))
     fast = attribute(styled("gpt2"), prompts, n_steps=3, engine="shared_prefix")
     with pytest.raises(AssertionError):
         assert_equal(fast, slow, 1e-3)

@@ -218,6 +218,12 @@ def test_linters_are_content(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_both_environments_have_the_same_versions_but_for_transformer_lens() -> None:
+    one, two = ((ROOT / name).read_text().splitlines()[1:] for name in ("constraints.txt", "constraints-tl4.txt"))
+    different = [pair for pair in zip(one, two, strict=True) if pair[0] != pair[1]]
+    assert different == [("transformer-lens==3.9.0", "transformer-lens==4.3.0")]
+
+
 def test_the_report_template_travels_with_the_package() -> None:
     assert (PACKAGE / "templates" / "report.html.j2").is_file()
     assert sum(f.stat().st_size for f in (PACKAGE / "toy" / "model").iterdir()) < 2_000_000

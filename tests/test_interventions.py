@@ -114,11 +114,11 @@ def prompts_of(n: int = 24) -> list[Prompt]:
 def by_hand(model: Model, prompt: Prompt, change: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
     """The labels' probabilities of one prompt, run whole with plain hooks."""
 
-    def hook(value: torch.Tensor, hook: object) -> torch.Tensor:
-        flat = change[hook.name](value.flatten(2).clone())
-        return flat.reshape(value.shape)
+    def put(value: torch.Tensor, hook: object, name: str) -> torch.Tensor:
+        return change[name](value.flatten(2).clone()).reshape(value.shape)
 
-    logits = model.run_with_hooks(torch.tensor([prompt.token_ids]), fwd_hooks=[(name, hook) for name in change])
+    hooks = [(name, partial(put, name=name)) for name in change]
+    logits = model.run_with_hooks(torch.tensor([prompt.token_ids]), fwd_hooks=hooks)
     return logits[0, -1].float().softmax(-1)[[5, 7]]
 
 

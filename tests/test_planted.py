@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import needs_hooked
 from tn_lens import NeuronSet, ablate, attribute, manipulation_check, select_neurons
 from tn_lens.answers import ask
 from tn_lens.controls import random_neurons
 from tn_lens.models import neuron_space
 from tn_lens.seeds import generator
 from tn_lens.toy import Planted, planted
+
+pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout
 
 OFF: dict[str, dict[str, Any]] = {"t": {"t": None}, "p": {"p": None}, "test": {"alpha": None}}
 FILTERS = ("check", "t", "p", "test", "target", "positions")

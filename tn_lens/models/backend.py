@@ -243,6 +243,10 @@ class Backend(ABC):
         return out[0, ids.shape[1] :].tolist()
 
 
+TOKENS_AT_ONCE = 8192
+"""Columns of W_U that are converted to float32 together."""
+
+
 def visible_whole(
     seen: Bool[Tensor, "prompt position"], window: int | None = None
 ) -> Bool[Tensor, "prompt 1 position position"]:

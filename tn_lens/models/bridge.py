@@ -102,11 +102,9 @@ class Bridge(Backend):
 
     @property
     def space(self) -> NeuronSpace:
-        cfg, mlp = self.model.cfg, getattr(self.model.blocks[0], "mlp", None)
-        d_mlp = 0
-        if mlp is not None and "blocks.0.mlp.out.hook_in" in self.points:
-            out = mlp.out.original_component  # some configurations give another number
-            d_mlp = getattr(out, "in_features", None) or out.weight.shape[0]
+        cfg = self.model.cfg
+        has_one = "blocks.0.mlp.out.hook_in" in self.points
+        d_mlp = len(_rows(self.model.blocks[0].mlp.out)) if has_one else 0  # some configurations give another number
         return NeuronSpace(
             n_layers=cfg.n_layers, d_mlp=d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head, d_model=cfg.d_model
         )
@@ -232,22 +230,20 @@ class Bridge(Backend):
         return BridgeSiblings(self, tokens, mask, names)
 
     def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        cfg, out = self.model.cfg, self.model.blocks[layer].attn.o.original_component
-        rows = out.weight.T if isinstance(out, nn.Linear) else out.weight
-        return rows.reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
+        cfg = self.model.cfg
+        return _rows(self.model.blocks[layer].attn.o).reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
 
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            out, behind = block.mlp.out.original_component, "ln2"
-            row = out.weight[:, neuron.index] if isinstance(out, nn.Linear) else out.weight[neuron.index]
+            row, added = _rows(block.mlp.out)[neuron.index], "hook_mlp_out"
         else:
-            row, behind = self.written(neuron.layer)[neuron.head, neuron.index], "ln1"
-        return row, getattr(block, f"{behind}_post", None) or getattr(block, behind) if self.is_post_norm else None
+            row, added = self.written(neuron.layer)[neuron.head, neuron.index], "hook_attn_out"
+        behind = str(self.points[f"blocks.{neuron.layer}.{added}"].name).split(".")[2]
+        return row, getattr(block, behind) if behind.startswith("ln") else None
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
-        head = self.model.unembed.original_component
-        return head.weight.T, getattr(self.model, "ln_final", None)
+        return _rows(self.model.unembed), getattr(self.model, "ln_final", None)
 
     def _padded(self, mask: Int[Tensor, "row column"]) -> dict[str, Any]:
         """Masks and positions of rows that are padded on the left."""
@@ -357,6 +353,12 @@ class BridgeSiblings(Siblings):
                 past_key_values=self.cache,
                 use_cache=True,
             )
+
+
+def _rows(linear: Any) -> Float[Tensor, "read written"]:
+    """The weights of a linear layer, one row for each number that it reads."""
+    original = linear.original_component
+    return original.weight.T if isinstance(original, nn.Linear) else original.weight
 
 
 def layer_types(config: Any) -> list[str]:
