@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from tests.conftest import PAPER_MODELS, POST_NORM, paper_config, random_checkpoint
+from tests.conftest import PAPER_MODELS, POST_NORM, needs_hooked, paper_config, random_checkpoint
 from tn_lens import NeuronSet, ablate, attribute, build_prompts, load_model
 from tn_lens.models import Model, assemble, build_model, check_model, last_logits, lay_out_weights, neuron_space
 from tn_lens.questions.toy import binary
