@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from tests.browser import CHROMIUM
 from tn_lens import Attribution, BadInput, Evaluation, Neuron, NeuronSet, Prompt, figures, select_neurons
 from tn_lens.evaluation import StoredEvaluation
 from tn_lens.figures.look import LOOKS, TITLE_WIDTH, tick_step
@@ -492,6 +493,14 @@ def test_figures_are_saved_by_their_ending(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(BadInput, match="it needs Chrome or Chromium, and said 'no browser here'"):
         figures.save_figure(_Drawn(fail), tmp_path / "b.pdf")
     assert not (tmp_path / "b.pdf").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("ending", "begins"), [(".png", b"\x89PNG"), (".svg", b"<svg"), (".pdf", b"%PDF")])
+def test_a_picture_is_drawn_where_kaleido_is(ending: str, begins: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("kaleido")
+    figures.save_figure(figures.plot_layers(FOUND, 4), tmp_path / f"a{ending}")
+    assert (tmp_path / f"a{ending}").read_bytes().startswith(begins)
 
 
 class _Drawn(go.Figure):

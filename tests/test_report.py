@@ -416,6 +416,21 @@ def test_the_report_fits_every_window_light_and_dark(
 
 
 @needs_chromium
+def test_a_dark_page_is_printed_light(finished: tuple[TruthNeurons, Path], chrome: Page) -> None:
+    chrome.open((finished[1] / "report.html").as_uri(), dark=True)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    chrome.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    chrome.settle()
+    drawn = "[...document.querySelectorAll('[data-figure]')].map(d => d.layout.paper_bgcolor)"
+    assert set(chrome.run(drawn)) == {"#ffffff"}
+    heights = "[...document.querySelectorAll('[data-figure]')].every(d => d.querySelector('.main-svg').clientHeight <= d.clientHeight)"
+    assert chrome.run(heights), "nothing overlaps the captions"
+    chrome.call("Emulation.setEmulatedMedia", media="", features=dark)
+    chrome.settle()
+    assert set(chrome.run(drawn)) == {"#14191f"}
+
+
+@needs_chromium
 def test_a_sly_run_runs_nothing(sly: tuple[TruthNeurons, Path], chrome: Page) -> None:
     chrome.open((sly[1] / "report.html").as_uri())
     assert chrome.run("document.querySelectorAll('img').length") == 0

@@ -36,12 +36,14 @@
       const whole = held[place.dataset.figure][theme];
       const isNarrow = place.clientWidth < NARROW;
       const { data, layout } = isNarrow ? slim(whole) : structuredClone(whole);
+      place.style.height = `${layout.height}px`;
       Plotly.react(place, data, layout, { ...config, displayModeBar: isNarrow ? false : "hover" });
     }
   };
-  const redraw = () => draw(dark.matches ? "dark" : "light");
+  const print = matchMedia("print");
+  const redraw = () => draw(dark.matches && !print.matches ? "dark" : "light");
   redraw();
-  dark.addEventListener("change", redraw);
+  for (const media of [dark, print]) media.addEventListener("change", redraw);
   addEventListener("beforeprint", () => draw("light"));
   addEventListener("afterprint", redraw);
   let wasNarrow = innerWidth < NARROW + 40;
