@@ -276,4 +276,8 @@ def _finding(counts: Mapping[str, np.ndarray]) -> str:
         return f"No truth neurons were found in {len(counts)} models"
     favourite = [int(shares_of_thirds(of).argmax()) for of in held.values()]
     most = max(range(3), key=favourite.count)
-    return f"In {favourite.count(most)} of {len(counts)} models the {THIRDS[most]} third of the layers holds the most truth neurons"
+    some = "" if len(held) == len(counts) else " in which some were found"
+    return (
+        f"In {favourite.count(most)} of {len(held)} models{some} the {THIRDS[most]} third of the layers holds the most truth "
+        "neurons"
+    )
