@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config
 
-from tests.conftest import paper_config, random_checkpoint
+from tests.conftest import needs_hooked, paper_config, random_checkpoint
 from tn_lens import (
     Neuron,
     QuestionSet,
@@ -131,6 +131,7 @@ def test_tokens_are_those_of_a_plain_matrix_product(of_toy: Any, toy: Model) -> 
         assert [t.logit for t in card.labels] == pytest.approx([float(logits[t.id]) for t in card.labels], rel=1e-4)
 
 
+@needs_hooked
 @pytest.mark.parametrize("norm", [None, "LN", "RMS"])
 def test_direct_logits_are_what_the_last_layer_adds(norm: str | None) -> None:
     """Moving an activation of the last layer moves the logits so, times the final norm's size, and up to a shared constant."""
@@ -213,6 +214,7 @@ def test_direct_logits_of_a_bridge(name: str) -> None:
     torch.testing.assert_close(ours, expected - expected.mean(1, keepdim=True), rtol=1e-5, atol=1e-6)
 
 
+@needs_hooked
 def test_a_planted_neuron_shows_what_was_planted() -> None:
     world = planted(seed=2, noise=0.0)
     check = manipulation_check(world.model, world.prompts)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.conftest import needs_hooked
 from tn_lens import (
     ManipulationCheck,
     Neuron,
@@ -34,6 +35,7 @@ def diagnosed(world: Planted, neurons: list[Neuron]) -> Diagnosis:
     return diagnose(world.model, NeuronSet(neurons), check, n_steps=5)
 
 
+@needs_hooked
 def test_a_choice_neuron_turns_where_the_model_is_mistaken_and_a_truth_neuron_does_not(world: Planted) -> None:
     choice = next(iter(world.truth.at("mlp")))  # carries what the model believes, which is wrong where it is mistaken
     truth, category = world.traps["contrarian"], world.traps["category"]
@@ -45,6 +47,7 @@ def test_a_choice_neuron_turns_where_the_model_is_mistaken_and_a_truth_neuron_do
     assert "1 of 3 neurons still support the right answer (truth), 1 support what the model chose" in found.summary()
 
 
+@needs_hooked
 def test_the_four_cases_follow_the_signs_of_both_labels(world: Planted) -> None:
     signed, form, anti = next(iter(world.truth.at("mlp"))), world.traps["format"], world.traps["anti"]
     found = diagnosed(world, [signed, form, anti])
@@ -56,6 +59,7 @@ def test_the_four_cases_follow_the_signs_of_both_labels(world: Planted) -> None:
     assert set(CASES) == {1, 2, 3, 4}
 
 
+@needs_hooked
 def test_the_numbers_are_those_of_attribute(world: Planted) -> None:
     neuron = next(iter(world.truth.at("mlp")))
     found = diagnosed(world, [neuron])
@@ -68,6 +72,7 @@ def test_the_numbers_are_those_of_attribute(world: Planted) -> None:
     np.testing.assert_allclose(found.mistaken_half_width, (high - low) / 2, rtol=1e-6)
 
 
+@needs_hooked
 def test_nothing_found_and_nothing_wrong_are_said() -> None:
     sure = planted(seed=2, mistaken=0.0)
     found = diagnosed(sure, list(sure.truth))

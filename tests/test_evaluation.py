@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tests.conftest import PAPER_MODELS
+from tests.conftest import PAPER_MODELS, needs_hooked
 from tn_lens import (
     Intervention,
     NeuronSet,
@@ -64,7 +64,10 @@ def test_padding_on_the_wrong_side_would_be_seen(tiny: Callable[..., Model], mon
     assert (ask(model, prompts) - right).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*PAPER_MODELS, "gpt2", "neo", "neox", "gemma2"])
+SHAPED = [pytest.param(name, marks=needs_hooked) for name in ("gpt2", "neo", "neox", "gemma2")]
+
+
+@pytest.mark.parametrize("name", [*PAPER_MODELS, *SHAPED])
 def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name, torch.float32) if name in PAPER_MODELS else shaped(name)
     rows = torch.randint(4, 280, (40, 30), generator=torch.Generator().manual_seed(3)).tolist()

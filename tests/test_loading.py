@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.conftest import paper_config, random_checkpoint
+from tests.conftest import needs_hooked, paper_config, random_checkpoint
 from tn_lens import BadInput, build_prompts, load_model, load_questions
 from tn_lens.models import Model
 from tn_lens.settings import PAPER_THRESHOLDS, recommended_settings
@@ -50,6 +50,7 @@ def test_a_quantised_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path, said=r"quantised \(awq\).*unquantised")
 
 
+@needs_hooked
 def test_an_architecture_that_is_not_supported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(
@@ -74,6 +75,7 @@ def test_a_folder_without_a_tokenizer_or_weights(tmp_path: Path) -> None:
     refused(tmp_path, said="cannot load")
 
 
+@needs_hooked
 def test_weights_that_do_not_fit_their_config(tmp_path: Path) -> None:
     hf_model = random_checkpoint(paper_config("Llama-3.1-8B-Instruct"))
     hf_model.config.intermediate_size = 64
@@ -133,6 +135,7 @@ def test_too_little_memory(checkpoint: Callable[[str], Path], monkeypatch: pytes
     refused(checkpoint("Llama-3.1-8B-Instruct"), said=r"weights need 0\.0 GiB in float32, and cpu has 0\.0 GiB free")
 
 
+@needs_hooked
 def test_grouped_heads_in_olmo_2() -> None:
     config = paper_config("OLMo-2-1124-7B-Instruct")
     config.num_key_value_heads = 2
@@ -205,6 +208,7 @@ def test_the_hub_says_no(name: str, environment: dict[str, str], said: str, hub:
     assert not (tmp_path / "run").exists()
 
 
+@needs_hooked
 def test_a_model_that_transformer_lens_knows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 goes through TransformerLens' own loader, without weight processing, and laid out."""
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from tn_lens import (
 )
 from tn_lens.compare import compare, names_of, overlap_of, spread_over_depth
 from tn_lens.evaluation import StoredEvaluation
-from tn_lens.models import Model
+from tn_lens.models import HAS_HOOKED, Model
 from tn_lens.pipeline import report_of
 from tn_lens.prose import cautions, command
 from tn_lens.questions.toy import binary
@@ -97,7 +97,8 @@ def test_manifest_and_evaluation(finished: tuple[TruthNeurons, Path]) -> None:
     settings = json.loads((out / "manifest.json").read_text())["settings"]
     assert settings["order"] == "both"
     assert settings["rendered_prompt"].startswith("Question : ")
-    assert settings["versions"]["transformer-lens"].startswith("3.9")
+    assert settings["versions"]["transformer-lens"].startswith("3.9" if HAS_HOOKED else "4.")
+    assert settings["backend"] == ("hooked" if HAS_HOOKED else "bridge")
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation["arms"]["random"]["accuracy"] == pytest.approx(
         (100 * found.evaluation.arms["random"].accuracies).tolist()

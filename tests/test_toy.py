@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tn_lens import TruthNeurons, find_truth_neurons, load_questions
+from tests.conftest import needs_hooked
+from tn_lens import TruthNeurons, find_truth_neurons, load_model, load_questions
 from tn_lens.evaluation import ARM_NAMES
 from tn_lens.models import Model
+from tn_lens.report import write_report
 from tn_lens.toy.train import Curriculum, build_tokenizer, choice_example, tuning_accuracy
 from tn_lens.toy.world import facts, vocabulary
 
@@ -59,6 +62,57 @@ def test_the_readme_shows_this_run(demo: TruthNeurons) -> None:
             arm.share_a,
         ]
         assert shown == pytest.approx(expected, abs=0.6)
+
+
+EXPECTED = Path(__file__).with_name("toy_expected.json")
+"""The run by HookedTransformer: python -m tests.test_toy writes it."""
+
+
+def summed_up(found: TruthNeurons) -> dict[str, Any]:
+    """What a run of the toy comes to."""
+    return {
+        "neurons": [[r["site"], r["layer"], r["head"], r["index"], r["mean_difference"]] for r in found.records()],
+        "accuracies": {name: arm.accuracies.tolist() for name, arm in found.evaluation.arms.items()},
+        "answer_mass": {name: arm.answer_mass for name, arm in found.evaluation.arms.items()},
+        "order_averaged": {name: arm.order_averaged_accuracy for name, arm in found.evaluation.arms.items()},
+        "welch_p": found.evaluation.welch_p,
+        "verdicts": found.diagnosis.summary(),
+        "check": found.check.summary(),
+        "selection": found.selection.summary(),
+    }
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The neurons, accuracies and sentences exactly; scores and probabilities up to float32."""
+    assert {tuple(n[:4]) for n in found["neurons"]} == {tuple(n[:4]) for n in expected["neurons"]}
+    scores, others = ({tuple(n[:4]): n[4] for n in one["neurons"]} for one in (found, expected))
+    assert scores == pytest.approx(others, rel=1e-3, abs=1e-3 * max(map(abs, others.values())))
+    for key in ("accuracies", "order_averaged", "verdicts", "check", "selection"):
+        assert found[key] == expected[key], key
+    assert found["answer_mass"] == pytest.approx(expected["answer_mass"], abs=1e-5)
+    assert found["welch_p"] == pytest.approx(expected["welch_p"], rel=1e-6)
+
+
+def test_the_run_is_the_same_wherever_it_is_made(demo: TruthNeurons) -> None:
+    """On HookedTransformer, and on the bridge of TransformerLens 4."""
+    assert_same_run(summed_up(demo), json.loads(EXPECTED.read_text(encoding="utf-8")))
+
+
+def words_and_numbers(page: str) -> tuple[list[str], list[float]]:
+    """What a reader sees of a report; drawings and their data left out."""
+    text = re.sub(r"(?s)<(script|style|svg|details)\b.*?</\1>|<[^>]*>", " ", page)
+    parts = re.split(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)", text)
+    return " ".join(parts[::2]).split(), [float(part) for part in parts[1::2]]
+
+
+@needs_hooked
+def test_the_report_is_the_same_on_the_bridge(demo: TruthNeurons) -> None:
+    found = find_truth_neurons(load_model("toy", backend="bridge"), load_questions("toy"), progress=False)
+    assert_same_run(summed_up(found), json.loads(EXPECTED.read_text(encoding="utf-8")))
+    manifest = {"versions": {}, "backend": "any"}
+    (words, numbers), (others, expected) = (words_and_numbers(write_report(one, manifest)) for one in (found, demo))
+    assert words == others
+    assert numbers == pytest.approx(expected, rel=2e-2, abs=1.1e-3), "the last digit that is shown may differ"
 
 
 def test_the_model_card_names_every_seed_and_the_rules() -> None:
@@ -125,3 +179,8 @@ def test_training_learns(tmp_path: Path) -> None:
             return float(-(targets * last_logits(model, tokens, last).log_softmax(-1)).sum(-1).mean())
 
     assert loss(12) < loss(1) - 0.5
+
+
+if __name__ == "__main__":
+    expected = summed_up(find_truth_neurons(load_model("toy"), load_questions("toy"), progress=False))
+    EXPECTED.write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
