@@ -156,11 +156,13 @@ def _question(values: dict[str, Any], where: str) -> Question:
         except json.JSONDecodeError:
             listed = None
         if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
-            raise BadInput(f"{where}: expected a list of 2 to {len(LETTERS)} choices, got {values['choices']!r}")
+            raise BadInput(f"{where}: expected a list of 2 to {len(LETTERS)} choices, got {values['choices']!r:.60}")
         choices = tuple(_text(choice, f"{where}: a choice") for choice in listed)
         answer = _answer_index(values["answer"], len(choices), where)
     if len(set(choices)) < len(choices):
-        raise BadInput(f"{where}: two choices are equal ({', '.join(map(repr, choices))}); each must differ")
+        raise BadInput(
+            f"{where}: two choices are equal ({', '.join(f'{one!r:.60}' for one in choices)}); each must differ"
+        )
     category = values.get("category")
     return Question(
         text=text,
@@ -191,5 +193,7 @@ def _answer_index(value: Any, n: int, where: str) -> int:
     written = str(value).strip()
     index = int(written) if written.isdecimal() else LETTERS.find(written.upper()) if len(written) == 1 else -1
     if not 0 <= index < n:
-        raise BadInput(f"{where}: expected an answer from 0 to {n - 1} or from A to {LETTERS[n - 1]}, got {value!r}")
+        raise BadInput(
+            f"{where}: expected an answer from 0 to {n - 1} or from A to {LETTERS[n - 1]}, got {value!r:.60}"
+        )
     return index
