@@ -71,7 +71,7 @@ def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path,
     script.write_text(RUN.format(few=FEW, out=str(out), dies=None))
     done = torchrun(n_workers, script)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Report:") == done.stdout.count("untouched ") == 1, "one voice"
+    assert done.stdout.count("Report:") == done.stdout.count("│ untouched ") == 1, "one voice"
     assert contents(out) == contents(alone)
     units = [
         event for event in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if event["what"] == "unit"

@@ -118,6 +118,8 @@ def test_neurons_of_other_weights_are_refused(demo: Path, run: Callable, tmp_pat
     manifest["settings"]["weights_sha256"] = "0" * 64
     manifest["fingerprint"] = fingerprint(manifest["settings"])
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    index = json.loads((folder / "prompts.json").read_text()) | {"run": manifest["fingerprint"]}
+    (folder / "prompts.json").write_text(json.dumps(sealed(index)))
     code, _, err = run("evaluate", str(folder), "--model", "toy", "--on", "toy")
     assert code == 2
     assert "found in other weights" in err

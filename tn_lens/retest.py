@@ -14,7 +14,7 @@ from .distributed import workers
 from .errors import BadInput
 from .evaluation import Evaluation, evaluate, table1, table2
 from .loading import HUB_ID, load_model
-from .models import Model, backend_of, check_model
+from .models import Model, backend_of, check_model, neuron_space
 from .neurons import NeuronSet
 from .pipeline import describe_model, fixed_threads, split_questions, weights_digest
 from .questions.load import OPTIONS, load_questions
@@ -88,6 +88,7 @@ def retest(
         BadInput: what `evaluate` refuses, or a folder that cannot be written.
     """
     check_model(model)
+    neuron_space(model).check(neurons)
     together = workers()
     progress = progress and together.is_first
     if out is None:
