@@ -167,6 +167,7 @@ def test_direct_logits_are_what_the_last_layer_adds(norm: str | None) -> None:
         torch.testing.assert_close(ours, moved - moved.mean())
 
 
+@needs_hooked
 def test_a_norm_behind_the_weights_counts(tiny: Callable[..., Model]) -> None:
     model = tiny("OLMo-2-1124-7B-Instruct")
     block: Any = model.blocks[1]
@@ -336,6 +337,7 @@ def test_tokens_of_a_real_vocabulary(shared: Path) -> None:
     assert not any("\ufffd" in text or "Ġ" in text or "▁" in text or not text for text in texts)
 
 
+@needs_hooked
 def test_rows_without_a_token_are_left_out(toy: Model, toy_questions: QuestionSet) -> None:
     """Checkpoints fill their vocabulary up to round sizes."""
     prompts = build_prompts(toy, toy_questions.part("find").select(range(3)), order="both")
