@@ -37,8 +37,19 @@ def clean(notebook: Any) -> Any:
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [kept for kept in map(clean_output, cell.outputs) if kept is not None]
+            cell.outputs = joined([kept for kept in map(clean_output, cell.outputs) if kept is not None])
     return notebook
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """Printed text in one piece: how it arrives is a matter of timing."""
+    kept: list[Any] = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def clean_output(output: Any) -> Any:
