@@ -370,13 +370,14 @@ class BridgeSiblings(Siblings):
             self.backend._masks(lambda window, n=n: visible(self.seen, n, window)) for n in (n_below, n_rows)
         )
         with self.backend.hooks(hooks), self._widening(min(of_layer), masks, wide, n_rows):
-            return self.backend._logits(
+            logits = self.backend._logits(
                 self.last.expand(-1, n_below),
                 attention_mask=masks,
                 position_ids=self.position.expand(-1, n_below),
                 past_key_values=self.cache,
                 use_cache=True,
             )
+        return logits.reshape(len(self.last), n_rows, -1)  # GPT-2 takes rows for prompts where only one went in
 
     @contextmanager
     def _widening(self, first: int, masks: Any, wide: Any, n_rows: int) -> Iterator[None]:
