@@ -5,6 +5,8 @@ timed. A baseline that takes whole prompts is measured on two layers that lie sy
 is linear in the depth of the layer, and scaled by the number of layers; such rows say `extrapolated`. The quick run and
 long prompts take one site in each of the two layers, the others both.
 
+The bridge is Hugging Face's Llama with the same weights.
+
 knowledge-neurons is timed on a random GPT-2 of the usual size, MLP neurons only, as it knows no others. `slopes` are our own
 seconds by layers, steps and tokens, with the time of running the prompt itself apart.
 """
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 from captum.attr import IntegratedGradients
-from measuring import machine, random_model, random_prompt, timed, with_peak
+from measuring import bridge_of, machine, random_model, random_prompt, timed, with_peak
 from torch import Tensor
 
 from tn_lens import Prompt, attribute
@@ -152,6 +154,12 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
     found, peak = with_peak(lambda: ours(model, prompt))
     tries = [timed(lambda: ours(model, prompt))[1] for _ in range(2)]
     rate = max(matrix_rate(model, found.pass_size.n_rows), matrix_rate(model, 2048))
+    bridge = bridge_of(model)
+    ours(bridge, random_prompt(4), n_steps=1)
+    bridge_found, bridge_peak = with_peak(lambda: ours(bridge, prompt))
+    bridge_seconds = sum(timed(lambda: ours(bridge, prompt))[1] for _ in range(2)) / 2
+    bridge_scores = {place: bridge_found.difference[place[0]][0, place[1]] for place in places}
+    del bridge, bridge_found
     sizes = [N_STEPS] if quick else [5, N_STEPS]
     by_size = {
         size: per_place(partial(by_captum, internal_batch_size=size), model, prompt, places[:1]) for size in sizes
@@ -163,7 +171,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
     tries += [timed(lambda: ours(model, prompt))[1] for _ in range(2)]  # again at the end: machines drift
     rate = max(rate, matrix_rate(model, 2048))
     seconds = sum(tries) / len(tries)
-    for scores in (plain_scores, captum_scores, loop_scores):
+    for scores in (bridge_scores, plain_scores, captum_scores, loop_scores):
         for (site, layer), expected in scores.items():
             score = found.difference[site][0, layer].to(expected.device)
             torch.testing.assert_close(score, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
@@ -178,6 +186,14 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
             peak_memory_bytes=peak.allocated,
             matrix_product_rate=round(rate),
             share_of_matrix_product_rate=round(share, 3),
+        ),
+        row(
+            "ours, shared prefix (bridge)",
+            model,
+            n_tokens,
+            bridge_seconds,
+            seconds,
+            peak_memory_bytes=bridge_peak.allocated,
         ),
         row(
             "captum 0.9, laid-out weights",

@@ -13,9 +13,11 @@ from typing import Any
 import psutil
 import torch
 from transformer_lens import HookedTransformer
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from tn_lens import Prompt
-from tn_lens.models import build_model
+from tn_lens import Prompt, load_model
+from tn_lens.models import Model, build_model
 
 VOCABULARY = 32000
 
@@ -121,6 +123,38 @@ def random_model(d_model: int, n_layers: int, **options: Any) -> HookedTransform
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     return build_model(config | options)
+
+
+@torch.no_grad()
+def bridge_of(model: HookedTransformer) -> Model:
+    """Hugging Face's Llama with the weights of a random model, in a bridge."""
+    cfg = model.cfg
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=cfg.d_vocab,
+                hidden_size=cfg.d_model,
+                intermediate_size=cfg.d_mlp or 0,
+                num_hidden_layers=cfg.n_layers,
+                num_attention_heads=cfg.n_heads,
+                max_position_embeddings=cfg.n_ctx,
+                rms_norm_eps=cfg.eps,
+            )
+        )
+    llama.to_empty(device=cfg.device)
+    llama.model.rotary_emb = LlamaRotaryEmbedding(llama.config).to(cfg.device)
+    weights = {"model.embed_tokens": model.embed.W_E, "model.norm": model.ln_final.w, "lm_head": model.unembed.W_U.T}
+    for layer, block in enumerate(model.blocks):
+        at = f"model.layers.{layer}."
+        weights |= {at + "input_layernorm": block.ln1.w, at + "post_attention_layernorm": block.ln2.w}
+        for name in "QKV":
+            own = getattr(block.attn, f"W_{name}")
+            weights[f"{at}self_attn.{name.lower()}_proj"] = own.permute(0, 2, 1).reshape(-1, cfg.d_model)
+        weights[at + "self_attn.o_proj"] = block.attn.W_O.reshape(-1, cfg.d_model).T
+        for name, own in (("up", block.mlp.W_in), ("gate", block.mlp.W_gate), ("down", block.mlp.W_out)):
+            weights[f"{at}mlp.{name}_proj"] = own.T
+    llama.load_state_dict({f"{name}.weight": value for name, value in weights.items()})
+    return load_model("random", hf_model=llama.eval(), backend="bridge", device=str(cfg.device))
 
 
 def random_prompt(n_tokens: int, seed: int = 0) -> Prompt:

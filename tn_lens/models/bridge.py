@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -116,11 +116,16 @@ class Bridge(Backend):
 
     @property
     def unshareable(self) -> str | None:
-        if self.model not in _REASONS:
-            _REASONS[self.model] = self._find_reason()
-        return _REASONS[self.model]
+        return self.sharing.reason
 
-    def _find_reason(self) -> str | None:
+    @property
+    def sharing(self) -> Sharing:
+        """What this model can share, tried once."""
+        if self.model not in _SHARING:
+            _SHARING[self.model] = self._try_sharing()
+        return _SHARING[self.model]
+
+    def _try_sharing(self) -> Sharing:
         config = self.hf_config
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = {of.get("rope_type") for of in (rope, *rope.values()) if isinstance(of, Mapping)}
@@ -133,17 +138,21 @@ class Bridge(Backend):
             in (getattr(config, "attention_layers", None) or ()),
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
-        return reason or (None if self._takes_masks() else "attention that takes no mask of its own for every row")
+        if reason is None:
+            for widens in (True, False):
+                if self._siblings_agree(widens):
+                    return Sharing(None, widens)
+        return Sharing(reason or "attention that takes no mask of its own for every row", False)
 
     @torch.no_grad()
-    def _takes_masks(self) -> bool:
+    def _siblings_agree(self, widens: bool) -> bool:
         """Whether untouched siblings get the logits of the prompts that they stand in."""
         tokens = torch.arange(2 * 8, device=self.device).reshape(2, 8) % self.d_vocab
         mask = torch.ones_like(tokens)
         mask[1, :3] = 0
         try:
-            siblings = self.siblings(tokens, mask, set())
-            rows = siblings.run({0: 16}, [])
+            siblings = BridgeSiblings(self, tokens, mask, set(), widens=widens)
+            rows = siblings.run({self.model.cfg.n_layers // 2: 16}, [])
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         off = (rows - siblings.logits[:, None]).abs().max()
@@ -227,7 +236,7 @@ class Bridge(Backend):
     def siblings(
         self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
     ) -> Siblings:
-        return BridgeSiblings(self, tokens, mask, names)
+        return BridgeSiblings(self, tokens, mask, names, widens=self.sharing.widens)
 
     def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         cfg = self.model.cfg
@@ -281,7 +290,16 @@ class Bridge(Backend):
             handle.remove()
 
 
-_REASONS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+class Sharing(NamedTuple):
+    """How far a model can run a prompt once for all that stands in its last position's place."""
+
+    reason: str | None
+    """Why not at all; None where it can."""
+    widens: bool
+    """Whether siblings may come into being at a layer, the layers below running one position for all of them."""
+
+
+_SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
 """Found once per model."""
 
 
@@ -326,10 +344,12 @@ class BridgeSiblings(Siblings):
     """Rows side by side as positions of one sequence, by Hugging Face's own means.
 
     Every row stands at position T - 1 (`position_ids`), sees the prefix (`past_key_values`) and itself (a 4D mask).
+    A bridge cannot be entered at a layer, but below the first layer that differs all rows are the same one: where the model
+    widens, a hook before that layer's block makes rows of it, and hands this and all later blocks their masks and positions.
     """
 
-    def __init__(self, backend: Bridge, tokens: Tensor, mask: Tensor, names: set[str]) -> None:
-        self.backend = backend
+    def __init__(self, backend: Bridge, tokens: Tensor, mask: Tensor, names: set[str], *, widens: bool) -> None:
+        self.backend, self.widens = backend, widens
         self.last, self.position = tokens[:, -1:], mask.sum(1, keepdim=True) - 1
         self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
         self.kept = {}
@@ -345,14 +365,49 @@ class BridgeSiblings(Siblings):
 
     def run(self, of_layer: Mapping[int, int], hooks: Hooks) -> Float[Tensor, "prompt row vocab"]:
         n_rows = sum(of_layer.values())
-        with self.backend.hooks(hooks):
-            return self.backend._logits(
-                self.last.expand(-1, n_rows),
-                attention_mask=self.backend._masks(lambda window: visible(self.seen, n_rows, window)),
-                position_ids=self.position.expand(-1, n_rows),
+        n_below = 1 if self.widens else n_rows
+        masks, wide = (
+            self.backend._masks(lambda window, n=n: visible(self.seen, n, window)) for n in (n_below, n_rows)
+        )
+        with self.backend.hooks(hooks), self._widening(min(of_layer), masks, wide, n_rows):
+            logits = self.backend._logits(
+                self.last.expand(-1, n_below),
+                attention_mask=masks,
+                position_ids=self.position.expand(-1, n_below),
                 past_key_values=self.cache,
                 use_cache=True,
             )
+        return logits.reshape(len(self.last), n_rows, -1)  # GPT-2 takes rows for prompts where only one went in
+
+    @contextmanager
+    def _widening(self, first: int, masks: Any, wide: Any, n_rows: int) -> Iterator[None]:
+        """Make rows of the one position, from a layer on.
+
+        Args:
+            first: the layer.
+            masks, wide: for one position and for all rows.
+        """
+        named = [each if isinstance(each, dict) else {"": each} for each in (masks, wide)]
+        wide_of = {id(mask): named[1][kind] for kind, mask in named[0].items()}
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, tuple):  # cosines and sines
+                return tuple(widen(one) for one in value)
+            if not isinstance(value, Tensor):
+                return value
+            one_position = value.ndim in (2, 3) and value.shape[1] == 1
+            return value.expand(-1, n_rows, *value.shape[2:]) if one_position else wide_of.get(id(value), value)
+
+        def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return widen(given), {name: widen(value) for name, value in named.items()}
+
+        blocks = self.backend.model.blocks[first:] if self.widens else []
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _rows(linear: Any) -> Float[Tensor, "read written"]:
