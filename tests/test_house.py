@@ -22,6 +22,7 @@ ORDER = [
     "seeds",
     "neurons",
     "models.backend",
+    "models.bridge_cache",
     "models.bridge",
     "models.hooked",
     "models.conversion",

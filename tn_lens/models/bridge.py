@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
 from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible, visible_whole
+from .bridge_cache import BridgePrefix, frozen, held
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """The kinds of layers whose keys and values stay what they were, by Hugging Face's names."""
@@ -301,43 +301,6 @@ class Sharing(NamedTuple):
 
 _SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
 """Found once per model."""
-
-
-class FrozenLayer(DynamicLayer):
-    """Keys and values that every pass goes on from, and none changes."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys: Tensor = keys
-        self.values: Tensor = values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The frozen ones and these."""
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
-
-
-def frozen(kept: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache that stays what it is."""
-    cache = DynamicCache()
-    layers: list[Any] = [FrozenLayer(keys, values) for keys, values in kept]
-    cache.layers = layers
-    return cache
-
-
-def held(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-class BridgePrefix(Prefix):
-    """Hugging Face's cache of one row."""
-
-    def __init__(self, cache: DynamicCache) -> None:
-        self.kept = held(cache)
-
-    def expand(self, n_rows: int) -> DynamicCache:
-        return frozen([(k.expand(n_rows, -1, -1, -1), v.expand(n_rows, -1, -1, -1)) for k, v in self.kept])
 
 
 class BridgeSiblings(Siblings):
