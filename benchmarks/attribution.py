@@ -61,11 +61,13 @@ def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Cal
     return function
 
 
-def by_captum(function: Callable[[Tensor], Tensor], activation: Tensor, internal_batch_size: int) -> Tensor:
+def by_captum(
+    function: Callable[[Tensor], Tensor], activation: Tensor, internal_batch_size: int, n_steps: int = N_STEPS
+) -> Tensor:
     """captum's IntegratedGradients."""
     captum = IntegratedGradients(function)
     return captum.attribute(
-        activation, n_steps=N_STEPS, method="riemann_right", internal_batch_size=internal_batch_size
+        activation, n_steps=n_steps, method="riemann_right", internal_batch_size=internal_batch_size
     )[0]
 
 

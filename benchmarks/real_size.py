@@ -1,8 +1,8 @@
 """One prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL] [--captum] [--dtype float32]`.
 
 Builds a Hugging Face model of the named shape, hands its weights to `load_model`, and attributes one prompt of
-TruthfulQA's length for every neuron of both sites. With --captum two layers are also measured with captum, and scaled. Adds
-a row to real_size.json.
+TruthfulQA's length for every neuron of both sites. With --captum two layers are also measured with captum, and scaled; fewer
+steps (--captum-steps) are scaled too, and compared with our scores of as many. Adds a row to real_size.json.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="Qwen2.5-3B-Instruct", choices=SHAPES)
     parser.add_argument("--captum", action="store_true")
+    parser.add_argument("--captum-steps", type=int, default=N_STEPS, metavar="N")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 crawls on CPUs without AVX-512"
     )
@@ -145,8 +146,15 @@ def main() -> None:
     if arguments.captum:
         middle = model.cfg.n_layers // 2
         places: list[tuple[Site, int]] = [("mlp", middle - 2), ("attn", middle + 1)]
-        scores, captum = per_place(partial(by_captum, internal_batch_size=N_STEPS), model, prompt, places)
-        row |= {"captum_seconds_extrapolated": round(captum, 1), "ratio": round(captum / seconds, 1)}
+        steps = arguments.captum_steps
+        scores, captum = per_place(partial(by_captum, internal_batch_size=steps, n_steps=steps), model, prompt, places)
+        captum *= N_STEPS / steps
+        row |= {
+            "captum_steps": steps,
+            "captum_seconds_extrapolated": round(captum, 1),
+            "ratio": round(captum / seconds, 1),
+        }
+        found = found if steps == N_STEPS else ours(model, prompt, n_steps=steps)
         for (site, layer), expected in scores.items():
             score, other = found.difference[site][0, layer], expected.float().cpu()
             row[f"correlation_{site}"] = round(float(torch.corrcoef(torch.stack([score, other]))[0, 1]), 5)
