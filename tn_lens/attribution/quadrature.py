@@ -15,6 +15,8 @@ from ..errors import BadInput
 Method = Literal["riemann_right", "riemann_middle", "riemann_trapezoid", "gauss_legendre", "graded"]
 """How to choose the nodes; the names are captum's where captum has the rule."""
 
+MOST_STEPS = 10_000
+"""More are a slip of the keyboard, and would run out of memory or numbers."""
 GRADING = 6
 """The exponent k of the graded rule, alpha = u^k."""
 
@@ -43,11 +45,11 @@ def quadrature_rule(method: Method = "riemann_right", n_steps: int = 20) -> Quad
         n_steps: number of nodes.
 
     Raises:
-        BadInput: an unknown name, or too few steps.
+        BadInput: an unknown name, or too few or too many steps.
     """
     least = 2 if method == "riemann_trapezoid" else 1
-    if n_steps < least:
-        raise BadInput(f"{method} needs n_steps of at least {least}, got {n_steps}")
+    if not least <= n_steps <= MOST_STEPS:
+        raise BadInput(f"{method} needs n_steps from {least} to {MOST_STEPS:,}; got {str(n_steps)[:20]}")
     steps = torch.arange(1, n_steps + 1, dtype=torch.float64)
     equal = torch.full((n_steps,), 1 / n_steps, dtype=torch.float64)
     match method:
