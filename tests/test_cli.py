@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from tn_lens import cli
+from tn_lens import cli, load_questions
+from tn_lens.prose import command, python_call
+from tn_lens.runs import load_run
 from tn_lens.storage import RESULT_FILES
 
 from .conftest import contents
@@ -46,7 +49,7 @@ def test_help_names_the_options() -> None:
         ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not there"),
         ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
         (TOY, "give one with --out"),
-        (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "no question set"),
+        (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "there is no file"),
         ([*TOY, "--out", "X", "--seed", "-1"], "a seed is a whole number from 0"),
         ([*TOY, "--out", "X", "--method", "riemann_trapezoid", "--n-steps", "1"], "at least 2"),
         ([*TOY, "--out", "X", "--method", "simpson"], "simpson"),
@@ -64,6 +67,11 @@ def test_bad_input(arguments: list[str], said: str, run: Callable, tmp_path: Pat
     assert not (tmp_path / "run").exists(), "nothing half-written"
 
 
+def test_the_version(run: Callable) -> None:
+    code, text, _ = run("--version")
+    assert (code, text.strip()) == (0, f"tn-lens {version('tn_lens')}")
+
+
 def test_an_unknown_option_is_a_usage_error(run: Callable) -> None:
     code, _, error = run(*TOY, "--treshold", "0.2")
     assert code == 2
@@ -75,6 +83,17 @@ def test_questions_without_a_needed_column(run: Callable, tmp_path: Path) -> Non
     path.write_text("question,right\nQ?,Yes\n")
     code, _, error = run("run", "--model", "toy", "--questions", path, "--out", tmp_path / "run")
     assert (code, "no column 'wrong'" in error) == (2, True)
+
+
+def test_a_file_of_ones_own_is_asked_and_can_be_repeated(run: Callable, tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine.csv", tmp_path / "run"
+    rows = [f'"{q.text}",{q.choices[q.answer]},{q.choices[1 - q.answer]}' for q in load_questions("toy").part("find")]
+    mine.write_text("\n".join(["question,right,wrong", *rows[:30]]) + "\n", encoding="utf-8")
+    code, text, error = run("run", "--model", "toy", "--questions", mine, "--out", out, *FAST)
+    assert code == 0, error
+    assert "toy on mine (30 questions)" in text
+    assert f"--questions {mine}" in command(load_run(out))
+    assert f"load_questions({str(mine)!r})" in python_call(load_run(out))
 
 
 def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None:
@@ -207,7 +226,7 @@ def test_selecting_again_needs_no_model(run: Callable, tmp_path: Path, monkeypat
     before = contents(out)
     monkeypatch.setattr("tn_lens.loading.load_model", None)
     found = json.loads((out / "neurons.json").read_text())
-    code, text, error = run("select", out, "--t", found["t"], "--out", tmp_path / "again.json")
+    code, text, error = run("select", out, "--out", tmp_path / "again.json")
     assert code == 0, error
     again = json.loads((tmp_path / "again.json").read_text())
     places = [[(n["site"], n["layer"], n["head"], n["index"]) for n in of["neurons"]] for of in (found, again)]

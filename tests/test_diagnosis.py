@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import needs_hooked
 from tn_lens import (
+    Evaluation,
     ManipulationCheck,
     Neuron,
     NeuronSet,
@@ -101,3 +102,36 @@ def test_on_the_toy_the_arms_are_those_of_the_dropped_questions(toy: Model, toy_
     assert found.evaluation.n_questions == len(dropped) > 5
     assert found.evaluation.to_dict() == again.to_dict()
     assert [str(n) for n in neurons] == found.to_frame()["neuron"].tolist()
+    assert "gets wrong in one order or both" in found.summary()
+
+
+def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_questions: QuestionSet) -> None:
+    questions = toy_questions.part("report").select(range(40))
+    neurons = NeuronSet([Neuron("mlp", 1, index=i) for i in range(30)])
+    arms = ("baseline", "random_matched", "suppressed")
+    made = evaluate(toy, questions, neurons, n_repetitions=3, arms=arms)
+    shape = made.probabilities["suppressed"].shape[1:]
+    right = np.array([p.right for p in made.prompts])
+    wrong, sure = np.full(shape, 0.9), np.full(shape, 0.1)
+    wrong[np.arange(len(right)), right], sure[np.arange(len(right)), right] = 0.1, 0.9
+    known = diagnosed_as(made, neurons)
+    for others, said in ((sure, "no help beyond that of random neurons"), (wrong, "more than random neurons do")):
+        arms_now = {"baseline": wrong, "random_matched": others, "suppressed": sure}
+        probabilities = {
+            name: np.broadcast_to(value, made.probabilities[name].shape) for name, value in arms_now.items()
+        }
+        assert said in replace(known, evaluation=replace(made, probabilities=probabilities)).summary()
+
+
+def diagnosed_as(evaluation: Evaluation, neurons: NeuronSet) -> Diagnosis:
+    """A diagnosis of which only the arms matter."""
+    unknown = np.full(len(neurons), np.nan)
+    return Diagnosis(
+        neurons=tuple(neurons),
+        right=unknown,
+        wrong=unknown,
+        mistaken=unknown,
+        mistaken_half_width=unknown,
+        n_mistaken=0,
+        evaluation=evaluation,
+    )

@@ -269,7 +269,7 @@ def test_four_choices_average_over_their_rotations(toy: Model) -> None:
     found = evaluate(toy, four_choice().part("report")[:20], NeuronSet(), n_repetitions=2)
     assert found.probabilities["baseline"].shape == (1, 80, 4)
     assert found.arms["baseline"].order_averaged_accuracy > 0.5
-    assert found.welch_p == 1 or found.arms["baseline"].accuracy_std > 0
+    assert np.isnan(found.welch_p) or found.arms["baseline"].accuracy_std > 0
 
 
 def test_no_neurons_change_nothing_and_it_says_so(toy: Model) -> None:
@@ -390,9 +390,14 @@ def test_questions_are_the_unit_of_the_paired_test() -> None:
     assert compared.low == pytest.approx(-25 - 1.96 * se, abs=3)
     assert compared.high == pytest.approx(-25 + 1.96 * se, abs=3)
     assert "no difference is shown" not in compared.summary()
+    assert (
+        f"25.0 points below untouched (95 % interval {-compared.high:.1f} to {-compared.low:.1f};" in compared.summary()
+    )
     same = made(knows, knows).compare()
     assert (same.difference, same.low, same.high, same.mcnemar_p) == (0, 0, 0, 1)
-    assert "no difference is shown" in same.summary()
+    assert "the same as untouched" in same.summary()
+    unclear = made(knows, [*knows[:2], [0.1, 0.9], *knows[3:]]).compare()
+    assert "no difference is shown" in unclear.summary()
     with pytest.raises(ValueError, match="'random' was not run"):
         made(knows, knows).compare("suppressed", "random")
 

@@ -131,6 +131,7 @@ def test_a_users_own_files(tmp_path: Path) -> None:
         ("a.csv", "", "cannot be read"),
         ("a.csv", "question,right,wrong\nWell, who barks?,dog,cup\n", "line 2: expected 3 fields"),
         ("a.csv", "question,right,wrong\nQ?,Yes,No,\n", "put double quotes"),
+        ("a.csv", "question,right,wrong\nQ?,Yes\n", "every line needs them all"),
         (
             "a.jsonl",
             '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n{"question": "Q?", "choices": ["a", "b"]}\n',

@@ -28,11 +28,9 @@ USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ 
 STOPPED = 130
 """The exit code of a command that was stopped by hand, which is also how typer reports it."""
 
-CorrectionOption = Annotated[
-    Literal["bonferroni", "holm", "benjamini-hochberg", "none"], typer.Option(help="For multiple comparisons.")
-]
-FamilyOption = Annotated[Literal["candidates", "all"], typer.Option(help="What the correction counts.")]
-"""Options that selecting and selecting again share."""
+Correction = Literal["bonferroni", "holm", "benjamini-hochberg", "none"]
+Family = Literal["candidates", "all"]
+"""Words that selecting and selecting again share."""
 
 LISTS = ("--on", "--arms")
 """Options that take several values."""
@@ -41,14 +39,31 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Find truth neurons in language models, show that they matter, and show where they sit.",
 )
+
+
+def _say_version(wanted: bool) -> bool:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tn-lens {version('tn_lens')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version, and stop.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Find truth neurons in language models, show that they matter, and show where they sit."""
 
 
 @app.command()
 def run(
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
-    questions: Annotated[str, typer.Option(help="'truthfulqa', 'toy', or a .csv or .jsonl file.")],
+    questions: Annotated[str, typer.Option(help="A .csv or .jsonl file, truthfulqa, triviaqa, mmlu, or toy.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; resumed if it holds this run.")] = None,
     t: Annotated[
         str | None,
@@ -56,8 +71,8 @@ def run(
     ] = None,
     p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
     alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
-    correction: CorrectionOption = "bonferroni",
-    family: FamilyOption = "candidates",
+    correction: Annotated[Correction, typer.Option(help="For multiple comparisons.")] = "bonferroni",
+    family: Annotated[Family, typer.Option(help="What the correction counts.")] = "candidates",
     order: Annotated[Literal["random", "both", "given"] | None, typer.Option(help="Order of the answers.")] = None,
     n_steps: Annotated[int, typer.Option(help="Interpolation steps, m.")] = 20,
     method: Annotated[
@@ -157,12 +172,12 @@ def run(
 @app.command()
 def select(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    t: Annotated[float, typer.Option(help="Adaptive threshold.")] = 0.2,
-    p: Annotated[float, typer.Option(help="Share threshold.")] = 0.4,
-    alpha: Annotated[float, typer.Option(help="Level of the held-out t-test.")] = 0.05,
-    correction: CorrectionOption = "bonferroni",
-    family: FamilyOption = "candidates",
-    seed: Annotated[int, typer.Option(help="Of the split into halves.")] = 0,
+    t: Annotated[float | None, typer.Option(help="Adaptive threshold; the run's by default, like all below.")] = None,
+    p: Annotated[float | None, typer.Option(help="Share threshold.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Level of the held-out t-test.")] = None,
+    correction: Annotated[Correction | None, typer.Option(help="For multiple comparisons.")] = None,
+    family: Annotated[Family | None, typer.Option(help="What the correction counts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the split into halves.")] = None,
     grid: Annotated[bool, typer.Option("--sweep", help="Also a table over t and p, and its figure.")] = False,
     splits: Annotated[int, typer.Option(help="Also compare so many splits into halves.")] = 0,
     out: Annotated[
@@ -174,6 +189,7 @@ def select(
 
     from .figures import plot_sweep
     from .reselection import stability, sweep
+    from .runs import selection_settings
     from .scores import StoredScores
     from .seals import without_nan
     from .selection import select_neurons
@@ -183,7 +199,9 @@ def select(
         raise BadInput(f"expected a file in a folder that exists for --out, got {str(out)!r}")
     if splits == 1 or splits < 0:
         raise BadInput(f"--splits compares splits and needs at least 2; got {splits}")
-    settings = {"t": t, "p": p, "alpha": alpha, "correction": correction, "family": family}
+    given = {"t": t, "p": p, "alpha": alpha, "correction": correction, "family": family, "seed": seed}
+    settings = selection_settings(folder) | {name: value for name, value in given.items() if value is not None}
+    seed = settings.pop("seed")
     selection = select_neurons(stored, seed=seed, **settings)
     console = open_console()
     console.print(selection.summary(), highlight=False)
@@ -194,11 +212,11 @@ def select(
     if splits:
         console.print(stability(stored, seeds=range(splits), **settings).summary(), highlight=False)
     if grid:
-        frame = sweep(stored, alpha=alpha, correction=correction, seed=seed)
+        frame = sweep(stored, alpha=settings["alpha"], correction=settings["correction"], seed=seed)
         wide = frame.pivot(index="t", columns="p", values="n_found").reset_index()
         console.print(frame_table(wide, title="neurons found, t down, p across"))
         path = (out or folder / "sweep").with_suffix(".html")
-        _write(path, plot_sweep(frame, chosen=(t, p)).to_html(include_plotlyjs=True))
+        _write(path, plot_sweep(frame, chosen=(settings["t"], settings["p"])).to_html(include_plotlyjs=True))
         console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
     if out is not None:
         provenance = {**settings, "seed": seed, "run": folder.name}
@@ -246,11 +264,10 @@ def _write(path: Path, text: str) -> None:
 def _table(found: TruthNeurons) -> Table:
     """Like the paper's table 1, with what it lacks beside it."""
     from .evaluation import ARM_NAMES
+    from .significance import say_welch
 
     evaluation = found.evaluation
-    table = Table(
-        title=f"{found.model_name} on {evaluation.name} ({evaluation.n_questions} questions)", title_justify="left"
-    )
+    table = Table(title=f"{found.model_name} on {evaluation.name} ({found.evaluated_on})", title_justify="left")
     table.add_column("condition")
     for name in ("accuracy (%)", "order-averaged (%)", "answer mass", 'share of "A"'):
         table.add_column(name, justify="right")
@@ -264,7 +281,7 @@ def _table(found: TruthNeurons) -> Table:
             f"{arm.share_a:.2f}",
         )
     star = "* below untouched, " if evaluation.welch_p < 0.05 else "suppressed below untouched: "
-    table.caption = f"{star}one-sided Welch p = {evaluation.welch_p:.2g}"
+    table.caption = f"{star}{say_welch(evaluation.welch_p)}"
     table.caption_justify = "left"
     return table
 

@@ -64,7 +64,9 @@ class Diagnosis:
     mistaken_half_width: Float[np.ndarray, " neuron"]
     """Half of its 95 % interval; NaN below two questions."""
     n_mistaken: int
-    """Wrongly answered questions."""
+    """Questions answered wrong, in one order at least."""
+    swapped: bool = False
+    """Whether every question was asked in several orders."""
     evaluation: Evaluation | None
     """The arms on the questions that the check dropped; None where it dropped none."""
 
@@ -127,7 +129,7 @@ class Diagnosis:
             said.append("The model gets too few of the questions wrong to tell truth from choice.")
         else:
             said.append(
-                f"On {self.n_mistaken} questions that the model gets wrong, {verdicts.count('truth')} of {n} neurons still "
+                f"On {self.n_mistaken} questions that the model gets wrong{' in one order or both' if self.swapped else ''}, {verdicts.count('truth')} of {n} neurons still "
                 f"support the right answer (truth), {verdicts.count('choice')} support what the model chose (choice), and "
                 f"{verdicts.count('unclear')} cannot be told (95 % intervals, each for itself)."
             )
@@ -135,10 +137,11 @@ class Diagnosis:
             arms = self.evaluation.arms
             before, after = (100 * arms[a].order_averaged_accuracy for a in ("baseline", "suppressed"))
             more = f", matched random neurons {100 * arms['random_matched'].order_averaged_accuracy:.1f} %"
+            than_others = [self.evaluation.compare("suppressed", arm).low for arm in ("baseline", "random_matched")]
             meaning = (
-                "suppressing them helps there, as it would with choice neurons"
-                if after > before + 5
-                else "suppressing them does not help there"
+                "suppressing them helps there, more than random neurons do, as it would with choice neurons"
+                if min(than_others) > 0
+                else "no help beyond that of random neurons is shown there"
             )
             said.append(
                 f"On the {self.evaluation.n_questions} questions that the check dropped, order-averaged accuracy is "
@@ -228,6 +231,7 @@ def diagnose(
         mistaken=mean,
         mistaken_half_width=half,
         n_mistaken=n_mistaken,
+        swapped=len(check.asked) > check.n_asked,
         evaluation=evaluation,
     )
 

@@ -89,6 +89,16 @@ class TruthNeurons:
             )
         return said + self.evaluation.warnings()
 
+    @property
+    def evaluated_on(self) -> str:
+        """How many questions the arms were asked, and which."""
+        n = f"{self.evaluation.n_questions} questions"
+        return (
+            n
+            if self.unseen is not None or self.evaluation.n_questions == self.check.n_asked
+            else f"{n} that no rule saw"
+        )
+
     def records(self) -> list[dict[str, Any]]:
         """One record a neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""
         diagnosed = self.diagnosis.records()

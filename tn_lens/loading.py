@@ -187,7 +187,8 @@ def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
             or "couldn't connect" in text.lower()
         ):
             said = (
-                "the hub cannot be reached and the file is not in the cache; give a local folder, or try again online"
+                "the hub cannot be reached and the file is not in the cache; check the spelling ('toy' is the embedded model), "
+                "give a local folder, or try again online"
             )
             if constants.is_offline_mode():
                 said = (

@@ -101,6 +101,7 @@ def find_truth_neurons(
         with RunFolder.open(path, manifest, overwrite=overwrite, workers=together) as folder:
             folder.log("start", n_workers=together.n_workers, n_threads=manifest["n_threads"])
             folder.note("model_source", vars(model).get("loaded_from"))
+            folder.note("questions_source", questions.source)
             mapper = StoredUnits(folder, fingerprint(manifest))
             check = manipulation_check(model, prompts, progress=progress, mapper=within(mapper, "check"))
             if not check.prompts:

@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 
 from .errors import BadInput
 from .models import Model, backend_of
-from .questions.question import LETTERS, PromptTemplate, Question, QuestionSet
+from .questions.question import FIGURE_9, LETTERS, PromptTemplate, Question, QuestionSet
+from .questions.toy import LETTERED
 from .seeds import generator
 
 Order = Literal["random", "both", "given"]
@@ -152,7 +153,8 @@ class PromptEncoder:
 
     def __init__(self, model: Model, template: PromptTemplate) -> None:
         self.tokenizer = _tokenizer(model)
-        self.template = template
+        own_words = backend_of(model).name == "toy" and template == FIGURE_9
+        self.template = LETTERED if own_words else template  # the embedded model knows no other words
         self.chat = template.chat and getattr(self.tokenizer, "chat_template", None) is not None
         self.end, self.prefix = ("", "") if self.chat else PLAIN_ENDS[0]
         """What ends a prompt, and what stands before a label."""
@@ -268,13 +270,19 @@ class PromptEncoder:
                 "this model's tokenizer does not know the answer labels (it reads them as the unknown token)"
             )
         n_unknown = sum(unknown in prompt.token_ids for prompt in prompts)
-        if prompts and n_unknown == len(prompts):
+        if not n_unknown:
+            return
+        text = next(prompt.text for prompt in prompts if unknown in prompt.token_ids)
+        word = next((w for w in text.split() if unknown in _ids(self.tokenizer, [w], special=False)[0]), "")
+        if n_unknown == len(prompts):
             raise BadInput(
                 f"this model's tokenizer cannot read the questions: all {n_unknown} prompts contain words that it does not "
-                "know (the toy model reads only the toy's questions)"
+                f"know, like {word!r:.40} (the toy model reads only the words of its own world)"
             )
-        if n_unknown:
-            warnings.warn(f"{n_unknown} of {len(prompts)} prompts contain text unknown to the tokenizer", stacklevel=4)
+        warnings.warn(
+            f"{n_unknown} of {len(prompts)} prompts contain words that the tokenizer does not know, like {word!r:.40}",
+            stacklevel=4,
+        )
 
 
 def _tokenizer(model: Model) -> Any:

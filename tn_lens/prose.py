@@ -11,6 +11,7 @@ from scipy import stats
 
 from .evaluation import ARM_NAMES, StoredEvaluation
 from .runs import Run
+from .significance import say_welch
 
 ENOUGH_SHARED = 0.7
 """Overlap of two splits (Jaccard) below which the found set depends much on the split."""
@@ -58,7 +59,7 @@ def abstract(run: Run) -> list[str]:
         said.append(
             f"With these neurons {evaluation.intervention}, accuracy on {evaluation.n_questions:,} questions goes from "
             f"{_percent(arms['baseline'].accuracy)} to {_percent(arms['suppressed'].accuracy)}"
-            f" (one-sided Welch p = {evaluation.welch_p:.2g})"
+            f" ({say_welch(evaluation.welch_p)})"
             f"{'; it is ' + ' and '.join(others) + ' ' + evaluation.intervention if others else ''}.{averaged}"
         )
     return said
@@ -75,7 +76,7 @@ def cautions(run: Run) -> list[str]:
         verdicts = checks["verdicts"]
         said.append(
             f"Choice or truth. The check keeps only questions whose right answer is what the model chose, so that what supports "
-            f"any choice looks like truth. On {checks['n_mistaken']:,} questions that it gets wrong, {verdicts['truth']:,} of "
+            f"any choice looks like truth. On {checks['n_mistaken']:,} questions that it gets wrong{_in_one_order(run)}, {verdicts['truth']:,} of "
             f"{n:,} neurons support the right answer, {verdicts['choice']:,} the chosen one, and {verdicts['unclear']:,} "
             "cannot be told."
             if checks["n_mistaken"] > 1
@@ -149,7 +150,8 @@ def cautions(run: Run) -> list[str]:
 def command(run: Run) -> str:
     """The command that makes this run again."""
     settings, source = run.settings, run.source
-    parts = ["tn-lens", "run", "--model", source.get("model") or run.model_name, "--questions", run.questions_name]
+    parts = ["tn-lens", "run", "--model", source.get("model") or run.model_name]
+    parts += ["--questions", run.questions_source or run.questions_name]
     parts += ["--out", "runs/again"]
     for name, option in OPTIONS.items():
         if settings.get(name) is not None:
@@ -176,7 +178,7 @@ def python_call(run: Run) -> str:
     return (
         "import tn_lens as tn\n\n"
         f"model = tn.load_model({', '.join(loading)})\n"
-        f"questions = tn.load_questions({run.questions_name!r})\n"
+        f"questions = tn.load_questions({run.questions_source or run.questions_name!r})\n"
         f'found = tn.find_truth_neurons(model, questions, out="runs/again", {arguments})\n'
     )
 
@@ -210,6 +212,10 @@ def _least_effect(run: Run) -> float:
 
 def _in_every_order(run: Run) -> str:
     return " in both orders of the answers" if run.settings["order"] == "both" else ""
+
+
+def _in_one_order(run: Run) -> str:
+    return " in one order or both" if run.settings["order"] == "both" else ""
 
 
 def _percent(value: float | Any) -> str:

@@ -25,6 +25,7 @@ class Run:
     settings: Mapping[str, Any]
     """The manifest's: everything that the numbers depend on."""
     source: Mapping[str, Any]
+    questions_source: str | None
     """What the model was loaded from; empty where that was not noted."""
     backed_off: Mapping[str, Any] | None
     """The size of a pass that fitted, where memory ran out."""
@@ -83,6 +84,7 @@ def load_run(path: str | Path) -> Run:
             name=path.resolve().name,
             settings=manifest["settings"],
             source=manifest.get("model_source") or {},
+            questions_source=manifest.get("questions_source"),
             backed_off=manifest.get("backed_off"),
             selection=selection,
             records=_read(path / "neurons.json")["neurons"],
@@ -97,6 +99,16 @@ def load_run(path: str | Path) -> Run:
         raise BadInput(
             f"{path} was written by another version ({error} is missing or of another kind); run the same command again"
         ) from error
+
+
+def selection_settings(path: str | Path) -> dict[str, Any]:
+    """Thresholds, correction and seed of a run; of one that is not finished, those that it was started with."""
+    path = Path(path)
+    settings = read_manifest(path / "manifest.json")["settings"]
+    found = {name: settings[name] for name in ("t", "p", "alpha", "correction", "family", "seed")}
+    if found["t"] == "auto":
+        found["t"] = _read(path / "summary.json")["t"]
+    return found
 
 
 def _evaluations(path: Path) -> list[Any]:

@@ -154,7 +154,7 @@ class Selection:
 
     def summary(self) -> str:
         """One sentence."""
-        t, p = ("off" if x is None else f"{x:.0%}" if x >= 0.01 else f"{x:.2%}" for x in (self.t, self.p))
+        t, p = ("off" if x is None else f"{100 * x:.{0 if x >= 0.01 else 2}f} %" for x in (self.t, self.p))
         return (
             f"{len(self.neurons)} truth neurons of {self.space.n_neurons:,} (t = {t}, p = {p}, "
             f"{len(self.candidates)} candidates from {len(self.half_1)} questions, tested on {len(self.half_2)} others)."

@@ -113,16 +113,25 @@ def adjust(p_value: Float[Array, " test"], correction: Correction, n_tests: int 
 def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"]) -> float:
     """p-value of the one-sided Welch t-test that the mean of `lower` is below that of `higher` (paper 3.3).
 
-    Two constant arms have no variance to compare: p is 0 where `lower` is below, and 1 elsewhere. Below two
-    repetitions there is no test, and p is NaN.
+    Where there are fewer than two repetitions, or none differs from another, there is no variance to compare: there is no
+    test, and p is NaN.
     """
     if min(len(lower), len(higher)) < 2:
         return float("nan")
     if np.ptp(lower) == 0 and np.ptp(higher) == 0:
-        return 0.0 if lower[0] < higher[0] else 1.0
+        return float("nan")
     moments = [moment for arm in (lower, higher) for moment in (arm.mean(), arm.std(ddof=1), len(arm))]
     _, p_value = stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="less")
     return float(np.asarray(p_value))
+
+
+def say_welch(p_value: float) -> str:
+    """The test in words."""
+    return (
+        f"one-sided Welch p = {p_value:.2g}"
+        if p_value == p_value
+        else "no Welch test, for want of repetitions that differ"
+    )
 
 
 def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:

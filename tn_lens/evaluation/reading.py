@@ -22,6 +22,8 @@ LETTER_SHIFT = 0.15
 """Change in the share of "A" from which a fall in accuracy may be letter bias."""
 FOLLOWED = 0.5
 """Answer mass below which a prompt counts as not answered at all."""
+LEAST_FALL = 1
+"""Points below which it makes no sense to ask what a fall is made of."""
 N_RESAMPLES = 2000
 
 
@@ -44,16 +46,23 @@ class Comparison:
     """Exact two-sided McNemar test over questions; NaN where an arm has several draws."""
     draws_p: float
     """(1 + draws of the other arm that hurt as much) / (1 + draws); NaN for a single draw."""
+    n_draws: int
+    """Of the other arm."""
 
     def summary(self) -> str:
         """One sentence, that says whether the interval leaves out zero."""
-        direction = "below" if self.difference < 0 else "above"
-        clear = "" if self.low > 0 or self.high < 0 else ", an interval that holds zero: no difference is shown"
+        if self.difference == self.low == self.high == 0:
+            return f"{_called(self.arm).capitalize()}: the same as {_called(self.other)}."
+        direction, sign = ("below", -1) if self.difference < 0 else ("above", 1)
+        low, high = sorted((sign * self.low, sign * self.high))
+        interval = f"{_points(low)} to {_points(high)}"
+        clear = "" if low > 0 else ", which holds zero: no difference is shown"
         test = f"; McNemar p = {self.mcnemar_p:.2g}" if self.mcnemar_p == self.mcnemar_p else ""
         draws = f"; p over draws = {self.draws_p:.2g}" if self.draws_p == self.draws_p else ""
+        least = f", the least that {self.n_draws} draws can show" if self.draws_p == 1 / (1 + self.n_draws) else ""
         return (
             f"{_called(self.arm).capitalize()}: {abs(self.difference):.1f} points {direction} {_called(self.other)} "
-            f"(95 % interval {self.low:.1f} to {self.high:.1f}{clear}{test}{draws})."
+            f"(95 % interval {interval}{clear}{test}{draws}{least})."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def compare(evaluation: Evaluation, arm: str, other: str) -> Comparison:
         high=100 * float(high),
         mcnemar_p=mcnemar,
         draws_p=draws_p,
+        n_draws=len(theirs),
     )
 
 
@@ -156,7 +166,7 @@ def explain(evaluation: Evaluation) -> list[str]:
     """What the fall is made of, and how it compares with every control: one sentence each."""
     parts = fall(evaluation)
     said = []
-    if abs(parts["total"]) >= 0.05:
+    if abs(parts["total"]) >= LEAST_FALL:
         of = "fall" if parts["total"] > 0 else "rise"
         sign = 1 if parts["total"] > 0 else -1
         pieces = (
@@ -167,7 +177,12 @@ def explain(evaluation: Evaluation) -> list[str]:
         lost = f"; counting answers without half of the probability as wrong adds {_points(sign * parts['mass'])}"
         said.append(f"Of the {of} of {abs(parts['total']):.1f} points in plain accuracy {pieces}{lost}.")
     else:
-        said.append("Plain accuracy does not move.")
+        said.append(
+            f"Plain accuracy moves by {_points(-parts['total'])} points"
+            + (f", order-averaged by {_points(-parts['content'])}." if evaluation.n_orders > 1 else ".")
+            if parts["total"] or parts["content"]
+            else "Plain accuracy does not move."
+        )
     said += [evaluation.compare("suppressed", other).summary() for other in evaluation.arms if other != "suppressed"]
     if evaluation.text_loss is not None:
         loss = {arm: float(values.mean()) for arm, values in evaluation.text_loss.items()}

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from ..neurons import NeuronSet
 from ..prompts import Prompt, by_question
-from ..significance import welch
+from ..significance import say_welch, welch
 from .arm import Arm
 from .reading import Comparison, compare, explain, warnings_of
 from .tables import Table, table1
@@ -283,7 +283,7 @@ class Evaluation:
         )
         said = (
             f"{self.name}: accuracy {100 * before.accuracy:.1f} % untouched, {100 * after.accuracy:.1f} % with "
-            f"{len(self.neurons)} neurons {self.intervention} (Welch p = {self.welch_p:.2g}){averaged}."
+            f"{len(self.neurons)} neurons {self.intervention} ({say_welch(self.welch_p)}){averaged}."
         )
         return " ".join([said, *self.warnings()])
 

@@ -140,7 +140,7 @@ def _arm(of: Mapping[str, Any]) -> StoredArm:
 
 def _comparison(of: Mapping[str, Any]) -> Comparison:
     numbers = {name: _number(of[name]) for name in ("difference", "low", "high", "mcnemar_p", "draws_p")}
-    return Comparison(arm=of["arm"], other=of["other"], **numbers)
+    return Comparison(arm=of["arm"], other=of["other"], n_draws=int(of["n_draws"]), **numbers)
 
 
 def _number(value: float | int | None) -> float:

@@ -28,7 +28,12 @@ def read_csv(path: Path, header: list[str] | None = None) -> list[dict[str, Any]
                 if any(fields) and len(fields) != len(header):
                     raise BadInput(
                         f"{path}, line {lines.line_num}: expected {len(header)} fields ({', '.join(header)}), got "
-                        f"{len(fields)}; put double quotes around a field that holds a comma"
+                        f"{len(fields)}; "
+                        + (
+                            "put double quotes around a field that holds a comma"
+                            if len(fields) > len(header)
+                            else "every line needs them all"
+                        )
                     )
                 if any(fields):
                     rows.append(dict(zip(header, fields, strict=True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ NAMED = ("toy", "toy_true_false", "toy_four_choice", "truthfulqa", "triviaqa", "
 
 OPTIONS: Mapping[str, set[str]] = {"mmlu": {"n_shots"}, "triviaqa": {"wrong_answers", "strict"}}
 """What only some sets take."""
+
+READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {".csv": read_csv, ".jsonl": read_json_lines}
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "question": ("question", "Question"),
@@ -87,13 +89,14 @@ def load_questions(
             _check_digest(path)
             return QuestionSet(name="truthfulqa", questions=_parse(read_csv(path), {}, "truthfulqa"))
     path = Path(name)
+    if not path.is_file() and path.suffix.lower() in READERS:
+        raise BadInput(f"there is no file {name!r}; give the path of a .csv or .jsonl file that exists")
     if not path.is_file():
         raise BadInput(f"no question set {name!r}: expected {', '.join(NAMED)}, or the path of a .csv or .jsonl file")
-    readers = {".csv": read_csv, ".jsonl": read_json_lines}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in READERS:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
-    rows = readers[path.suffix.lower()](path)
-    return QuestionSet(name=path.stem, questions=_parse(rows, columns or {}, name))
+    rows = READERS[path.suffix.lower()](path)
+    return QuestionSet(name=path.stem, questions=_parse(rows, columns or {}, name), source=name)
 
 
 def _check_digest(path: Path) -> None:
@@ -136,7 +139,7 @@ def _find_columns(there: list[str], columns: Mapping[str, str], where: str) -> d
         if key not in found:
             raise BadInput(
                 f"{where} has no column {key!r}; it has {', '.join(there) or 'none'}. Expected question, right and wrong, "
-                "or question, choices and answer; other names go into columns={...}"
+                "or question, choices and answer: rename the columns, or name them with columns={...} of load_questions"
             )
     return {key: found[key] for key in ("question", *needed, "category") if key in found}
 

@@ -78,6 +78,8 @@ class QuestionSet(Sequence[Question]):
     template: PromptTemplate = FIGURE_9
     fixed_order: bool = False
     """Whether the standard evaluation keeps the choices where they stand (MMLU), instead of permuting them."""
+    source: str | None = None
+    """The file that it was read from, as its path was given; None for sets by name and those made in Python."""
     dropped: tuple[Dropped, ...] = ()
     """Rows that were cleaned away when the set was loaded."""
 
