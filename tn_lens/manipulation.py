@@ -80,8 +80,8 @@ class ManipulationCheck:
         """The sentence that warns of it."""
         swapped = len(self.asked) > self.n_asked
         return (
-            f"The check is lopsided: it kept questions whose right answer stands at A in {self.right_at_a_after:.0%} of the "
-            "prompts, so that neurons which support one letter may look like truth neurons"
+            f"The check is lopsided: it kept questions whose right answer stands at A in {100 * self.right_at_a_after:.0f} % of "
+            "the prompts, so that neurons which support one letter may look like truth neurons"
             + ("." if swapped else "; use order='both'.")
         )
 
@@ -92,7 +92,8 @@ class ManipulationCheck:
         """One or two sentences."""
         said = (
             f"The model answers {len(self.questions)} of {self.n_asked} questions right; the right answer stands at A in "
-            f"{self.right_at_a_before:.0%} of the prompts before and {self.right_at_a_after:.0%} after the check."
+            f"{100 * self.right_at_a_before:.0f} % of the prompts before and {100 * self.right_at_a_after:.0f} % after the "
+            "check."
         )
         if self.is_lopsided:
             said += f" {self.lopsided}"

@@ -73,7 +73,7 @@ class Tuning:
         """One sentence."""
         chosen = next(step for step in self.steps if step.t == self.t)
         return (
-            f"Of {len(self.steps)} thresholds t = {self.t:.0%} lowers order-averaged accuracy most on {self.n_questions} "
+            f"Of {len(self.steps)} thresholds t = {100 * self.t:.0f} % lowers order-averaged accuracy most on {self.n_questions} "
             f"tuning questions, from {100 * self.untouched.order_averaged_accuracy:.1f} to "
             f"{100 * chosen.order_averaged_accuracy:.1f} %, while the instruction is still followed (answer mass "
             f'{chosen.answer_mass:.2f}, share of "A" {self.untouched.share_a:.2f} -> {chosen.share_a:.2f}).'
