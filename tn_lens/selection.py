@@ -186,9 +186,10 @@ class Selection:
                 "test needs two at least. Ask more questions (no --limit, or a larger one)."
             )
         if not n and self.largest_share == 0:
+            then = "" if self.p is None else f" (p then asks for it in {_percent(self.p)} of the questions)"
             return (
                 f"{said}: t stopped all, as no neuron's D exceeds t = {_percent(self.t)} of the largest in any question of "
-                "half 1. Try a lower t."
+                f"half 1. Try a lower t{then}."
             )
         if not n:
             most = (
