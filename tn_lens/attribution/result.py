@@ -137,7 +137,7 @@ class Attribution:
         """One sentence: how much was attributed, and how well the integral was met."""
         said = f"{len(self)} prompt{'' if len(self) == 1 else 's'} x {self.space.n_neurons:,} neurons"
         frame = self.completeness()
-        if frame["gap"].isna().all():
+        if not len(self):
             return f"{said}."
         held = {str(s): {name: of[name].tolist() for name in ("gap", "change")} for s, of in frame.groupby("site")}
         worst = worst_gap(held)

@@ -73,6 +73,8 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
         or (
             f"{labels[0]}: suppression {_takes(means[0])} of the right answer's probability"
             if len(shown) == 1
+            else f"Suppression takes {lost[0]} % of the right answer's probability"
+            if len(set(lost)) == 1
             else f"Suppression takes between {lost[0]} and {lost[1]} % of the right answer's probability"
         ),
         subtitle="Mean of (before − after) / before over questions and repetitions; above zero: the right answer loses.",

@@ -299,10 +299,10 @@ def finding(counts: Mapping[str, np.ndarray], noun: str = "models") -> str:
     place = fullest_place(list(held.values()))
     if place is None:
         return f"Where the truth neurons of {len(held)} {noun}{some} sit, by relative depth"
-    return f"In {place[1]} of {len(held)} {noun}{some} {place[0]} holds the most truth neurons"
+    return f"In {place[1]} of {len(held)} {noun}{some} the most truth neurons sit in {place[0]}"
 
 
-def fullest_place(counts: Sequence[Int[np.ndarray, " layer"]]) -> tuple[str, int] | None:
+def fullest_place(counts: Sequence[Int[np.ndarray, " _"]]) -> tuple[str, int] | None:
     """Where most models hold the most of their neurons, and how many do: a third, or a layer of equally shallow models.
 
     None where some are too shallow for thirds and others have another number of layers.
