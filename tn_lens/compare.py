@@ -164,7 +164,9 @@ class RunComparison:
     def sentences(self) -> list[str]:
         """What the comparison shows, in words."""
         frame = self.to_frame()
-        sizes, shares = (sorted({frame[name].min(), frame[name].max()}) for name in ("neurons", "share_of_all"))
+        sizes, shares = (
+            sorted({min(of), max(of)}) for of in (frame[name].tolist() for name in ("neurons", "share_of_all"))
+        )
         found = f"between {sizes[0]:,} and {sizes[1]:,}" if len(sizes) > 1 else f"{sizes[0]:,}"
         of_all = " to ".join(f"{100 * share:.3g}" for share in shares)
         said = [f"{self.what} found {found} neurons each, {of_all} % of all."]

@@ -44,13 +44,13 @@ def abstract(run: Run) -> list[str]:
     check, evaluation = run.checks["manipulation"], run.evaluation
     arms = evaluation.arms
     said = [
-        f"We asked {run.model_name} {check['n_asked']:,} questions of {run.questions_name}, each with a right and a wrong "
+        f"We asked {run.model_name} {check['n_asked']:,} question{'' if check['n_asked'] == 1 else 's'} of {run.questions_name}, each with a right and a wrong "
         f"answer to choose from; it answers {check['n_kept']:,} of them right{_in_every_order(run)}.",
     ]
     if not run.neurons:
         said.append(
-            f"On these, integrated gradients single out none of its {run.selection.space.n_neurons:,} neurons. "
-            f"{run.selection.nothing_found()} Nothing was suppressed, so that there is nothing to compare."
+            f"On these, integrated gradients single out none of its {run.selection.space.n_neurons:,} neurons, so that "
+            "none was suppressed."
         )
     else:
         n_2 = len(run.selection.half_2)
