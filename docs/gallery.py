@@ -36,7 +36,12 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
     return {
         "layers": figures.plot_layers({"toy": selection}, theme=theme),
         "layers_of_several": figures.plot_layers({"t = 1 %": selection, "t = 10 %": stricter}, theme=theme),
-        "overlap": figures.plot_overlap(["t = 1 %", "t = 10 %"], overlap, theme=theme),
+        "overlap": figures.plot_overlap(
+            ["t = 1 %", "t = 10 %"],
+            overlap,
+            title=f"Two thresholds share {100 * overlap[0, 1]:.0f} % of their distribution over depth",
+            theme=theme,
+        ),
         "accuracies": figures.plot_accuracies(evaluation, theme=theme),
         "accuracies_elsewhere": figures.plot_accuracies([evaluation, *elsewhere], theme=theme),
         "probability_change": figures.plot_probability_change([evaluation, *elsewhere], theme=theme),

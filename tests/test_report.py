@@ -317,6 +317,7 @@ def test_the_star_of_table_1_is_explained_where_there_is_one(finished: tuple[Tru
     once = caption(welch_p=float("nan"), n_repetitions=1)
     assert "There is no test with one repetition." in once
     assert "1 repetitions" not in once
+    assert "±" not in once, "one repetition has no spread"
     assert "p = nan" not in once
     assert "with random neurons and" in plain
     assert "random neurons of the same layers at zero" in plain

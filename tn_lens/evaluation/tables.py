@@ -213,7 +213,8 @@ def _spread(evaluation: Evaluated, name: str) -> str:
         return NOT_RUN
     arm = evaluation.arms[name]
     star = " *" if name == "suppressed" and evaluation.welch_p < LEVEL else ""
-    return f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}{star}"
+    spread = f" ± {100 * arm.accuracy_std:.2f}" if evaluation.n_repetitions > 1 else ""
+    return f"{100 * arm.accuracy:.2f}{spread}{star}"
 
 
 def _averaged(evaluation: Evaluated, name: str) -> str:

@@ -78,7 +78,10 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
             x=[104] * len(at),
             y=at,
             mode="text",
-            text=[f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)],
+            text=[
+                f"{mean:.1f} ± {std:.1f}" if e.n_repetitions > 1 else f"{mean:.1f}"
+                for (_, e), mean, std in zip(held, means, stds, strict=True)
+            ],
             textposition="middle right",
             textfont={"size": TEXT_SIZE - 2, "color": look.ink if arm == "suppressed" else look.soft},
             hoverinfo="skip",
@@ -133,7 +136,11 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
     return finish(
         figure,
         title or finding(shown),
-        subtitle="Bars: mean over repetitions ± standard deviation; circles: single repetitions"
+        subtitle=(
+            "Bars: mean over repetitions ± standard deviation; circles: single repetitions"
+            if any(e.n_repetitions > 1 for e in shown)
+            else "Bars: a single repetition"
+        )
         + ("; diamonds: answers averaged over their orders, so that letter bias cancels." if averaged else ".")
         + (" Dashed: chance." if len({len(e.arms["baseline"].shares) for e in shown}) == 1 else ""),
         theme=theme,

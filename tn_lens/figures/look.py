@@ -22,8 +22,8 @@ Theme = Literal["light", "dark"]
 
 FONT = "Inter, Helvetica, Arial, sans-serif"
 TEXT_SIZE, TITLE_SIZE, SUBTITLE_SIZE = 14, 18, 14
-TITLE_WIDTH, SUBTITLE_WIDTH = 70, 104
-"""Characters of a line: what fits into 800 pixels."""
+TITLE_WIDTH, SUBTITLE_WIDTH = 78, 104
+"""Characters of a line: what fits into 800 pixels, beside plotly's bar."""
 LINE_HEIGHT = 1.3
 ROW = 26
 """Height of a row of bars or cells."""
