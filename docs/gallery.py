@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 import tn_lens as tn
 from tn_lens import figures
+from tn_lens.compare import overlap_of, spread_over_depth
 from tn_lens.evaluation import dose_response
 from tn_lens.manipulation import is_right
 from tn_lens.reselection import sweep
@@ -27,10 +30,18 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
     reporting = questions.part("report")
     evaluation = tn.evaluate(model, reporting, selection.neurons)
     elsewhere = [tn.evaluate(model, tn.load_questions(name), selection.neurons) for name in ("toy_four_choice",)]
+    spread = [spread_over_depth(one.neurons, one.space.n_layers) for one in (selection, stricter)]
+    overlap = np.array([[overlap_of(a, b) for b in spread] for a in spread])
     strongest = selection.candidates[int(selection.mean_difference.argmax())]
     return {
         "layers": figures.plot_layers({"toy": selection}, theme=theme),
         "layers_of_several": figures.plot_layers({"t = 1 %": selection, "t = 10 %": stricter}, theme=theme),
+        "overlap": figures.plot_overlap(
+            ["t = 1 %", "t = 10 %"],
+            overlap,
+            title=f"Two thresholds share {100 * overlap[0, 1]:.0f} % of their distribution over depth",
+            theme=theme,
+        ),
         "accuracies": figures.plot_accuracies(evaluation, theme=theme),
         "accuracies_elsewhere": figures.plot_accuracies([evaluation, *elsewhere], theme=theme),
         "probability_change": figures.plot_probability_change([evaluation, *elsewhere], theme=theme),

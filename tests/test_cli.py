@@ -301,7 +301,7 @@ def test_t_is_searched_on_questions_of_its_own(run: Callable, tmp_path: Path) ->
     assert summary["t"] == tuning["t"]
     assert tuning["n_questions"] == 144
     assert "How t was chosen" in (out / "report.html").read_text()
-    assert f"t = {summary['t']:.0%} lowers" in " ".join(text.split())
+    assert f"t = {100 * summary['t']:.0f} % lowers" in " ".join(text.split())
     code, _, error = run(*TOY, "--out", tmp_path / "other", *FAST, "--t", "often")
     assert (code, "a number in (0, 1] or 'auto'" in error) == (2, True)
 

@@ -86,6 +86,24 @@ def test_mirrored_pages_have_their_links_moved(conf: Any) -> None:
         assert (ROOT / source).is_file()
 
 
+def test_every_figure_is_in_the_guide_and_in_the_gallery() -> None:
+    guide, gallery = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("figures.md", "gallery.py"))
+    plots = [name for name in tn_lens.figures.__all__ if name.startswith("plot_")]
+    assert len(plots) >= 11
+    assert [name for name in plots if f"| `{name}` |" not in guide] == []
+    assert [name for name in plots if f"figures.{name}(" not in gallery] == []
+
+
+def test_the_call_in_the_guide_to_figures_draws(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)\.show\(\)\n```", guide, re.DOTALL)
+    place = tmp_path / "neurons.json"
+    tn_lens.NeuronSet([tn_lens.Neuron("mlp", 1, None, 3)]).save(place)
+    assert "runs/demo/neurons.json" in code
+    figure = eval(code.replace("runs/demo/neurons.json", str(place)), {"tn": tn_lens})
+    assert "layer 1, the last of 2" in figure.finding
+
+
 def test_docstrings_keep_their_bars_and_stars(conf: Any) -> None:
     lines = ["mean |gap| of `a | b` and t * max(D)"]
     conf.as_markup(None, "function", "f", None, None, lines)

@@ -426,6 +426,29 @@ def test_categories_like_figure_4(evaluation: Evaluation) -> None:
     assert parts[parts.part == "first"].n_questions.unique().tolist() == [20]
 
 
+def test_tables_explain_a_star_where_there_is_one_and_say_what_was_not_run(evaluation: Evaluation) -> None:
+    same = replace(
+        evaluation, probabilities={**evaluation.probabilities, "suppressed": evaluation.probabilities["baseline"]}
+    )
+    once = replace(same, asked=same.asked[:1])
+    worse = replace(
+        evaluation, probabilities={**evaluation.probabilities, "suppressed": 1 - evaluation.probabilities["baseline"]}
+    )
+    for make in (table1, table2):
+        for one in (same, once, worse):
+            table = make([one])
+            assert ("* below" in table.caption) == any(" *" in cell for cell in table.frame["suppressed"])
+    assert "* below" in table1([worse]).caption
+    assert "* below" in table2([worse]).caption
+    assert "Suppressed is not below the baseline (one-sided Welch test, p at least 0.05)." in table1([same]).caption
+    assert "from one repetition" in table1([once]).caption
+    assert "No Welch test: no two repetitions differ." in table1([once]).caption
+    fewer = {arm: p for arm, p in same.probabilities.items() if arm != "random_matched"}
+    both = table2([same, replace(same, name="other", probabilities=fewer)]).frame
+    assert both["matched"].tolist()[-2:] == ["not run", "not run"]
+    assert "not run" not in both["matched"].tolist()[:2]
+
+
 def test_tables_in_every_form(evaluation: Evaluation, tmp_path: Path) -> None:
     paper = replace(evaluation, name="truthfulqa", model_name="Qwen2.5-3B-Instruct")
     table = paper.table1()

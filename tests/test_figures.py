@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,17 +123,33 @@ def test_figure_5_of_several_models_keeps_every_layer_and_each_model_sums_to_one
 @pytest.mark.parametrize(
     ("layers", "n_layers", "said"),
     [
-        ([5, 5, 5, 0], 12, "75% of the 4 truth neurons sit in the middle third of 12 layers"),
-        ([0, 5, 10, 11], 12, "50% of the 4 truth neurons sit in the last third"),
-        ([0, 5, 11], 12, "spread over 12 layers: 33% in the first, 33% in the middle, 33% in the last third"),
-        ([1], 2, "100% of the 1 truth neuron sit in layer 1 of 0 to 1"),
-        ([0], 1, "layer 0 of 0 to 0"),
+        ([5, 5, 5, 0], 12, "75 % of the 4 truth neurons sit in the middle third of 12 layers"),
+        ([0, 5, 10, 11], 12, "50 % of the 4 truth neurons sit in the last third"),
+        ([0, 5, 11], 12, "spread over 12 layers: 33 % in the first, 33 % in the middle, 33 % in the last third"),
+        ([1], 2, "The only truth neuron sits in layer 1, the last of 2"),
+        ([1, 1, 0], 4, "67 % of the 3 truth neurons sit in layer 1 of 4, counted from 0"),
+        ([0, 0], 2, "100 % of the 2 truth neurons sit in layer 0, the first of 2"),
+        ([0, 0], 1, "layer 0, the only one"),
         ([], 9, "0 truth neurons over 9 layers: none was found"),
     ],
 )
 def test_the_title_of_figure_5_says_where_they_sit(layers: list[int], n_layers: int, said: str) -> None:
     found = NeuronSet(Neuron("mlp", layer, None, place) for place, layer in enumerate(layers))
     assert said in figures.plot_layers(found, n_layers).finding
+
+
+@pytest.mark.parametrize(
+    ("sets", "depths", "said"),
+    [
+        (([1, 1], [1, 0, 1]), (2, 2), "In 2 of 2 models the most truth neurons sit in layer 1, the last of 2"),
+        (([5], [0, 5, 5], [0]), (12, 12, 6), "In 2 of 3 models the most truth neurons sit in the middle third of the layers"),
+        (([1], [5]), (2, 12), "Where the truth neurons of 2 models sit, by relative depth"),
+        (([], []), (2, 12), "No truth neurons were found in 2 models"),
+    ],
+)  # fmt: skip
+def test_thirds_are_those_of_models_that_have_some(sets: Any, depths: tuple[int, ...], said: str) -> None:
+    named = {str(i): NeuronSet(Neuron("mlp", layer, None, place) for place, layer in enumerate(layers)) for i, layers in enumerate(sets)}  # fmt: skip
+    assert figures.plot_layers(named, {str(i): depth for i, depth in enumerate(depths)}).finding == said
 
 
 def test_figure_5_refuses_what_it_cannot_draw() -> None:
@@ -189,6 +206,23 @@ def test_figure_3(stored: bool) -> None:
     assert named["floored mean"] == pytest.approx([100 * e.probability_change_floored for e in several])
     assert named["median"] == pytest.approx([100 * e.probability_change_median for e in several])
     assert list(figure.layout.yaxis.ticktext) == ["a", "b"]
+    (bar,) = bars(figure).values()
+    assert list(bar.text) == [f"{100 * e.probability_change:.1f} %" for e in several], "at the bar that it belongs to"
+    marks = [trace for trace in figure.data if trace.type == "scatter"]
+    assert len(marks) == 2
+    assert {trace.mode for trace in marks} == {"markers"}, "no text beside them"
+    for row in (0, 1):
+        assert all(mark.y[row] > bar.y[row] + bar.width / 2 for mark in marks), "below the bar and its label"
+
+
+def test_figure_3_of_nothing_shows_whole_marks() -> None:
+    one = evaluation()
+    one = replace(one, probabilities={**one.probabilities, "suppressed": one.probabilities["baseline"]})
+    figure = figures.plot_probability_change(one)
+    assert [trace.x[0] for trace in figure.data] == [0, 0, 0]
+    low, high = figure.layout.xaxis.range
+    assert low < 0 < high
+    assert "takes nothing" in figure.finding
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -282,7 +316,10 @@ def test_a_volcano_of_nothing_and_of_too_much(monkeypatch: pytest.MonkeyPatch) -
     scores = attribution()
     nothing = replace(scores, difference={site: -scores.abs() for site, scores in scores.difference.items()})
     empty = figures.plot_candidates(select_neurons(nothing, t=0.2, p=0.4))
-    assert "0 of 0 candidates" in empty.finding
+    assert empty.finding == "There are no candidates to test"
+    assert not empty.layout.xaxis.visible
+    assert not empty.layout.yaxis.visible
+    assert not empty.layout.shapes
     assert "No neuron was salient" in empty.layout.annotations[0].text
     monkeypatch.setattr("tn_lens.figures.selection.MOST_CANDIDATES", 5)
     selection = select_neurons(scores, t=0.1, p=0.2)
@@ -336,10 +373,18 @@ def test_the_completeness_gap() -> None:
             kind, site = ("gap" if trace.name == "gap" else "change"), ("mlp" if trace.yaxis == "y" else "attn")
             if figure.data[0].y[0] == held["mlp"]["change"][0]:
                 assert list(trace.y) == pytest.approx(held[site][kind])
-    worst = frame["gap"].max() / frame["change"].max()
-    assert f"at most {worst:.1%} of the largest change" in figures.plot_completeness(scores).finding
+    worst = frame.loc[frame["gap"].idxmax()]
+    said = f"{100 * worst['gap'] / worst['change']:.1f} % of the change there ({worst['change']:.2g})"
+    assert said in figures.plot_completeness(scores).finding
+    assert said in scores.summary(), "one definition"
+    assert f"{100 * scores.completeness_gap:.1f} %" in scores.summary(), "and its relation to the other"
+    beyond = figures.plot_completeness(
+        {"mlp": {"gap": [0.01], "change": [0.6]}, "attn": {"gap": [0.42], "change": [0.4]}}
+    )
+    assert "most in Attention, layer 0: by 0.42 on average, 105.0 % of the change there (0.4)" in beyond.finding
     one = figures.plot_completeness({"mlp": {"gap": [0.0], "change": [0.0]}})
-    assert "0.0%" in one.finding
+    assert "0.0 %" in one.finding
+    assert "where nothing changes" in figures.plot_completeness({"mlp": {"gap": [0.1], "change": [0.0]}}).finding
     with pytest.raises(BadInput, match="got none"):
         figures.plot_completeness({"mlp": {"gap": [], "change": []}})
 
@@ -349,7 +394,8 @@ def test_overlap() -> None:
     figure = figures.plot_overlap(["a", "b"], overlap)
     np.testing.assert_array_equal(np.array(figure.data[0].z), overlap)
     assert list(figure.data[1].text) == ["100", "25", "25", "100"]
-    assert "25% of their distribution" in figure.finding
+    assert "25 % of their distribution" in figure.finding
+    assert figures.plot_overlap(["a", "b"], overlap, title="Mine").finding == "Mine"
 
 
 def everything(theme: Any) -> dict[str, figures.Figure]:
@@ -463,12 +509,28 @@ def test_scales_and_sites_survive_grey_print(theme: Any) -> None:
         assert (b + 0.05) / (a + 0.05) > 4.5, "WCAG AA"
 
 
+def test_no_sentence_glues_its_percent_sign() -> None:
+    for name, figure in everything("light").items():
+        said = [figure.finding, figure.remark, *(str(trace.hovertemplate) for trace in figure.data)]
+        assert not [text for text in said if re.search(r"\d%|:[^}]*%\}", text)], name
+
+
+def test_a_condition_that_was_not_run_leaves_no_gap() -> None:
+    fewer = evaluation("b")
+    fewer = replace(fewer, probabilities={arm: p for arm, p in fewer.probabilities.items() if arm != "random_matched"})
+    figure = figures.plot_accuracies([evaluation("a"), fewer])
+    at = sorted(place for bar in bars(figure).values() for place in bar.y)
+    assert at == [0, 1, 2, 3, 5, 6, 7]
+    assert list(figure.layout.yaxis.tickvals) == [1.5, 6]
+
+
 def test_figures_are_saved_by_their_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = figures.plot_layers(FOUND, 4)
     figures.save_figure(figure, tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "plotly.js v" in page, "works offline"
     assert figure.digest() in page
+    assert "width:min(100%, 1000px);" in page, "no wider than its title is wrapped for"
     with pytest.raises(BadInput, match=r"ends in \.html, \.png"):
         figures.save_figure(figure, tmp_path / "a.bmp")
     with pytest.raises(BadInput, match="cannot write"):

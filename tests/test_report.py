@@ -31,7 +31,7 @@ from tn_lens.models import HAS_HOOKED, Model
 from tn_lens.pipeline import report_of
 from tn_lens.prose import cautions, command
 from tn_lens.questions.toy import binary
-from tn_lens.report import N_ROWS, write_report
+from tn_lens.report import N_ROWS, write_comparison, write_report
 from tn_lens.retest import load_sets, retest
 from tn_lens.runs import load_run
 
@@ -163,7 +163,7 @@ def test_the_report_shows_the_numbers_and_needs_no_network(finished: tuple[Truth
     assert all(sentence in seen for sentence in found.diagnosis.sentences())
     assert all(sentence in seen for sentence in found.evaluation.explain())
     assert all(warning in seen for warning in found.warnings())
-    assert f"completeness gap, worst layer, of the largest change {100 * found.completeness_gap:.1f} %" in seen
+    assert f"completeness gap of the worst layer, of its own change {100 * found.completeness_gap:.1f} %" in seen
     for row in found.check.calibration().to_dict("records"):
         assert f"{row['n_prompts']:,} {100 * row['confidence']:.1f} {100 * row['accuracy']:.1f}" in seen
     assert page.count("plotly.js v") == 1
@@ -285,8 +285,47 @@ def test_a_run_that_finds_nothing_has_a_report(toy: Model, tmp_path: Path) -> No
     assert not found.neurons
     seen = text_of((out / "report.html").read_text())
     assert "None was found." in seen
-    assert "0 truth neurons of toy over 2 layers: none was found" in seen
-    assert "No truth neurons were found" in seen
+    assert "single out none of its 960 neurons, so that none was suppressed" in seen
+    assert "t stopped all, as no neuron's D exceeds t = 100 % of the largest in any question of half 1" in seen
+    assert set(figures_of((out / "report.html").read_text())) == {"completeness"}, "nothing that has nothing to show"
+    assert "random neurons at zero" not in seen, "rows that would repeat the first"
+    assert "no neuron is found in any" in seen
+    assert "Welch" not in seen
+    assert load_run(out).selection.largest_share == found.selection.largest_share == 0
+
+
+def test_two_questions_are_too_few_and_the_report_says_so(toy: Model, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    find_truth_neurons(toy, binary(), out=out, **(FAST | {"limit": 2, "n_repetitions": 1}))
+    seen = text_of((out / "report.html").read_text())
+    assert re.search(r"only [12] questions? passed the check, so that half 2 has (1|none), and a test needs two", seen)
+    assert "from 1 question, tested on" in seen
+    assert not re.search(r"\b1 (questions|repetitions|others|candidates)\b", seen)
+    assert not re.search(r"\bnan\b", seen)
+
+
+def test_the_star_of_table_1_is_explained_where_there_is_one(finished: tuple[TruthNeurons, Path]) -> None:
+    held = load_run(finished[1])
+
+    def caption(**changes: Any) -> str:
+        return text_of(write_report(replace(held, evaluation=replace(held.evaluation, **changes))))
+
+    starred, plain = caption(welch_p=0.001), caption(welch_p=0.73)
+    assert "* below untouched, one-sided Welch p = 0.001" in starred
+    assert "*" not in plain
+    assert "Suppressed is not below untouched (one-sided Welch p = 0.73)" in plain
+    once = caption(welch_p=float("nan"), n_repetitions=1)
+    assert "No Welch test: no two repetitions differ." in once
+    assert "1 repetitions" not in once
+    assert "±" not in once, "one repetition has no spread"
+    assert "p = nan" not in once
+    assert "with random neurons and" in plain
+    assert "random neurons of the same layers at zero" in plain
+
+
+def test_no_sentence_of_the_report_glues_its_percent_sign(finished: tuple[TruthNeurons, Path]) -> None:
+    seen = text_of((finished[1] / "report.html").read_text())
+    assert not re.findall(r"\d%", seen)
 
 
 def test_a_long_list_is_cut_and_counted(finished: tuple[TruthNeurons, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +368,8 @@ def test_the_report_works_in_a_browser(finished: tuple[TruthNeurons, Path], chro
 
     chrome.run("document.querySelector('#more').click()")
     assert len(shown(chrome)) == len(found.neurons)
-    for column, name in ((1, "layer"), (4, "cohens_d"), (2, "mean_difference")):
+    assert [row[1] for row in shown(chrome)] == [r["verdict"] for r in found.records()], "early, where it is seen"
+    for column, name in ((2, "layer"), (5, "cohens_d"), (3, "mean_difference")):
         for way in ("descending", "ascending"):
             chrome.run(f"document.querySelectorAll('#neurons th')[{column}].querySelector('button').focus()")
             chrome.press("Enter")
@@ -383,7 +423,7 @@ def test_hovering_tells_counts(finished: tuple[TruthNeurons, Path], chrome: Page
     )
     count = found.neurons.by_layer(2)["attn"][1]
     assert "Attention (hook_z), layer 1" in said
-    assert f"{count} neurons, {count / len(found.neurons):.1%} of those found" in said
+    assert f"{count} neurons, {100 * count / len(found.neurons):.1f} % of those found" in said
     assert chrome.complaints() == []
 
 
@@ -413,6 +453,12 @@ def test_the_report_fits_every_window_light_and_dark(
             ".map(t => parseFloat(getComputedStyle(t).fontSize)))"
         )
         assert small >= 10, "every label can be read"
+        box, inner = chrome.run(
+            "(b => [[b.clientWidth, b.scrollWidth], b.querySelector('th').getBoundingClientRect().left])"
+            "(document.querySelector('#neurons').parentElement)"
+        )
+        assert inner < width
+        assert box[1] <= box[0] or width < 800, "no column of the table is cut"
     assert chrome.complaints() == []
 
 
@@ -465,12 +511,37 @@ def test_runs_beside_each_other(finished: tuple[TruthNeurons, Path], other: Path
     assert comparison.overlap[0, 1] == pytest.approx(expected)
     frame = comparison.to_frame()
     assert frame["neurons"].tolist() == [len(r.neurons) for r in runs]
-    np.testing.assert_allclose(frame[["first_third", "middle_third", "last_third"]].sum(axis=1), 1)
+    assert "first_third" not in frame, "two layers have no thirds"
+    said = comparison.summary()
+    assert "2 runs of 1 model found between" in said
+    assert "third" not in said
+    assert "Most neurons sit in layer 1, the last of 2, in 2 of the 2" in said
+    assert not re.search(r"\d%|\d\.\d{3,} ", said)
+    assert "2 models" not in said + comparison.plot_layers().finding + comparison.plot_accuracies().finding
+    assert comparison.plot_layers().finding == "In 2 of 2 runs the most truth neurons sit in layer 1, the last of 2"
+    assert "of 2 runs (one-sided" in comparison.plot_accuracies().finding
     mean = comparison.means().iloc[-1]
     assert mean["baseline"] == pytest.approx(frame["untouched"].mean())
     assert mean["reduction_points"] == pytest.approx((frame["untouched"] - frame["suppressed"]).mean())
     with pytest.raises(BadInput, match="at least two"):
         compare(runs[:1])
+
+
+def test_accuracies_on_different_questions_have_no_mean(finished: tuple[TruthNeurons, Path], other: Path) -> None:
+    runs = [load_run(finished[1]), load_run(other)]
+    assert "on average from" in compare(runs).summary()
+    for change, said in (
+        ({"name": "mmlu"}, "are about different question sets (toy, mmlu)"),
+        ({"n_questions": 7}, "are about different questions of toy"),
+    ):
+        apart = compare([runs[0], replace(runs[1], evaluation=replace(runs[1].evaluation, **change))])
+        assert "on average" not in apart.summary()
+        assert f"The runs {said}: their accuracies do not compare." in apart.summary()
+        assert apart.means().empty
+        assert "Group means" not in text_of(write_comparison(apart))
+    deep = replace(runs[1].selection, space=replace(runs[1].selection.space, n_layers=8))
+    mixed = compare([runs[0], replace(runs[1], selection=deep)]).to_frame()
+    assert mixed["last_third"].isna().tolist() == [True, False], "a layer of two straddles the thirds"
 
 
 def test_overlap_by_relative_depth() -> None:
@@ -524,10 +595,22 @@ def test_the_page_about_several_runs(
         assert f"{summary['arms']['suppressed']['accuracy_mean']:.2f}" in seen
     figures = figures_of(out.read_text())
     assert set(figures) == {"layers", "overlap", "accuracies", "change", "categories"}
-    for width in (400, 1600):
+    assert "hurt, by run." in seen
+    assert "{{" not in seen
+    for width in (400, 800, 1600):
         chrome.open(out.as_uri(), width=width)
         assert chrome.run("document.documentElement.scrollWidth") <= width
         assert chrome.run("document.querySelectorAll('[data-figure] .main-svg').length") >= 5
+        if width == 800:
+            cut = "[...document.querySelectorAll('.wide')].filter(b => b.scrollWidth > b.clientWidth).map(b => b.ariaLabel)"
+            assert chrome.run(cut) == []
+        if width > 400:
+            chrome.run("document.querySelector('[data-figure=overlap]').scrollIntoView({behavior: 'instant'})")
+            bar, plot = chrome.run(
+                "(f => [f.querySelector('.modebar').getBoundingClientRect().bottom,"
+                " f.querySelector('.nsewdrag').getBoundingClientRect().top])(document.querySelector('[data-figure=overlap]'))"
+            )
+            assert bar <= plot, "the buttons stand above the cells"
         assert chrome.complaints() == []
         assert chrome.requests() == [out.as_uri()]
     assert run("compare", finished[1], other, sly[1], "--out", out)[0] == 0

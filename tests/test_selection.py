@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tn_lens import Neuron, NeuronSet, select_neurons
+from tn_lens import Neuron, NeuronSet, Selection, select_neurons
 from tn_lens.attribution.result import Scores
 from tn_lens.neurons import NeuronSpace
 from tn_lens.selection import salient, split_halves
@@ -96,6 +97,40 @@ def test_one_question_cannot_be_tested() -> None:
     found = select_neurons(Table(torch.tensor([[1.0, 0.0, 0.0, 0.0]])))
     assert NeuronSet(found.candidates) == neurons(0)
     assert not found.neurons
+
+
+def test_where_nothing_is_found_the_filter_that_stopped_it_is_named() -> None:
+    rows = torch.eye(4).repeat(4, 1)  # every neuron is the largest in a quarter of the questions
+    generator = torch.Generator().manual_seed(0)
+
+    def said(t: float, p: float, table: torch.Tensor = rows) -> str:
+        found = select_neurons(Table(table), t=t, p=p)
+        again = Selection.from_dict(json.loads(json.dumps(found.to_dict())))
+        assert again.nothing_found() == found.nothing_found()
+        return found.nothing_found()
+
+    assert "t stopped all, as no neuron's D exceeds t = 100 % of the largest" in said(1.0, 0.4)
+    first, _ = split_halves(dict.fromkeys(range(16), "all"), 0)
+    most = max(sum(question % 4 == neuron for question in first) for neuron in range(4))
+    by_p = said(0.5, 0.9)
+    assert f"p stopped all, as the most frequent neuron is salient (t = 50 %) in {100 * most / 8:.0f} % of" in by_p
+    assert "p asks for 90 %. Try a lower p, or a lower t." in by_p
+    noise = torch.randn(16, 4, generator=generator)
+    by_test = said(0.01, 0.1, noise)
+    assert "the test stopped all, as of 4 candidates none passed it on the 8 questions of half 2" in by_test
+    assert "8 questions are few" in by_test
+    few = said(0.01, 0.1, torch.ones(2, 4))
+    assert "only 2 questions passed the check, so that half 2 has 1, and a test needs two" in few
+    assert "lower" not in few
+    assert (
+        select_neurons(Table(torch.ones(40, 4) + 0.1 * torch.randn(40, 4, generator=generator))).nothing_found() == ""
+    )
+
+
+def test_a_selection_of_an_older_file_does_not_know_the_largest_share() -> None:
+    held = select_neurons(Table(torch.eye(4).repeat(4, 1)), t=0.5, p=0.9).to_dict()
+    del held["largest_share"]
+    assert "p stopped all, as no neuron is salient (t = 50 %) in as many" in Selection.from_dict(held).nothing_found()
 
 
 def test_a_model_of_one_neuron() -> None:

@@ -9,13 +9,15 @@ from html import escape
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .errors import BadInput
 from .evaluation import StoredEvaluation, Table, group_means, table1, table2
 from .evaluation.reference import PAPER
-from .figures import Figure, Theme, plot_layers, plot_overlap
-from .figures.layers import THIRDS, shares_of_thirds
+from .figures import Figure, Theme, plot_accuracies, plot_layers, plot_overlap
+from .figures.accuracies import finding as accuracy_finding
+from .figures.layers import LEAST_LAYERS, THIRDS, fullest_place, shares_of_thirds
+from .figures.layers import finding as layer_finding
 from .neurons import SITES, NeuronSet
 from .runs import Run
 
@@ -37,6 +39,22 @@ class RunComparison:
         return {name: run.selection.space.n_layers for name, run in self.runs.items()}
 
     @property
+    def n_models(self) -> int:
+        """How many models the runs are of, by their weights."""
+        return len({run.settings["weights_sha256"] for run in self.runs.values()})
+
+    @property
+    def noun(self) -> str:
+        """What the runs are called where each is of a model of its own, and where not."""
+        return "models" if self.n_models == len(self.runs) else "runs"
+
+    @property
+    def what(self) -> str:
+        """What is compared, as in "2 runs of 1 model"."""
+        n = len(self.runs)
+        return f"{n} {self.noun}" + ("" if self.n_models == n else f" of {_counted(self.n_models, 'model')}")
+
+    @property
     def evaluations(self) -> list[StoredEvaluation]:
         """The runs' own evaluations, called as the runs are."""
         return [replace(run.evaluation, model_name=name) for name, run in self.runs.items()]
@@ -45,6 +63,15 @@ class RunComparison:
     def sets(self) -> list[str]:
         """The question sets that the runs report on."""
         return list(dict.fromkeys(run.evaluation.name for run in self.runs.values()))
+
+    @property
+    def has_one_set(self) -> bool:
+        """Whether all runs report on the very same questions, so that their accuracies compare."""
+        return len({(e.name, e.n_questions, sha) for e, sha in self._reported}) == 1
+
+    @property
+    def _reported(self) -> list[tuple[StoredEvaluation, str | None]]:
+        return [(run.evaluation, run.settings.get("questions_sha256")) for run in self.runs.values()]
 
     @property
     def others(self) -> list[StoredEvaluation]:
@@ -57,12 +84,21 @@ class RunComparison:
         ]
 
     def plot_layers(self, theme: Theme = "light") -> Figure:
-        """Figure 5 with all models."""
-        return plot_layers({name: run.selection for name, run in self.runs.items()}, theme=theme)
+        """Figure 5 with all runs."""
+        title = layer_finding({name: counts_of(run) for name, run in self.runs.items()}, self.noun)
+        return plot_layers({name: run.selection for name, run in self.runs.items()}, title=title, theme=theme)
 
     def plot_overlap(self, theme: Theme = "light") -> Figure:
         """How alike the distributions over relative depth are."""
-        return plot_overlap(list(self.runs), self.overlap, theme=theme)
+        title = f"Two {self.noun} share {_range(self._pairs(self.overlap))} of their distribution over depth"
+        return plot_overlap(list(self.runs), self.overlap, title=title, theme=theme)
+
+    def plot_accuracies(self, theme: Theme = "light") -> Figure:
+        """Table 1 of all runs as a picture."""
+        return plot_accuracies(self.evaluations, title=accuracy_finding(self.evaluations, self.noun), theme=theme)
+
+    def _pairs(self, matrix: Float[np.ndarray, "run run"]) -> Float[np.ndarray, " pair"]:
+        return matrix[np.triu_indices(len(self.runs), 1)]
 
     def tables1(self) -> list[Table]:
         """Table 1 of all models, one for each question set."""
@@ -73,7 +109,11 @@ class RunComparison:
         return table2(self.others) if self.others else None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a run: what was found, where, and what suppressing it does; accuracies in percent, shares in [0, 1]."""
+        """One row a run: what was found, where, and what suppressing it does; accuracies in percent, shares in [0, 1].
+
+        Models with fewer than six layers have no thirds to speak of (NaN), and no run has where every model is so shallow.
+        """
+        is_deep = max(self.depths.values()) >= LEAST_LAYERS
         rows = []
         for name, run in self.runs.items():
             thirds = thirds_of(run)
@@ -85,7 +125,11 @@ class RunComparison:
                     "neurons": len(run.neurons),
                     "share_of_all": len(run.neurons) / run.selection.space.n_neurons,
                     "share_mlp": len(run.neurons.at("mlp")) / len(run.neurons) if run.neurons else float("nan"),
-                    **{f"{third}_third": share for third, share in zip(THIRDS, thirds, strict=True)},
+                    **(
+                        {f"{third}_third": share for third, share in zip(THIRDS, thirds, strict=True)}
+                        if is_deep
+                        else {}
+                    ),
                     "untouched": 100 * before.accuracy,
                     "suppressed": 100 * after.accuracy,
                     "order_averaged_untouched": 100 * before.order_averaged_accuracy,
@@ -96,15 +140,20 @@ class RunComparison:
         return pd.DataFrame(rows)
 
     def means(self) -> pd.DataFrame:
-        """Means over the models of one size, as in section 3.3 of the paper, for its six; and over all runs (percent)."""
+        """Means over the models of one size, as in section 3.3 of the paper, for its six (percent).
+
+        A last row is over all runs, where they report on the same questions.
+        """
         evaluations = [run.evaluation for run in self.runs.values()]
         known = {e.model_name: e for e in evaluations if e.model_name in PAPER and e.name == "truthfulqa"}
         grouped = group_means(list(known.values())) if known else pd.DataFrame()
+        if not self.has_one_set:
+            return grouped
         pairs = [[100 * e.arms[arm].accuracy for arm in ("baseline", "suppressed")] for e in evaluations]
         before, after = (float(np.mean(of)) for of in zip(*pairs, strict=True))
         everything = {
-            "size": "all",
-            "models": len(evaluations),
+            "size": "all" if self.noun == "models" else f"all {len(evaluations)} runs",
+            "models": self.n_models,
             "baseline": before,
             "suppressed": after,
             "reduction_points": before - after,
@@ -115,40 +164,56 @@ class RunComparison:
     def sentences(self) -> list[str]:
         """What the comparison shows, in words."""
         frame = self.to_frame()
-        found = [run for run in self.runs.values() if run.neurons]
-        said = [
-            f"{len(self.runs)} runs found between {frame['neurons'].min():,} and {frame['neurons'].max():,} neurons, "
-            f"{frame['share_of_all'].min():.3%} to {frame['share_of_all'].max():.3%} of all."
-        ]
-        if found:
-            where = [thirds_of(run) for run in found]
-            favourite = Counter(int(shares.argmax()) for shares in where)
-            said.append(
-                "Most neurons sit in the "
-                + ", in the ".join(f"{THIRDS[third]} third in {n}" for third, n in sorted(favourite.items()))
-                + f" of the {len(found)} that found any; the paper sees most of them in the middle layers."
-            )
-        pairs = self.overlap[np.triu_indices(len(self.runs), 1)]
-        said.append(f"Two runs share {_range(pairs)} of their distribution over relative depth.")
-        same = self.jaccard[np.triu_indices(len(self.runs), 1)]
+        sizes, shares = (
+            sorted({min(of), max(of)}) for of in (frame[name].tolist() for name in ("neurons", "share_of_all"))
+        )
+        found = f"between {sizes[0]:,} and {sizes[1]:,}" if len(sizes) > 1 else f"{sizes[0]:,}"
+        of_all = " to ".join(f"{100 * share:.3g}" for share in shares)
+        said = [f"{self.what} found {found} neurons each, {of_all} % of all."]
+        said += self._where()
+        said.append(
+            f"Two {self.noun} share {_range(self._pairs(self.overlap))} of their distribution over relative depth."
+        )
+        same = self._pairs(self.jaccard)
         if np.isfinite(same).any():
             said.append(
                 f"Two runs of one model share {_range(same[np.isfinite(same)])} of the neurons that either found (Jaccard)."
             )
         lower = sum(run.evaluation.welch_p < 0.05 for run in self.runs.values())
-        mean = self.means().iloc[-1]
-        said.append(
-            f"Suppression lowers accuracy in {lower} of {len(self.runs)} (one-sided Welch test, p < 0.05), on average from "
-            f"{mean['baseline']:.1f} to {mean['suppressed']:.1f} %."
-        )
-        if len(self.sets) > 1:
-            said.append(
-                f"The runs are about different question sets ({', '.join(self.sets)}): their accuracies do not compare."
+        lowers = f"Suppression lowers accuracy in {lower} of {len(self.runs)} (one-sided Welch test, p < 0.05)"
+        if self.has_one_set:
+            mean = self.means().iloc[-1]
+            said.append(f"{lowers}, on average from {mean['baseline']:.1f} to {mean['suppressed']:.1f} %.")
+        else:
+            said.append(f"{lowers}.")
+            about = (
+                f"about different question sets ({', '.join(self.sets)})"
+                if len(self.sets) > 1
+                else f"about different questions of {self.sets[0]}"
             )
+            said.append(f"The runs are {about}: their accuracies do not compare.")
         differing = [key for key in ("p", "order", "method", "target", "correction") if self._differs(key)]
         if differing:
             said.append(f"The runs differ in {', '.join(differing)} too, and not only in the model.")
         return said
+
+    def _where(self) -> list[str]:
+        """Where most neurons sit: the thirds of deep models, the layer of shallow ones that are equally so; or nothing."""
+        found = [run for run in self.runs.values() if run.neurons]
+        deep = [thirds for run in found if np.isfinite(thirds := thirds_of(run)).all()]
+        if found and len(deep) == len(found):
+            favourite = Counter(int(shares.argmax()) for shares in deep)
+            return [
+                "Most neurons sit in the "
+                + ", in the ".join(f"{THIRDS[third]} third in {n}" for third, n in sorted(favourite.items()))
+                + f" of the {len(found)} that found any; the paper sees most of them in the middle layers."
+            ]
+        place = fullest_place([counts_of(run) for run in found]) if found else None
+        return (
+            []
+            if place is None
+            else [f"Most neurons sit in {place[0]}, in {place[1]} of the {len(found)} that found any."]
+        )
 
     def _differs(self, key: str) -> bool:
         return len({str(run.settings.get(key)) for run in self.runs.values()}) > 1
@@ -166,7 +231,12 @@ class RunComparison:
 
 def _range(shares: Float[np.ndarray, " pair"]) -> str:
     low, high = shares.min(), shares.max()
-    return f"{low:.0%}" if len(shares) == 1 else f"between {low:.0%} and {high:.0%}"
+    low, high = (f"{100 * share:.0f}" for share in (low, high))
+    return f"{low} %" if low == high else f"between {low} and {high} %"
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def compare(runs: Sequence[Run]) -> RunComparison:
@@ -225,6 +295,12 @@ def overlap_of(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> floa
 
 
 def thirds_of(run: Run) -> Float[np.ndarray, " third"]:
-    """The fraction of a run's neurons in each third of its model's depth."""
+    """The fraction of a run's neurons in each third of its model's depth; NaN where a layer is too much of a third."""
+    counts = counts_of(run)
+    return shares_of_thirds(counts) if len(counts) >= LEAST_LAYERS else np.full(len(THIRDS), np.nan)
+
+
+def counts_of(run: Run) -> Int[np.ndarray, " layer"]:
+    """How many neurons a run found in each layer, both sites together."""
     counts = run.neurons.by_layer(run.selection.space.n_layers)
-    return shares_of_thirds(np.sum([counts[site] for site in SITES], axis=0))
+    return np.sum([counts[site] for site in SITES], axis=0)

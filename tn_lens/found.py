@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .attribution.result import largest_gap
+from .attribution.result import worst_gap
 from .cards import Card
 from .diagnosis import Diagnosis
 from .evaluation import Evaluation
@@ -60,8 +60,8 @@ class TruthNeurons:
 
     @property
     def completeness_gap(self) -> float:
-        """Largest mean |gap| of a site and layer over the largest mean |change|."""
-        return largest_gap(self.completeness)
+        """Mean |gap| over mean |change| of the site and layer whose gap is largest: the share of its own change."""
+        return worst_gap(self.completeness).share
 
     def plot_layers(self) -> Figure:
         """Figure 5 of this model."""
@@ -73,13 +73,10 @@ class TruthNeurons:
         if self.check.is_lopsided:
             said.append(self.check.lopsided)
         if not self.neurons:
+            said.append(self.selection.nothing_found())
+        elif (n := len(self.selection.half_2)) < FEW:
             said.append(
-                f"No truth neurons were found: of {len(self.selection.candidates)} candidates none passed the test. "
-                "A model that does not know the answers has none to find; otherwise try a lower t."
-            )
-        elif len(self.selection.half_2) < FEW:
-            said.append(
-                f"Only {len(self.selection.half_2)} questions tested the candidates: too few to trust what was found."
+                f"Only {n} question{'' if n == 1 else 's'} tested the candidates: too few to trust what was found."
             )
         verdicts = self.diagnosis.verdicts
         if verdicts.count("choice") > len(verdicts) / 2:

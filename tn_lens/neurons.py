@@ -40,6 +40,15 @@ def hook_name(site: Site, layer: int) -> str:
     return f"blocks.{layer}.{HOOKS.get(site, site)}"
 
 
+def layer_in_words(layer: int, n_layers: int) -> str:
+    """Which layer, as in "layer 1, the last of 2": layers are counted from 0, which a sentence has to say."""
+    if n_layers == 1:
+        return "layer 0, the only one"
+    if layer in (0, n_layers - 1):
+        return f"layer {layer}, the {'last' if layer else 'first'} of {n_layers}"
+    return f"layer {layer} of {n_layers}, counted from 0"
+
+
 @dataclass(frozen=True, order=True)
 class Neuron:
     """One neuron. Sorts by site, layer, head and index."""

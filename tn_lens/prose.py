@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .evaluation import ARM_NAMES, StoredEvaluation
+from .attribution.result import worst_gap
+from .evaluation import StoredEvaluation
+from .figures.look import SITE_NAMES
 from .runs import Run
 from .significance import say_welch
 
 ENOUGH_SHARED = 0.7
 """Overlap of two splits (Jaccard) below which the found set depends much on the split."""
+CONTROLS: Mapping[str, str] = {"random": "random neurons", "random_matched": "random neurons of the same layers"}
+"""What the controls are called within a sentence."""
 SMALL_GAP = 0.05
-"""Completeness gap up to which the scores' size can be taken at its word."""
+"""Completeness gap (`Run.completeness_gap`) up to which the scores' size can be taken at its word."""
 OPTIONS: Mapping[str, str] = {
     "t": "--t",
     "p": "--p",
@@ -41,17 +45,21 @@ def abstract(run: Run) -> list[str]:
     check, evaluation = run.checks["manipulation"], run.evaluation
     arms = evaluation.arms
     said = [
-        f"We asked {run.model_name} {check['n_asked']:,} questions of {run.questions_name}, each with a right and a wrong "
+        f"We asked {run.model_name} {check['n_asked']:,} question{'' if check['n_asked'] == 1 else 's'} of {run.questions_name}, each with a right and a wrong "
         f"answer to choose from; it answers {check['n_kept']:,} of them right{_in_every_order(run)}.",
-        f"On these, integrated gradients single out {len(run.neurons):,} of its {run.selection.space.n_neurons:,} neurons: "
-        f"they support the right answer on {len(run.selection.half_2):,} questions that had no part in choosing them.",
     ]
-    if run.neurons:
-        others = [
-            f"{_percent(arms[arm].accuracy)} with {ARM_NAMES[arm].removesuffix(' at zero')}"
-            for arm in ("random", "random_matched")
-            if arm in arms
-        ]
+    if not run.neurons:
+        said.append(
+            f"On these, integrated gradients single out none of its {run.selection.space.n_neurons:,} neurons, so that "
+            "none was suppressed."
+        )
+    else:
+        n_2 = len(run.selection.half_2)
+        said.append(
+            f"On these, integrated gradients single out {len(run.neurons):,} of its {run.selection.space.n_neurons:,} neurons: "
+            f"they support the right answer on {n_2:,} question{'' if n_2 == 1 else 's'} that had no part in choosing them."
+        )
+        others = [f"{_percent(arms[arm].accuracy)} with {name}" for arm, name in CONTROLS.items() if arm in arms]
         averaged = ""
         if arms["baseline"].is_complete and arms["suppressed"].is_complete and evaluation.n_orders > 1:
             before, after = (arms[arm].order_averaged_accuracy for arm in ("baseline", "suppressed"))
@@ -87,8 +95,13 @@ def cautions(run: Run) -> list[str]:
             said.append(f"Letters. {evaluation.said[0]}")
         comparison = evaluation.compare("suppressed", "baseline")
         said.append(
-            f"Questions or orders. The Welch test over {evaluation.n_repetitions} repetitions sees only the order of the answers. "
-            f"Over the {evaluation.n_questions:,} questions the difference is {comparison.difference:.1f} points, with a 95 % "
+            "Questions or orders. "
+            + (
+                f"The Welch test over {evaluation.n_repetitions} repetitions sees only the order of the answers. "
+                if evaluation.n_repetitions > 1
+                else "With one repetition there is no Welch test, and the order of the answers was drawn once. "
+            )
+            + f"Over the {evaluation.n_questions:,} questions the difference is {comparison.difference:.1f} points, with a 95 % "
             f"interval from {comparison.low:.1f} to {comparison.high:.1f}."
         )
         if run.unseen:
@@ -109,16 +122,17 @@ def cautions(run: Run) -> list[str]:
         jaccard = checks["stability"]["mean_jaccard"]
         much = "much" if jaccard < ENOUGH_SHARED else "little"
         said.append(
-            f"The split. Which neurons are found depends {much} on how the questions are halved: two splits share {jaccard:.0%} "
+            f"The split. Which neurons are found depends {much} on how the questions are halved: two splits share {100 * jaccard:.0f} % "
             f"of their neurons (Jaccard), and {checks['stability']['n_in_every_split']:,} neurons are found in all of "
             f"{checks['stability']['n_splits']}."
         )
-    gap = run.completeness_gap
+    worst = worst_gap(run.checks["completeness"])
     said.append(
-        f"The integral. The scores of a site and layer miss what they should sum to by up to {gap:.1%} of the largest change"
+        f"The integral. The scores of a site and layer miss what they should sum to most in "
+        f"{SITE_NAMES.get(worst.site, worst.site).split()[0]}, layer {worst.layer}: {worst.summary()}"
         + (
-            ": their size is not to be taken at its word, their ranking within a site is what t uses."
-            if gap > SMALL_GAP
+            ". Their size is not to be taken at its word, their ranking within a site is what t uses."
+            if worst.share > SMALL_GAP
             else ", little enough to read them as probabilities."
         )
     )

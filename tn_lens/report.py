@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -28,7 +29,9 @@ from .figures import (
 )
 from .neurons import Neuron
 from .runs import Run
+from .significance import say_welch
 
+LEVEL = 0.05
 N_ROWS = 1000
 """Neurons in the page's table."""
 THEMES: tuple[Theme, ...] = ("light", "dark")
@@ -56,7 +59,9 @@ def write_report(run: Run, cards: Sequence[Card] = ()) -> str:
         python_call=prose.python_call(run),
         seeds=prose.seeds(run),
         conditions=conditions(run.evaluation),
-        table2=table2([run.evaluation, *others_of(run)]) if others_of(run) else None,
+        welch=welch_legend(run.evaluation),
+        level=LEVEL,
+        table2=table2([run.evaluation, *others_of(run)]) if others_of(run) and run.neurons else None,
         others=others_of(run),
         rows=rows,
         cards=shown,
@@ -76,7 +81,7 @@ def write_comparison(comparison: RunComparison) -> str:
     for theme in THEMES:
         drawn = {"layers": comparison.plot_layers(theme), "overlap": comparison.plot_overlap(theme)}
         evaluations = comparison.evaluations
-        drawn["accuracies"] = plot_accuracies(evaluations, theme=theme)
+        drawn["accuracies"] = comparison.plot_accuracies(theme)
         drawn["change"] = plot_probability_change(evaluations, theme=theme)
         if len(comparison.sets) == 1:
             drawn["categories"] = plot_categories(evaluations, theme=theme)
@@ -96,12 +101,13 @@ def write_comparison(comparison: RunComparison) -> str:
     return page(
         "compare.html.j2",
         figures,
-        title=f"Truth neurons of {len(runs)} runs",
+        title=f"Truth neurons of {comparison.what}",
         comparison=comparison,
         rows=[
             row | {"t": run.selection.t}
             for row, run in zip(comparison.to_frame().to_dict("records"), runs, strict=True)
         ],
+        has_thirds="first_third" in comparison.to_frame(),
         shared=shared,
         tables1=comparison.tables1(),
         sets=comparison.sets,
@@ -131,20 +137,22 @@ def page(template: str, figures: Mapping[str, Mapping[Theme, Figure]], **context
 
 
 def figures_of(run: Run) -> dict[str, dict[Theme, Figure]]:
-    """The page's figures by name."""
+    """The page's figures by name; where nothing was found, only those that have something to show."""
     several = [run.evaluation, *others_of(run)]
     found: dict[str, dict[Theme, Figure]] = {}
     for theme in THEMES:
-        drawn = {
-            "candidates": plot_candidates(run.selection, theme=theme),
-            "accuracies": plot_accuracies(run.evaluation, theme=theme),
-            "change": plot_probability_change(several, theme=theme),
-            "categories": plot_categories(run.evaluation, theme=theme),
-            "layers": plot_layers({run.model_name: run.selection}, theme=theme),
-        }
+        drawn: dict[str, Figure] = {}
+        if run.selection.candidates:
+            drawn["candidates"] = plot_candidates(run.selection, theme=theme)
+        if run.neurons:
+            drawn["accuracies"] = plot_accuracies(run.evaluation, theme=theme)
+            drawn["change"] = plot_probability_change(several, theme=theme)
+            drawn["layers"] = plot_layers({run.model_name: run.selection}, theme=theme)
+        if run.neurons and len(run.evaluation.by_category()):
+            drawn["categories"] = plot_categories(run.evaluation, theme=theme)
         if any(of["change"] for of in run.checks["completeness"].values()):
             drawn["completeness"] = plot_completeness(run.checks["completeness"], theme=theme)
-        if len(several) > 1:
+        if len(several) > 1 and run.neurons:
             drawn["elsewhere"] = plot_accuracies(several, theme=theme)
         for name, figure in drawn.items():
             found.setdefault(name, {})[theme] = figure
@@ -157,7 +165,10 @@ def others_of(run: Run) -> list[StoredEvaluation]:
 
 
 def conditions(evaluation: StoredEvaluation) -> list[dict[str, Any]]:
-    """The rows of table 1: every condition, and the paper's own where it has the model."""
+    """The rows of table 1: every condition, and the paper's own where it has the model.
+
+    Without neurons nothing was touched, and every condition would repeat the first.
+    """
     rows: list[dict[str, Any]] = [
         {
             "name": ARM_NAMES[arm].replace("at zero", evaluation.intervention),
@@ -170,7 +181,7 @@ def conditions(evaluation: StoredEvaluation) -> list[dict[str, Any]]:
             "is_found": arm == "suppressed",
         }
         for arm in ARMS
-        if arm in evaluation.arms
+        if arm in evaluation.arms and (evaluation.n_neurons or arm == "baseline")
     ]
     paper = PAPER.get(evaluation.model_name) if evaluation.name == "truthfulqa" else None
     for arm, name in (("baseline", "untouched"), ("random", "random"), ("suppressed", "suppressed")):
@@ -178,6 +189,18 @@ def conditions(evaluation: StoredEvaluation) -> list[dict[str, Any]]:
             mean, std = getattr(paper, arm)
             rows.append({"name": f"in the paper: {name}", "accuracy": mean, "std": std, "is_found": False})
     return rows
+
+
+def welch_legend(evaluation: StoredEvaluation) -> str:
+    """What the star of table 1 means, or why there is none."""
+    if not evaluation.n_neurons:
+        return ""
+    said = say_welch(evaluation.welch_p)
+    if evaluation.welch_p < LEVEL:
+        return f"* below untouched, {said}."
+    if np.isnan(evaluation.welch_p):
+        return f"{said[0].upper()}{said[1:]}."
+    return f"Suppressed is not below untouched ({said})."
 
 
 def _in_script(payload: Any) -> str:

@@ -96,6 +96,8 @@ class Stability:
     def summary(self) -> str:
         """One sentence."""
         sizes = [len(one) for one in self.sets]
+        if not max(sizes):
+            return f"Over {len(self.seeds)} splits into halves no neuron is found in any."
         return (
             f"Over {len(self.seeds)} splits into halves {min(sizes)} to {max(sizes)} neurons are found, {len(self.core)} of "
             f"them every time; the mean overlap of two splits (Jaccard) is {np.mean(self.jaccards):.2f}."

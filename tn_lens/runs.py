@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .attribution.result import largest_gap
+from .attribution.result import worst_gap
 from .errors import BadInput
 from .evaluation import StoredEvaluation
 from .neurons import NeuronSet
@@ -61,8 +61,8 @@ class Run:
 
     @property
     def completeness_gap(self) -> float:
-        """Largest mean |gap| of a site and layer over the largest mean |change|."""
-        return largest_gap(self.checks["completeness"])
+        """Mean |gap| over mean |change| of the site and layer whose gap is largest: the share of its own change."""
+        return worst_gap(self.checks["completeness"]).share
 
 
 def load_run(path: str | Path) -> Run:

@@ -25,6 +25,10 @@ Family = Literal["candidates", "all"]
 
 COLUMNS = ("share", "mean_difference", "std", "t_statistic", "p_value", "p_adjusted", "found")
 """What is known of every candidate."""
+SETTINGS = ("t", "p", "alpha", "correction", "family", "seed")
+"""What a selection was made with."""
+FEW = 20
+"""Questions of half 2 below which a test says little."""
 
 
 @runtime_checkable
@@ -69,6 +73,8 @@ class Selection:
     correction: Correction
     family: Family
     seed: int
+    largest_share: float = float("nan")
+    """The largest share of half 1's questions in which any neuron is salient, candidate or not; NaN where not known."""
 
     @property
     def neurons(self) -> NeuronSet:
@@ -120,9 +126,15 @@ class Selection:
         """Everything, as plain values for JSON: one list a column of the candidates."""
         columns = {name: getattr(self, name).tolist() for name in COLUMNS}
         places = {name: [getattr(n, name) for n in self.candidates] for name in ("site", "layer", "head", "index")}
-        settings = {name: getattr(self, name) for name in ("t", "p", "alpha", "correction", "family", "seed")}
+        settings = {name: getattr(self, name) for name in SETTINGS}
         halves = {"half_1": list(self.half_1), "half_2": list(self.half_2)}
-        return {"space": asdict(self.space), **settings, **halves, "candidates": {**places, **columns}}
+        return {
+            "space": asdict(self.space),
+            **settings,
+            **halves,
+            "largest_share": self.largest_share,
+            "candidates": {**places, **columns},
+        }
 
     @classmethod
     def from_dict(cls, held: Mapping[str, Any]) -> Selection:
@@ -131,6 +143,7 @@ class Selection:
         Raises:
             BadInput: a field is missing or does not fit.
         """
+        nan = float("nan")
         try:
             columns = held["candidates"]
             places = zip(*(columns[name] for name in ("site", "layer", "head", "index")), strict=True)
@@ -141,7 +154,8 @@ class Selection:
                 found=np.array(columns["found"], dtype=bool),
                 half_1=tuple(held["half_1"]),
                 half_2=tuple(held["half_2"]),
-                **{name: held[name] for name in ("t", "p", "alpha", "correction", "family", "seed")},
+                **{name: held[name] for name in SETTINGS},
+                largest_share=nan if (share := held.get("largest_share")) is None else float(share),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(
@@ -154,10 +168,44 @@ class Selection:
 
     def summary(self) -> str:
         """One sentence."""
-        t, p = ("off" if x is None else f"{100 * x:.{0 if x >= 0.01 else 2}f} %" for x in (self.t, self.p))
+        n, n_candidates, n_1, n_2 = map(len, (self.neurons, self.candidates, self.half_1, self.half_2))
         return (
-            f"{len(self.neurons)} truth neurons of {self.space.n_neurons:,} (t = {t}, p = {p}, "
-            f"{len(self.candidates)} candidates from {len(self.half_1)} questions, tested on {len(self.half_2)} others)."
+            f"{n} truth neuron{_s(n)} of {self.space.n_neurons:,} (t = {_percent(self.t)}, p = {_percent(self.p)}, "
+            f"{n_candidates} candidate{_s(n_candidates)} from {n_1} question{_s(n_1)}, tested on {n_2} other{_s(n_2)})."
+        )
+
+    def nothing_found(self) -> str:
+        """Where nothing was found, which filter stopped it and what to try, in two sentences; empty elsewhere."""
+        if self.neurons:
+            return ""
+        n, n_1, n_2 = map(len, (self.candidates, self.half_1, self.half_2))
+        said = "No truth neurons were found"
+        if self.alpha is not None and n_2 < 2:
+            return (
+                f"{said}: only {n_1 + n_2} question{_s(n_1 + n_2)} passed the check, so that half 2 has {n_2 or 'none'}, and a "
+                "test needs two at least. Ask more questions (no --limit, or a larger one)."
+            )
+        if not n and self.largest_share == 0:
+            then = "" if self.p is None else f" (p then asks for it in {_percent(self.p)} of the questions)"
+            return (
+                f"{said}: t stopped all, as no neuron's D exceeds t = {_percent(self.t)} of the largest in any question of "
+                f"half 1. Try a lower t{then}."
+            )
+        if not n:
+            most = (
+                f"the most frequent neuron is salient (t = {_percent(self.t)}) in {100 * self.largest_share:.0f} %"
+                if self.largest_share == self.largest_share
+                else f"no neuron is salient (t = {_percent(self.t)}) in as many"
+            )
+            return (
+                f"{said}: p stopped all, as {most} of the questions of half 1, and p asks for {_percent(self.p)}. "
+                "Try a lower p, or a lower t."
+            )
+        few = f", and {n_2} question{_s(n_2)} are few" if n_2 < FEW else ""
+        return (
+            f"{said}: the test stopped all, as of {n} candidate{_s(n)} none passed it on the {n_2} questions of half 2 "
+            f"(smallest corrected p {self.p_adjusted.min():.2g}, alpha {self.alpha:g}{few}). A model that does not know the "
+            "answers has none to find; otherwise try more questions, or a lower t or p, which let in other candidates."
         )
 
     def _repr_html_(self) -> str:
@@ -201,6 +249,7 @@ def select_neurons(
     chosen: dict[Site, Tensor] = {
         site: (count >= least).flatten().nonzero().flatten() for site, count in counts.items()
     }
+    most = max((int(count.max()) for count in counts.values() if count.numel()), default=0)
     moments = moments_of(scores, set(half_2), chosen)
     test = one_sided_t_test(moments)
     adjusted = adjust(test.p_value, correction, None if family == "candidates" else scores.space.n_neurons)
@@ -222,6 +271,7 @@ def select_neurons(
         correction=correction,
         family=family,
         seed=seed,
+        largest_share=most / max(len(half_1), 1),
     )
 
 
@@ -288,3 +338,11 @@ def moments_of(scores: ScoreSource, questions: Set[int], places: Mapping[Site, I
 def neurons_at(space: NeuronSpace, places: Mapping[Site, Int[Tensor, " _"]]) -> tuple[Neuron, ...]:
     """The neurons at flat places."""
     return tuple(space.neuron(s, *divmod(flat, space.width(s))) for s, at in places.items() for flat in at.tolist())
+
+
+def _percent(threshold: float | None) -> str:
+    return "off" if threshold is None else f"{100 * threshold:.{0 if threshold >= 0.01 else 2}f} %"
+
+
+def _s(n: int) -> str:
+    return "" if n == 1 else "s"

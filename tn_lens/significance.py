@@ -127,11 +127,7 @@ def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"
 
 def say_welch(p_value: float) -> str:
     """The test in words."""
-    return (
-        f"one-sided Welch p = {p_value:.2g}"
-        if p_value == p_value
-        else "no Welch test, for want of repetitions that differ"
-    )
+    return f"one-sided Welch p = {p_value:.2g}" if p_value == p_value else "no Welch test: no two repetitions differ"
 
 
 def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:

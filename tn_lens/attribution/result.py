@@ -135,12 +135,16 @@ class Attribution:
 
     def summary(self) -> str:
         """One sentence: how much was attributed, and how well the integral was met."""
-        gaps = self.completeness()
-        worst = gaps.loc[gaps["gap"].idxmax()]
+        said = f"{len(self)} prompt{'' if len(self) == 1 else 's'} x {self.space.n_neurons:,} neurons"
+        frame = self.completeness()
+        if not len(self):
+            return f"{said}."
+        held = {str(s): {name: of[name].tolist() for name in ("gap", "change")} for s, of in frame.groupby("site")}
+        worst = worst_gap(held)
         return (
-            f"{len(self)} prompts x {self.space.n_neurons:,} neurons; the scores of a site and layer sum to "
-            f"f(activation) - f(baseline) up to {self.completeness_gap:.1%} of its largest value, the worst being "
-            f"{worst['site']} in layer {worst['layer']}."
+            f"{said}; the scores of a site and layer should sum to its change, f(activation) - f(baseline), and miss it most "
+            f"in {worst.site} of layer {worst.layer}, {worst.summary()} (completeness_gap, the largest gap of a single "
+            f"prompt over the largest change of any: {100 * self.completeness_gap:.1f} %)."
         )
 
 
@@ -151,9 +155,33 @@ def relative_gap(gap: Scores, change: Scores) -> float:
     return missing / largest if largest else float(missing > 0)
 
 
-def largest_gap(completeness: Mapping[str, Mapping[str, list[float]]]) -> float:
-    """Largest mean |gap| of a site and layer over the largest mean |change|; 0 where nothing changes."""
-    largest, missing = (
-        max((max(of[name], default=0.0) for of in completeness.values()), default=0.0) for name in ("change", "gap")
-    )
-    return missing / largest if largest else 0.0
+class WorstGap(NamedTuple):
+    """The site and layer whose scores miss their sum most, on the mean over prompts."""
+
+    site: str
+    layer: int
+    gap: float
+    """Mean |gap|, in the unit of the target (a probability)."""
+    change: float
+    """Mean |change| of the same site and layer: what its scores should sum to."""
+
+    @property
+    def share(self) -> float:
+        """The gap as a fraction of that site and layer's own change; 0 where nothing is missing."""
+        return self.gap / self.change if self.change else (float("inf") if self.gap else 0.0)
+
+    def summary(self) -> str:
+        """How much, and what the percentage divides by: half a sentence."""
+        if not self.change and self.gap:
+            return f"by {self.gap:.2g} on average where nothing changes"
+        return f"by {self.gap:.2g} on average, {100 * self.share:.1f} % of the change there ({self.change:.2g})"
+
+
+def worst_gap(completeness: Mapping[str, Mapping[str, list[float]]]) -> WorstGap:
+    """Where the mean |gap| is largest, beside the mean |change| of the same site and layer."""
+    every = [
+        WorstGap(site, layer, gap, change)
+        for site, of in completeness.items()
+        for layer, (gap, change) in enumerate(zip(of["gap"], of["change"], strict=True))
+    ]
+    return max(every, key=lambda one: one.gap, default=WorstGap("mlp", 0, 0.0, 0.0))

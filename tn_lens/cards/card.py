@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ..diagnosis import CASES, VERDICTS, Verdict
 from ..errors import BadInput
-from ..neurons import Neuron
+from ..neurons import Neuron, layer_in_words
 from .words import visible
 
 
@@ -119,18 +119,25 @@ class Card:
         """Where it sits, its statistics and its diagnosis, a line each."""
         n, of = self.neuron, self.statistics
         kind = "MLP neuron" if n.head is None else f"attention neuron of head {n.head}"
-        where = f"{kind} in layer {n.layer} of 0 to {self.n_layers - 1} (relative depth {self.depth:.2f})"
-        said = [where + ("" if self.n_beside is None else f", beside {self.n_beside} other found ones there")]
+        where = f"{kind} in {layer_in_words(n.layer, self.n_layers)} (relative depth {self.depth:.2f})"
+        said = [
+            where
+            + (
+                ""
+                if self.n_beside is None
+                else f", beside {self.n_beside} other found {'one' if self.n_beside == 1 else 'ones'} there"
+            )
+        ]
         if of:
             said.append(
                 f"mean D {of['mean_difference']:.4g} (95 % interval {of['ci_low']:.4g} to {of['ci_high']:.4g}), Cohen's d "
-                f"{of['cohens_d']:.2f}, corrected p {of['p_adjusted']:.2g}, salient in {of['share']:.0%} of half 1"
+                f"{of['cohens_d']:.2f}, corrected p {of['p_adjusted']:.2g}, salient in {100 * of['share']:.0f} % of half 1"
                 + ("" if of["found"] else ": a candidate that did not pass the test")
             )
         elif self.n_beside is not None:
             said.append("not found, and no candidate: it is salient in too few questions of half 1")
         said.append(
-            f"D > 0 in {self.share_positive:.0%} of the {self.n_questions} questions that the model answers right"
+            f"D > 0 in {100 * self.share_positive:.0f} % of the {self.n_questions} questions that the model answers right"
         )
         if self.verdict is not None:
             mistaken = self.diagnosis["mean_difference_mistaken"]

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from ..errors import BadInput
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     Evaluated = Evaluation | StoredEvaluation
 
 LEVEL = 0.05
+NOT_RUN = "not run"
+"""In the cell of a condition that an evaluation left out, where another has it."""
 HEADINGS: Mapping[str, str] = {
     "baseline": "baseline",
     "random": "random",
@@ -114,11 +117,14 @@ def table1(evaluations: Sequence[Evaluated]) -> Table:
             }
             rows.append({"model": "  in the paper", **cells, "neurons": str(paper.n_neurons)})
     n_repetitions = sorted({e.n_repetitions for e in evaluations})
-    repeated = " or ".join(map(str, n_repetitions))
+    repeated = (
+        "from one repetition"
+        if n_repetitions == [1]
+        else f"mean ± standard deviation over {' or '.join(map(str, n_repetitions))} repetitions"
+    )
     return Table(
         pd.DataFrame(rows).fillna("-"),
-        f"Accuracy (%) on {names[0]}, mean ± standard deviation over {repeated} repetitions that all conditions share. "
-        f"* below the baseline, one-sided Welch test, p < {LEVEL}.",
+        f"Accuracy (%) on {names[0]}, {repeated} that all conditions share. {_welch_legend(evaluations)}",
     )
 
 
@@ -144,11 +150,13 @@ def table2(evaluations: Sequence[Evaluated]) -> Table:
             cells = {HEADINGS[arm]: f"{theirs[arm]:.2f}" if arm in theirs else "-" for arm in arms}
             rows.append({"model": "  in the paper", "questions": "", **cells})
     sets = dict.fromkeys(e.name for e in evaluations)
-    return Table(
-        pd.DataFrame(rows),
-        f"Accuracy (%) on {', '.join(sets)}. * below the baseline: the 95 % interval of the difference (bootstrap over "
-        "questions, order-averaged where every order was asked) leaves out zero.",
+    way = "bootstrap over questions, order-averaged where every order was asked"
+    legend = (
+        f"* below the baseline: the 95 % interval of the difference ({way}) leaves out zero."
+        if any(map(_is_below, evaluations))
+        else f"Suppressed is nowhere below the baseline by the 95 % interval of the difference ({way})."
     )
+    return Table(pd.DataFrame(rows), f"Accuracy (%) on {', '.join(sets)}. {legend}")
 
 
 def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluated]) -> pd.DataFrame:
@@ -187,24 +195,41 @@ def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluat
     return pd.DataFrame(rows)
 
 
+def _welch_legend(evaluations: Sequence[Evaluated]) -> str:
+    """What the star means where there is one, and what the test said where there is none."""
+    test = "one-sided Welch test"
+    if any(e.welch_p < LEVEL for e in evaluations):
+        return f"* below the baseline, {test}, p < {LEVEL}."
+    if all(np.isnan(e.welch_p) for e in evaluations):
+        return "No Welch test: no two repetitions differ."
+    return f"Suppressed is not below the baseline ({test}, p at least {LEVEL})."
+
+
+def _is_below(evaluation: Evaluated) -> bool:
+    return "suppressed" in evaluation.arms and evaluation.compare("suppressed", "baseline").high < 0
+
+
 def _spread(evaluation: Evaluated, name: str) -> str:
     if name not in evaluation.arms:
-        return "-"
+        return NOT_RUN
     arm = evaluation.arms[name]
     star = " *" if name == "suppressed" and evaluation.welch_p < LEVEL else ""
-    return f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}{star}"
+    spread = f" ± {100 * arm.accuracy_std:.2f}" if evaluation.n_repetitions > 1 else ""
+    return f"{100 * arm.accuracy:.2f}{spread}{star}"
 
 
 def _averaged(evaluation: Evaluated, name: str) -> str:
-    if name not in evaluation.arms or not evaluation.arms[name].is_complete:
+    if name not in evaluation.arms:
+        return NOT_RUN
+    if not evaluation.arms[name].is_complete:
         return "-"
     return f"{100 * evaluation.arms[name].order_averaged_accuracy:.2f}"
 
 
 def _cell(evaluation: Evaluated, name: str) -> str:
     if name not in evaluation.arms:
-        return "-"
-    star = " *" if name == "suppressed" and evaluation.compare("suppressed", "baseline").high < 0 else ""
+        return NOT_RUN
+    star = " *" if name == "suppressed" and _is_below(evaluation) else ""
     return f"{100 * evaluation.arms[name].accuracy:.2f}{star}"
 
 

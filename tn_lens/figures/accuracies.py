@@ -40,11 +40,15 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
     labels = labels_of(shown)
     alone = len(shown) == 1
     arms = [arm for arm in ARMS if any(arm in e.arms for e in shown)]
-    pitch = len(arms) + 1
+    starts, place_of = [0], []
+    for e in shown:
+        own = [arm for arm in arms if arm in e.arms]
+        place_of.append({arm: starts[-1] + place for place, arm in enumerate(own)})
+        starts.append(starts[-1] + len(own) + 1)
     figure = Figure()
-    for place, arm in enumerate(arms):
+    for arm in arms:
         held = [(row, e) for row, e in enumerate(shown) if arm in e.arms]
-        at = [row * pitch + place for row, _ in held]
+        at = [place_of[row][arm] for row, _ in held]
         means = [100 * e.arms[arm].accuracy for _, e in held]
         stds = [100 * e.arms[arm].accuracy_std for _, e in held]
         name = _arm_name(arm, shown)
@@ -74,7 +78,10 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
             x=[104] * len(at),
             y=at,
             mode="text",
-            text=[f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)],
+            text=[
+                f"{mean:.1f} ± {std:.1f}" if e.n_repetitions > 1 else f"{mean:.1f}"
+                for (_, e), mean, std in zip(held, means, stds, strict=True)
+            ],
             textposition="middle right",
             textfont={"size": TEXT_SIZE - 2, "color": look.ink if arm == "suppressed" else look.soft},
             hoverinfo="skip",
@@ -82,13 +89,13 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
         )
     points = [
         (
-            row * pitch + place + _jitter(len(e.arms[arm].accuracies))[draw],
+            place_of[row][arm] + _jitter(len(e.arms[arm].accuracies))[draw],
             100 * float(value),
             draw,
             _arm_name(arm, shown),
         )
         for row, e in enumerate(shown)
-        for place, arm in enumerate(arms)
+        for arm in arms
         if arm in e.arms
         for draw, value in enumerate(e.arms[arm].accuracies)
     ]
@@ -102,9 +109,9 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
         hovertemplate="%{customdata[1]}, repetition %{customdata[0]}: %{x:.2f} %<extra></extra>",
     )
     averaged = [
-        (row * pitch + place, 100 * e.arms[arm].order_averaged_accuracy, _arm_name(arm, shown))
+        (place_of[row][arm], 100 * e.arms[arm].order_averaged_accuracy, _arm_name(arm, shown))
         for row, e in enumerate(shown)
-        for place, arm in enumerate(arms)
+        for arm in arms
         if arm in e.arms and e.arms[arm].is_complete and e.n_orders > 1
     ]
     if averaged:
@@ -123,14 +130,17 @@ def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Th
     if alone:
         axis = {"tickvals": list(range(len(arms))), "ticktext": [_arm_name(arm, shown) for arm in arms]}
     else:
-        middle = (len(arms) - 1) / 2
-        axis = {"tickvals": [row * pitch + middle for row in range(len(shown))], "ticktext": labels}
-    last = (len(shown) - 1) * pitch + len(arms) - 0.4
+        axis = {"tickvals": [float(np.mean(list(of.values()))) for of in place_of], "ticktext": labels}
+    last = starts[-1] - 1.4
     figure.update_traces(showlegend=not alone, selector={"type": "bar"})
     return finish(
         figure,
-        title or _accuracy_finding(shown),
-        subtitle="Bars: mean over repetitions ± standard deviation; circles: single repetitions"
+        title or finding(shown),
+        subtitle=(
+            "Bars: mean over repetitions ± standard deviation; circles: single repetitions"
+            if any(e.n_repetitions > 1 for e in shown)
+            else "Bars: a single repetition"
+        )
         + ("; diamonds: answers averaged over their orders, so that letter bias cancels." if averaged else ".")
         + (" Dashed: chance." if len({len(e.arms["baseline"].shares) for e in shown}) == 1 else ""),
         theme=theme,
@@ -173,7 +183,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f} %" if value == value else "not asked"
 
 
-def _accuracy_finding(shown: Sequence[Evaluated]) -> str:
+def finding(shown: Sequence[Evaluated], noun: str | None = None) -> str:
+    """What suppressing does, in words; `noun` is what several evaluations are called."""
     if len(shown) == 1:
         (e,) = shown
         before, after = 100 * e.arms["baseline"].accuracy, 100 * e.arms["suppressed"].accuracy
@@ -184,5 +195,5 @@ def _accuracy_finding(shown: Sequence[Evaluated]) -> str:
         )
     lower = sum(e.welch_p < LEVEL for e in shown)
     models, sets = len({e.model_name for e in shown}), len({e.name for e in shown})
-    unit = "models" if sets == 1 else "question sets" if models == 1 else "evaluations"
+    unit = noun or ("models" if sets == 1 else "question sets" if models == 1 else "evaluations")
     return f"Suppressing the found neurons lowers accuracy in {lower} of {len(shown)} {unit} (one-sided Welch test, p < {LEVEL})"

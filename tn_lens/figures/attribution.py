@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..attribution import Attribution
+from ..attribution.result import worst_gap
 from ..errors import BadInput
 from .look import ROW, SITE_NAMES, Figure, Theme, colour_bar, finish, look_of, panels, plain, tick_step
 
@@ -108,7 +109,7 @@ def plot_completeness(
 
     Args:
         completeness: an attribution, or a run's mean |gap| and mean |change| per site and layer.
-        title: of the figure; by default it gives the largest gap.
+        title: of the figure; by default it gives the largest gap, and the share of that layer's own change that it is.
         theme: "light" or "dark".
 
     Returns:
@@ -134,7 +135,10 @@ def plot_completeness(
     largest = max(max(of["change"]) for of in held.values())
     for panel, (site, of) in enumerate(held.items()):
         layers = list(range(len(of["gap"])))
-        shares = [gap / largest if largest else float("nan") for gap in of["gap"]]
+        shares = [
+            f"{100 * gap / change:.1f} %" if change else "–"
+            for gap, change in zip(of["gap"], of["change"], strict=True)
+        ]
         for name, values, colour in (
             ("change to account for", of["change"], look.arms["random"]),
             ("gap", of["gap"], look.arms["suppressed"]),
@@ -149,7 +153,7 @@ def plot_completeness(
                 marker={"color": colour},
                 customdata=shares,
                 hovertemplate=f"{SITE_NAMES.get(site, site)}, layer %{{x}}<br>{name} %{{y:.4f}}"
-                + (", %{customdata:.1%} of the largest change" if name == "gap" else "")
+                + (", %{customdata} of the change there" if name == "gap" else "")
                 + "<extra></extra>",
                 row=panel + 1,
                 col=1,
@@ -166,13 +170,12 @@ def plot_completeness(
     figure.update_xaxes(title={"text": "layer"}, row=len(sites), col=1)
     figure.update_yaxes(title={"text": "mean, absolute"}, range=[0, 1.08 * (largest or 1)], nticks=4)
     figure.update_annotations(x=0, xanchor="left")
-    worst = max(((gap, site, layer) for site, of in held.items() for layer, gap in enumerate(of["gap"])))
-    share = worst[0] / largest if largest else 0.0
+    worst = worst_gap(held)
     return finish(
         figure,
         title
-        or f"The scores miss their sum by at most {share:.1%} of the largest change ({SITE_NAMES.get(worst[1], worst[1]).split()[0]}, "
-        f"layer {worst[2]})",
+        or f"The scores miss their sum most in {SITE_NAMES.get(worst.site, worst.site).split()[0]}, layer {worst.layer}: "
+        f"{worst.summary()}",
         subtitle="Completeness: the scores of a site and layer should sum to f(activation) − f(baseline); means over prompts.",
         theme=theme,
         height=total,

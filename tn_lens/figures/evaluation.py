@@ -9,6 +9,9 @@ from ..errors import BadInput
 from .accuracies import Several, labels_of, listed
 from .look import ROW, SYMBOLS, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, say_nothing_to_show
 
+BESIDE, BELOW = 0.12, 0.27
+"""Figure 3: how far above its row a bar stands, and how far below the marks that its label must not be read with."""
+
 
 def plot_probability_change(evaluations: Several, *, title: str | None = None, theme: Theme = "light") -> Figure:
     """How much of the right answer's probability suppression takes away, by model (paper eq. 11, figure 3).
@@ -19,7 +22,8 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
         theme: "light" or "dark".
 
     Returns:
-        A bar for the paper's mean, a diamond for the mean with at least 0.01 under the fraction line, a circle for the median.
+        A bar with its number for the paper's mean; below it a diamond for the mean with at least 0.01 under the fraction
+        line, and a circle for the median.
 
     Raises:
         BadInput: no evaluation.
@@ -37,18 +41,22 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
     figure = Figure()
     figure.add_bar(
         orientation="h",
-        y=rows,
+        y=[row - BESIDE for row in rows],
         x=means,
         name="mean (equation 11)",
-        width=0.62,
+        width=0.42,
         marker={"color": look.arms["suppressed"]},
+        text=[f"{mean:.1f} %" if np.isfinite(mean) else "not known" for mean in means],
+        textposition="outside",
+        textfont={"size": TEXT_SIZE - 1, "color": look.ink},
+        cliponaxis=False,
         customdata=labels,
         hovertemplate="%{customdata}<br>mean: %{x:.1f} %<extra></extra>",
     )
     for (name, of), symbol in zip(list(values.items())[1:], ("diamond", "circle"), strict=True):
         figure.add_scatter(
             x=of,
-            y=rows,
+            y=[row + BELOW for row in rows],
             mode="markers",
             name=name,
             customdata=labels,
@@ -57,17 +65,7 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
         )
     everything = [value for of in (means, *others) for value in of if np.isfinite(value)]
     low, high = min([0.0, *everything]), max([0.0, *everything])
-    room = 0.12 * ((high - low) or 1)
-    figure.add_scatter(
-        x=[high + room / 2] * len(rows),
-        y=rows,
-        mode="text",
-        text=[f"{mean:.1f} %" for mean in means],
-        textposition="middle right",
-        textfont={"size": TEXT_SIZE - 1, "color": look.ink},
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    span = max(high - low, 1.0)
     lost = [f"{mean:.0f}".replace("-", "−") for mean in (min(means), max(means))]
     return finish(
         figure,
@@ -75,15 +73,17 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
         or (
             f"{labels[0]}: suppression {_takes(means[0])} of the right answer's probability"
             if len(shown) == 1
+            else f"Suppression takes {lost[0]} % of the right answer's probability"
+            if len(set(lost)) == 1
             else f"Suppression takes between {lost[0]} and {lost[1]} % of the right answer's probability"
         ),
         subtitle="Mean of (before − after) / before over questions and repetitions; above zero: the right answer loses.",
         theme=theme,
-        height=(ROW + 14) * len(rows) + 16,
+        height=(ROW + 20) * len(rows) + 16,
         legend=True,
         xaxis={
             "title": {"text": "probability lost (%)"},
-            "range": [low - room / 2 if low < 0 else 0, high + 2.2 * room],
+            "range": [low - (0.14 if min(means) < 0 else 0.02) * span, high + 0.14 * span],
             "zeroline": True,
         },
         yaxis={
@@ -152,7 +152,8 @@ def plot_categories(
                 },
                 **common,
             )
-    figure.add_vline(x=50, line={"color": look.soft, "dash": "dash", "width": 1.5})
+    if len(mean):
+        figure.add_vline(x=50, line={"color": look.soft, "dash": "dash", "width": 1.5})
     most = sum(share > 0.5 for share in mean.values())
     hidden = max(int(frame.attrs["hidden"]) for frame in frames)
     questions = max(int(frame.attrs["hidden_questions"]) for frame in frames)
@@ -176,11 +177,12 @@ def plot_categories(
         theme=theme,
         height=max(ROW * len(mean), 80),
         legend=len(shown) > 1,
-        xaxis={"title": {"text": "questions hurt (%)"}, "range": [0, 101], "zeroline": False},
+        xaxis={"title": {"text": "questions hurt (%)"}, "range": [0, 101], "zeroline": False, "visible": len(mean) > 0},
         yaxis={
             "tickvals": list(place.values()),
             "ticktext": [f"{name_of(str(c))} ({sizes[c]})" for c in place],
             "range": [max(len(mean), 1) - 0.4, -0.6],
+            "visible": len(mean) > 0,
             "showgrid": False,
             "zeroline": False,
         },

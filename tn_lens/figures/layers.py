@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..errors import BadInput
-from ..neurons import SITES, NeuronSet
+from ..neurons import SITES, NeuronSet, layer_in_words
 from ..selection import Selection
 from .look import (
     ROW,
@@ -34,6 +34,8 @@ TOGETHER = "MLP and attention"
 MOST_COUNTS = 12
 """Layers up to which the cells show their counts."""
 THIRDS = ("first", "middle", "last")
+LEAST_LAYERS = 6
+"""Below, a layer is too much of a third to speak of thirds."""
 
 
 def plot_layers(
@@ -80,19 +82,26 @@ def plot_layers(
         for name, of in counts.items()
     }
     across = across or ("layer" if len(set(depths.values())) == 1 else "depth")
-    title = title or _finding({name: np.sum(list(of.values()), axis=0) for name, of in rows.items()})
+    title = title or finding({name: np.sum(list(of.values()), axis=0) for name, of in rows.items()})
     if len(named) == 1:
         (of,) = rows.values()
         return _one_model(of, across, title, theme)
     return _several_models(rows, across, title, theme)
 
 
-def plot_overlap(names: Sequence[str], overlap: Float[np.ndarray, "model model"], *, theme: Theme = "light") -> Figure:
+def plot_overlap(
+    names: Sequence[str],
+    overlap: Float[np.ndarray, "model model"],
+    *,
+    title: str | None = None,
+    theme: Theme = "light",
+) -> Figure:
     """How alike the models' distributions over relative depth are (see `tn_lens.compare`).
 
     Args:
         names: of the models.
         overlap: of every pair, in [0, 1].
+        title: of the figure; by default it gives the mean over the pairs.
         theme: "light" or "dark".
     """
     look = look_of(theme)
@@ -104,21 +113,25 @@ def plot_overlap(names: Sequence[str], overlap: Float[np.ndarray, "model model"]
         x=places,
         y=places,
         customdata=[[f"{a} and {b}" for b in shown] for a in shown],
+        text=[[f"{100 * value:.0f}" for value in row] for row in overlap],
         colorscale=look.scale,
         zmin=0,
         zmax=1,
         xgap=2,
         ygap=2,
         showscale=False,
-        hovertemplate="%{customdata}<br>%{z:.0%} of the neurons at the same relative depth and site<extra></extra>",
+        hovertemplate="%{customdata}<br>%{text} % of the neurons at the same relative depth and site<extra></extra>",
     )
     write_in_cells(figure, [[f"{100 * value:.0f}" for value in row] for row in overlap], theme)
     pairs = overlap[np.triu_indices(len(names), 1)]
     return finish(
         figure,
-        f"Two models share {pairs.mean():.0%} of their distribution over depth on average"
-        if len(pairs)
-        else "One model has no other to overlap with",
+        title
+        or (
+            f"Two models share {100 * pairs.mean():.0f} % of their distribution over depth on average"
+            if len(pairs)
+            else "One model has no other to overlap with"
+        ),
         subtitle="Overlap of the fractions of found neurons over relative depth, MLP and attention apart (%); 100: the same.",
         theme=theme,
         height=max(120, 44 * len(names)),
@@ -170,7 +183,7 @@ def _one_model(of: Mapping[str, np.ndarray], across: Across, title: str, theme: 
         z=fractions,
         x=list(range(n_layers)) if across == "layer" else _edges(n_layers, across),
         y=list(of),
-        customdata=np.dstack([counts, np.broadcast_to(np.arange(n_layers), counts.shape)]),
+        customdata=np.dstack([counts, np.broadcast_to(np.arange(n_layers), counts.shape), 100 * fractions]),
         colorscale=look.scale,
         zmin=0,
         zmax=max(float(fractions.max()), 1e-9),
@@ -179,7 +192,7 @@ def _one_model(of: Mapping[str, np.ndarray], across: Across, title: str, theme: 
         text=[[str(n) if n else "" for n in row] for row in counts.tolist()],
         colorbar={**colour_bar("fraction"), "nticks": 2 * len(of) + 1},
         showscale=bool(counts.any()),
-        hovertemplate="%{y}, layer %{customdata[1]}<br>%{customdata[0]} neurons, %{z:.1%} of those found<extra></extra>",
+        hovertemplate="%{y}, layer %{customdata[1]}<br>%{customdata[0]} neurons, %{customdata[2]:.1f} % of those found<extra></extra>",
     )
     if n_layers <= MOST_COUNTS and across == "layer" and counts.any():
         write_in_cells(figure, [[str(n) if n else "" for n in row] for row in counts.tolist()], theme)
@@ -211,13 +224,18 @@ def _several_models(rows: Mapping[str, Mapping[str, np.ndarray]], across: Across
                 z=[(counts / total).tolist()],
                 x=_edges(n_layers, across),
                 y=[place - 0.5, place + 0.5],
-                customdata=[[[n, layer, n_layers, name_of(name), kind] for layer, n in enumerate(counts.tolist())]],
+                customdata=[
+                    [
+                        [n, layer, n_layers, name_of(name), kind, 100 * n / total]
+                        for layer, n in enumerate(counts.tolist())
+                    ]
+                ],
                 coloraxis="coloraxis",
                 xgap=_gap(deepest),
                 ygap=2,
                 name=name_of(name),
-                hovertemplate="%{customdata[3]}, %{customdata[4]}, layer %{customdata[1]} of %{customdata[2]}<br>"
-                "%{customdata[0]} neurons, %{z:.1%} of those found<extra></extra>",
+                hovertemplate="%{customdata[3]}, %{customdata[4]}, layer %{customdata[1]} of %{customdata[2]}, counted from 0"
+                "<br>%{customdata[0]} neurons, %{customdata[5]:.1f} % of those found<extra></extra>",
                 row=panel + 1,
                 col=1,
             )
@@ -254,30 +272,49 @@ def shares_of_thirds(counts: Int[np.ndarray, " layer"]) -> Float[np.ndarray, " t
     return np.diff(np.interp([0, 1 / 3, 2 / 3, 1], np.linspace(0, 1, n_layers + 1), cumulative))
 
 
-def _finding(counts: Mapping[str, np.ndarray]) -> str:
+def finding(counts: Mapping[str, np.ndarray], noun: str = "models") -> str:
     """Where most of the neurons are, in words."""
     if len(counts) == 1:
         ((name, of),) = counts.items()
         total, n_layers = int(of.sum()), len(of)
         whose = f" of {plain(name)}" if name else ""
-        noun = "truth neuron" if total == 1 else "truth neurons"
         if not total:
-            return f"0 truth neurons{whose} over {n_layers} layers: none was found"
-        if n_layers < 6:
+            return f"0 truth neurons{whose} over {n_layers} layer{'' if n_layers == 1 else 's'}: none was found"
+        if total == 1:
+            return f"The only truth neuron{whose} sits in {layer_in_words(int(of.argmax()), n_layers)}"
+        if n_layers < LEAST_LAYERS:
             top = int(of.argmax())
-            return f"{of[top] / total:.0%} of the {total:,} {noun}{whose} sit in layer {top} of 0 to {n_layers - 1}"
+            share = f"{100 * of[top] / total:.0f} %"
+            return f"{share} of the {total:,} truth neurons{whose} sit in {layer_in_words(top, n_layers)}"
         shares = shares_of_thirds(of)
         if shares.max() >= 0.5:
-            return f"{shares.max():.0%} of the {total:,} {noun}{whose} sit in the {THIRDS[int(shares.argmax())]} third of {n_layers} layers"
-        said = ", ".join(f"{share:.0%} in the {third}" for share, third in zip(shares, THIRDS, strict=True))
-        return f"The {total:,} {noun}{whose} spread over {n_layers} layers: {said} third"
+            third = THIRDS[int(shares.argmax())]
+            return f"{100 * shares.max():.0f} % of the {total:,} truth neurons{whose} sit in the {third} third of {n_layers} layers"
+        said = ", ".join(f"{100 * share:.0f} % in the {third}" for share, third in zip(shares, THIRDS, strict=True))
+        return f"The {total:,} truth neurons{whose} spread over {n_layers} layers: {said} third"
     held = {name: of for name, of in counts.items() if of.any()}
     if not held:
-        return f"No truth neurons were found in {len(counts)} models"
-    favourite = [int(shares_of_thirds(of).argmax()) for of in held.values()]
-    most = max(range(3), key=favourite.count)
+        return f"No truth neurons were found in {len(counts)} {noun}"
     some = "" if len(held) == len(counts) else " in which some were found"
-    return (
-        f"In {favourite.count(most)} of {len(held)} models{some} the {THIRDS[most]} third of the layers holds the most truth "
-        "neurons"
-    )
+    place = fullest_place(list(held.values()))
+    if place is None:
+        return f"Where the truth neurons of {len(held)} {noun}{some} sit, by relative depth"
+    return f"In {place[1]} of {len(held)} {noun}{some} the most truth neurons sit in {place[0]}"
+
+
+def fullest_place(counts: Sequence[Int[np.ndarray, " _"]]) -> tuple[str, int] | None:
+    """Where most models hold the most of their neurons, and how many do: a third, or a layer of equally shallow models.
+
+    None where some are too shallow for thirds and others have another number of layers.
+    """
+    depths = {len(of) for of in counts}
+    if min(depths) >= LEAST_LAYERS:
+        favourite = [int(shares_of_thirds(of).argmax()) for of in counts]
+        names = [f"the {third} third of the layers" for third in THIRDS]
+    elif len(depths) == 1:
+        favourite = [int(of.argmax()) for of in counts]
+        names = [layer_in_words(layer, len(counts[0])) for layer in range(len(counts[0]))]
+    else:
+        return None
+    most = max(range(len(names)), key=favourite.count)
+    return names[most], favourite.count(most)

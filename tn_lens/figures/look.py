@@ -22,8 +22,8 @@ Theme = Literal["light", "dark"]
 
 FONT = "Inter, Helvetica, Arial, sans-serif"
 TEXT_SIZE, TITLE_SIZE, SUBTITLE_SIZE = 14, 18, 14
-TITLE_WIDTH, SUBTITLE_WIDTH = 70, 104
-"""Characters of a line: what fits into 800 pixels."""
+TITLE_WIDTH, SUBTITLE_WIDTH = 78, 104
+"""Characters of a line: what fits into 800 pixels, beside plotly's bar."""
 LINE_HEIGHT = 1.3
 ROW = 26
 """Height of a row of bars or cells."""
@@ -31,6 +31,8 @@ LEGEND_ROW, LEGEND_WIDTH = 20, 760
 """Height of a row of a legend, and how wide it may be."""
 BUTTONS = ("zoom", "pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "sendChartToCloud")
 """Of plotly's bar that are left out: it would cover the title."""
+BAR = 34
+"""Room of plotly's bar above a figure in a page: over the cells its icons would not be seen."""
 DARK_CELL = 0.24
 """Luminance below which light text is read better than dark."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
@@ -136,8 +138,7 @@ class Figure(go.Figure):
         held = json.loads(str(self.to_json()))
         layout = held["layout"]
         plot = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"]
-        has_headings = any(a.get("yref") == "paper" and a.get("y") == 1 for a in layout.get("annotations", ()))
-        top = 34 if has_headings else 16
+        top = BAR
         legend = LEGEND_ROW + 6 if layout["showlegend"] else 0
         layout |= {"title": {}, "height": plot + layout["margin"]["b"] + top + legend}
         layout["margin"] |= {"t": top, "l": 10, "r": 10}

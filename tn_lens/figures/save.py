@@ -19,7 +19,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scal
     Args:
         figure: any plotly figure.
         path: where to.
-        width: of a picture, in pixels; its height is the figure's own.
+        width: of a picture, in pixels; its height is the figure's own. A page is as wide as its window, up to 1000 pixels,
+            for which titles are wrapped.
         scale: pixels of a .png for each pixel of the figure.
 
     Raises:
@@ -31,7 +32,7 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scal
         raise BadInput(f"expected a file that ends in .html, {', '.join(IMAGES)}, got {str(path)!r}")
     try:
         if ending == ".html":
-            figure.write_html(path, include_plotlyjs=True)
+            figure.write_html(path, include_plotlyjs=True, default_width=f"min(100%, {WIDTH}px)")
         else:
             path.write_bytes(_picture(figure, ending.removeprefix("."), width, scale))
     except OSError as error:

@@ -127,31 +127,38 @@ def plot_candidates(selection: Selection, *, title: str | None = None, theme: Th
                 name=f"{SITE_NAMES[site].split()[0]}, {'found' if found else 'not found'}",
                 marker=marker,
                 customdata=[
-                    [str(selection.candidates[i]), float(selection.share[i]), float(selection.p_adjusted[i])]
+                    [str(selection.candidates[i]), 100 * float(selection.share[i]), float(selection.p_adjusted[i])]
                     for i in at
                 ],
                 hovertemplate="%{customdata[0]}<br>mean D %{x:.5f}, corrected p %{customdata[2]:.1e}<br>salient in "
-                "%{customdata[1]:.0%} of half 1<extra></extra>",
+                "%{customdata[1]:.0f} % of half 1<extra></extra>",
             )
     n_found, n = int(selection.found.sum()), len(selection.candidates)
     border = _border(selection)
-    if border is not None:
+    if border is not None and n:
         figure.add_hline(y=-np.log10(max(border, SMALLEST_P)), line={"color": look.soft, "dash": "dash", "width": 1.5})
     if not n:
         say_nothing_to_show(figure, "No neuron was salient often enough to be a candidate.")
-    figure.add_vline(x=0, line={"color": look.line, "width": 1.5})
+    else:
+        figure.add_vline(x=0, line={"color": look.line, "width": 1.5})
     hidden = f" {n_hidden:,} weaker candidates that were not found are not drawn." if n_hidden else ""
     return finish(
         figure,
-        title or f"{n_found:,} of {n:,} candidates support the right answer on questions that did not choose them",
-        subtitle=f"Test on {len(selection.half_2):,} questions, {CORRECTIONS[selection.correction]}; dashed: what it asks for.{hidden}"
+        title
+        or (
+            f"{n_found:,} of {n:,} candidate{'' if n == 1 else 's'} support{'s' if n_found == 1 else ''} the right answer on "
+            "questions that did not choose them"
+            if n
+            else "There are no candidates to test"
+        ),
+        subtitle=f"Test on {len(selection.half_2):,} question{'' if len(selection.half_2) == 1 else 's'}, {CORRECTIONS[selection.correction]}; dashed: what it asks for.{hidden}"
         if selection.alpha is not None
         else f"Without a test every candidate is found; p from {len(selection.half_2):,} questions.{hidden}",
         theme=theme,
-        height=360,
+        height=360 if n else 80,
         legend=n > 0,
-        xaxis={"title": {"text": "mean D on half 2 (probability)"}, "zeroline": False},
-        yaxis={"title": {"text": "−log<sub>10</sub> p"}, "zeroline": False, "rangemode": "tozero"},
+        xaxis={"title": {"text": "mean D on half 2 (probability)"}, "zeroline": False, "visible": n > 0},
+        yaxis={"title": {"text": "−log<sub>10</sub> p"}, "zeroline": False, "rangemode": "tozero", "visible": n > 0},
     )
 
 
