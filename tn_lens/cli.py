@@ -201,8 +201,8 @@ def select(
         raise BadInput(f"--splits compares splits and needs at least 2; got {splits}")
     given = {"t": t, "p": p, "alpha": alpha, "correction": correction, "family": family, "seed": seed}
     settings = selection_settings(folder) | {name: value for name, value in given.items() if value is not None}
-    seed = settings.pop("seed")
-    selection = select_neurons(stored, seed=seed, **settings)
+    drawn = settings.pop("seed")
+    selection = select_neurons(stored, seed=drawn, **settings)
     console = open_console()
     console.print(selection.summary(), highlight=False)
     shown = selection.to_frame().head(20)
@@ -212,14 +212,14 @@ def select(
     if splits:
         console.print(stability(stored, seeds=range(splits), **settings).summary(), highlight=False)
     if grid:
-        frame = sweep(stored, alpha=settings["alpha"], correction=settings["correction"], seed=seed)
+        frame = sweep(stored, alpha=settings["alpha"], correction=settings["correction"], seed=drawn)
         wide = frame.pivot(index="t", columns="p", values="n_found").reset_index()
         console.print(frame_table(wide, title="neurons found, t down, p across"))
         path = (out or folder / "sweep").with_suffix(".html")
         _write(path, plot_sweep(frame, chosen=(settings["t"], settings["p"])).to_html(include_plotlyjs=True))
         console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
     if out is not None:
-        provenance = {**settings, "seed": seed, "run": folder.name}
+        provenance = {**settings, "seed": drawn, "run": folder.name}
         _write(out, json.dumps(without_nan({**provenance, "neurons": selection.to_records()}), indent=1) + "\n")
         console.print(f"Neurons: {out}", highlight=False, soft_wrap=True)
 
