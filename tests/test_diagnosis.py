@@ -107,7 +107,7 @@ def test_on_the_toy_the_arms_are_those_of_the_dropped_questions(toy: Model, toy_
 
 def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_questions: QuestionSet) -> None:
     questions = toy_questions.part("report").select(range(40))
-    neurons = NeuronSet([Neuron("mlp", 1, index=i) for i in range(30)])
+    neurons = NeuronSet([Neuron("mlp", 1, None, i) for i in range(30)])
     arms = ("baseline", "random_matched", "suppressed")
     made = evaluate(toy, questions, neurons, n_repetitions=3, arms=arms)
     shape = made.probabilities["suppressed"].shape[1:]

@@ -243,7 +243,7 @@ def is_short(text: str) -> bool:
     texts=st.lists(TEXT.filter(is_short), min_size=1, max_size=3),
     choices=st.lists(TEXT.filter(is_short), min_size=2, max_size=4, unique=True),
 )
-@pytest.mark.filterwarnings("ignore:.*prompts contain text unknown:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*prompts contain words that:UserWarning")
 def test_prompts(toy: Model, toy_questions: QuestionSet, texts: list[str], choices: list[str]) -> None:
     from dataclasses import replace
 

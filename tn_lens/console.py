@@ -28,7 +28,7 @@ def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:
     for row in frame.itertuples(index=False):
         table.add_row(
             *(
-                "-" if str(value) == "<NA>" else f"{value:.3g}" if isinstance(value, float) else str(value)
+                "-" if str(value) in ("<NA>", "nan") else f"{value:.3g}" if isinstance(value, float) else str(value)
                 for value in row
             )
         )

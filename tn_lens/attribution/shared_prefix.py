@@ -34,6 +34,8 @@ def unsupported(model: Model) -> str | None:
 
 LAYERS_PER_PASS = 4
 """Layers whose rows run together: more fill the matrix products better and cost memory; 3 to 12 were alike on two cores."""
+RESERVED = 24 * 2**20
+"""Bytes of `max_memory` left to what the products' own buffers and a prompt's frozen state take; at most half of it."""
 PROMPTS_PER_PASS = 16
 """At most so many prompts side by side, where memory allows."""
 
@@ -55,7 +57,7 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
     of_layer = 8 * space.d_model + 6 * d_attn + 5 * d_mlp + 4 * space.n_heads * (n_tokens + n_rows)
     of_row = size * space.n_layers * of_layer + 5 * 4 * backend.d_vocab
     of_position = space.n_layers * d_cached + 6 * space.d_model + 3 * d_attn + 4 * d_mlp + 4 * space.n_heads * n_tokens
-    fitting = max_memory // of_row
+    fitting = (max_memory - min(RESERVED, max_memory // 2)) // of_row
     n_prompts = min(PROMPTS_PER_PASS, fitting // n_rows, max_memory // (size * n_tokens * of_position))
     return PassSize(max(1, n_prompts), max(1, min(n_rows, fitting)))
 
