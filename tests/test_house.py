@@ -17,6 +17,7 @@ PACKAGE = ROOT / "tn_lens"
 # From the bottom to the top; a module may import from its own group only what stands before it, and from any group below.
 ORDER = [
     "errors",
+    "wording",
     "distributed",
     "progress",
     "seeds",

@@ -201,8 +201,7 @@ def select(
         raise BadInput(f"--splits compares splits and needs at least 2; got {splits}")
     given = {"t": t, "p": p, "alpha": alpha, "correction": correction, "family": family, "seed": seed}
     settings = selection_settings(folder) | {name: value for name, value in given.items() if value is not None}
-    drawn = settings.pop("seed")
-    selection = select_neurons(stored, seed=drawn, **settings)
+    selection = select_neurons(stored, **settings)
     console = open_console()
     console.print(selection.summary(), highlight=False)
     shown = selection.to_frame().head(20)
@@ -210,17 +209,18 @@ def select(
         columns = ["site", "layer", "head", "index", "mean_difference", "cohens_d", "p_adjusted"]
         console.print(frame_table(shown.filter(columns)))
     if splits:
-        console.print(stability(stored, seeds=range(splits), **settings).summary(), highlight=False)
+        apart = {name: value for name, value in settings.items() if name != "seed"}
+        console.print(stability(stored, seeds=range(splits), **apart).summary(), highlight=False)
     if grid:
-        frame = sweep(stored, alpha=settings["alpha"], correction=settings["correction"], seed=drawn)
+        frame = sweep(stored, **{name: settings[name] for name in ("alpha", "correction", "seed")})
         wide = frame.pivot(index="t", columns="p", values="n_found").reset_index()
         console.print(frame_table(wide, title="neurons found, t down, p across"))
         path = (out or folder / "sweep").with_suffix(".html")
         _write(path, plot_sweep(frame, chosen=(settings["t"], settings["p"])).to_html(include_plotlyjs=True))
         console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
     if out is not None:
-        provenance = {**settings, "seed": drawn, "run": folder.name}
-        _write(out, json.dumps(without_nan({**provenance, "neurons": selection.to_records()}), indent=1) + "\n")
+        record = {**settings, "run": folder.name, "neurons": selection.to_records()}
+        _write(out, json.dumps(without_nan(record), indent=1) + "\n")
         console.print(f"Neurons: {out}", highlight=False, soft_wrap=True)
 
 
@@ -264,7 +264,7 @@ def _write(path: Path, text: str) -> None:
 def _table(found: TruthNeurons) -> Table:
     """Like the paper's table 1, with what it lacks beside it."""
     from .evaluation import ARM_NAMES
-    from .significance import say_welch
+    from .significance import LEVEL, welch_legend
 
     evaluation = found.evaluation
     table = Table(title=f"{found.model_name} on {evaluation.name} ({found.evaluated_on})", title_justify="left")
@@ -272,7 +272,7 @@ def _table(found: TruthNeurons) -> Table:
     for name in ("accuracy (%)", "order-averaged (%)", "answer mass", 'share of "A"'):
         table.add_column(name, justify="right")
     for name, arm in evaluation.arms.items():
-        star = " *" if name == "suppressed" and evaluation.welch_p < 0.05 else ""
+        star = " *" if name == "suppressed" and evaluation.welch_p < LEVEL else ""
         table.add_row(
             ARM_NAMES[name],
             f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}{star}",
@@ -280,8 +280,7 @@ def _table(found: TruthNeurons) -> Table:
             f"{arm.answer_mass:.3f}",
             f"{arm.share_a:.2f}",
         )
-    star = "* below untouched, " if evaluation.welch_p < 0.05 else "suppressed below untouched: "
-    table.caption = f"{star}{say_welch(evaluation.welch_p)}"
+    table.caption = welch_legend(evaluation.welch_p)
     table.caption_justify = "left"
     return table
 

@@ -20,6 +20,8 @@ from .figures.layers import LEAST_LAYERS, THIRDS, fullest_place, shares_of_third
 from .figures.layers import finding as layer_finding
 from .neurons import SITES, NeuronSet
 from .runs import Run
+from .significance import LEVEL
+from .wording import plural
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -52,7 +54,9 @@ class RunComparison:
     def what(self) -> str:
         """What is compared, as in "2 runs of 1 model"."""
         n = len(self.runs)
-        return f"{n} {self.noun}" + ("" if self.n_models == n else f" of {_counted(self.n_models, 'model')}")
+        return f"{n} {self.noun}" + (
+            "" if self.n_models == n else f" of {self.n_models} {plural('model', self.n_models)}"
+        )
 
     @property
     def evaluations(self) -> list[StoredEvaluation]:
@@ -67,11 +71,8 @@ class RunComparison:
     @property
     def has_one_set(self) -> bool:
         """Whether all runs report on the very same questions, so that their accuracies compare."""
-        return len({(e.name, e.n_questions, sha) for e, sha in self._reported}) == 1
-
-    @property
-    def _reported(self) -> list[tuple[StoredEvaluation, str | None]]:
-        return [(run.evaluation, run.settings.get("questions_sha256")) for run in self.runs.values()]
+        asked = [(run.evaluation, run.settings.get("questions_sha256")) for run in self.runs.values()]
+        return len({(e.name, e.n_questions, sha) for e, sha in asked}) == 1
 
     @property
     def others(self) -> list[StoredEvaluation]:
@@ -179,8 +180,8 @@ class RunComparison:
             said.append(
                 f"Two runs of one model share {_range(same[np.isfinite(same)])} of the neurons that either found (Jaccard)."
             )
-        lower = sum(run.evaluation.welch_p < 0.05 for run in self.runs.values())
-        lowers = f"Suppression lowers accuracy in {lower} of {len(self.runs)} (one-sided Welch test, p < 0.05)"
+        lower = sum(run.evaluation.welch_p < LEVEL for run in self.runs.values())
+        lowers = f"Suppression lowers accuracy in {lower} of {len(self.runs)} (one-sided Welch test, p < {LEVEL})"
         if self.has_one_set:
             mean = self.means().iloc[-1]
             said.append(f"{lowers}, on average from {mean['baseline']:.1f} to {mean['suppressed']:.1f} %.")
@@ -233,10 +234,6 @@ def _range(shares: Float[np.ndarray, " pair"]) -> str:
     low, high = shares.min(), shares.max()
     low, high = (f"{100 * share:.0f}" for share in (low, high))
     return f"{low} %" if low == high else f"between {low} and {high} %"
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def compare(runs: Sequence[Run]) -> RunComparison:

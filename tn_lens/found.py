@@ -17,12 +17,10 @@ from .figures import Figure, plot_layers
 from .manipulation import ManipulationCheck
 from .neurons import Neuron, NeuronSet
 from .reselection import Stability
-from .selection import Selection
+from .selection import FEW, Selection
 from .settings import Settings
 from .tuning import Tuning
-
-FEW = 20
-"""Questions in half 2 below which a result is not to be trusted."""
+from .wording import plural
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -38,6 +36,8 @@ class TruthNeurons:
     selection: Selection
     evaluation: Evaluation
     """The arms on the reporting questions of the toy, on the whole set elsewhere (as in the paper)."""
+    is_held_out: bool
+    """Whether the arms are evaluated on a part of the set that no neuron was looked for in."""
     unseen: Evaluation | None
     """The arms on the questions that selection and test did not use, where `evaluation` holds others too."""
     diagnosis: Diagnosis
@@ -75,9 +75,7 @@ class TruthNeurons:
         if not self.neurons:
             said.append(self.selection.nothing_found())
         elif (n := len(self.selection.half_2)) < FEW:
-            said.append(
-                f"Only {n} question{'' if n == 1 else 's'} tested the candidates: too few to trust what was found."
-            )
+            said.append(f"Only {n} {plural('question', n)} tested the candidates: too few to trust what was found.")
         verdicts = self.diagnosis.verdicts
         if verdicts.count("choice") > len(verdicts) / 2:
             said.append(
@@ -89,12 +87,7 @@ class TruthNeurons:
     @property
     def evaluated_on(self) -> str:
         """How many questions the arms were asked, and which."""
-        n = f"{self.evaluation.n_questions} questions"
-        return (
-            n
-            if self.unseen is not None or self.evaluation.n_questions == self.check.n_asked
-            else f"{n} that no rule saw"
-        )
+        return f"{self.evaluation.n_questions} questions{' that no rule saw' if self.is_held_out else ''}"
 
     def records(self) -> list[dict[str, Any]]:
         """One record a neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""

@@ -174,6 +174,7 @@ def find_truth_neurons(
                 completeness=stored.completeness(),
                 selection=selection,
                 evaluation=evaluation,
+                is_held_out=reporting is not finding,
                 unseen=unseen,
                 diagnosis=diagnosis,
                 stability=stability(stored, **selecting),

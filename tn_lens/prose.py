@@ -11,9 +11,10 @@ from scipy import stats
 
 from .attribution.result import worst_gap
 from .evaluation import StoredEvaluation
-from .figures.look import SITE_NAMES
+from .figures.attribution import say_worst
 from .runs import Run
 from .significance import say_welch
+from .wording import plural
 
 ENOUGH_SHARED = 0.7
 """Overlap of two splits (Jaccard) below which the found set depends much on the split."""
@@ -45,7 +46,7 @@ def abstract(run: Run) -> list[str]:
     check, evaluation = run.checks["manipulation"], run.evaluation
     arms = evaluation.arms
     said = [
-        f"We asked {run.model_name} {check['n_asked']:,} question{'' if check['n_asked'] == 1 else 's'} of {run.questions_name}, each with a right and a wrong "
+        f"We asked {run.model_name} {check['n_asked']:,} {plural('question', check['n_asked'])} of {run.questions_name}, each with a right and a wrong "
         f"answer to choose from; it answers {check['n_kept']:,} of them right{_in_every_order(run)}.",
     ]
     if not run.neurons:
@@ -57,7 +58,7 @@ def abstract(run: Run) -> list[str]:
         n_2 = len(run.selection.half_2)
         said.append(
             f"On these, integrated gradients single out {len(run.neurons):,} of its {run.selection.space.n_neurons:,} neurons: "
-            f"they support the right answer on {n_2:,} question{'' if n_2 == 1 else 's'} that had no part in choosing them."
+            f"they support the right answer on {n_2:,} {plural('question', n_2)} that had no part in choosing them."
         )
         others = [f"{_percent(arms[arm].accuracy)} with {name}" for arm, name in CONTROLS.items() if arm in arms]
         averaged = ""
@@ -128,8 +129,7 @@ def cautions(run: Run) -> list[str]:
         )
     worst = worst_gap(run.checks["completeness"])
     said.append(
-        f"The integral. The scores of a site and layer miss what they should sum to most in "
-        f"{SITE_NAMES.get(worst.site, worst.site).split()[0]}, layer {worst.layer}: {worst.summary()}"
+        f"The integral. The scores of a site and layer miss what they should sum to most in {say_worst(worst)}"
         + (
             ". Their size is not to be taken at its word, their ranking within a site is what t uses."
             if worst.share > SMALL_GAP
@@ -203,7 +203,7 @@ def seeds(run: Run) -> list[str]:
     return [
         f"One seed ({seed}) draws the orders of the answers, the halves of the questions, the control neurons of each "
         "repetition and the bootstrap; nothing else is random.",
-        f"The numbers are those of {run.settings['n_threads']} thread{'' if run.settings['n_threads'] == 1 else 's'} in "
+        f"The numbers are those of {run.settings['n_threads']} {plural('thread', run.settings['n_threads'])} in "
         f"{run.settings['dtype']} on {run.settings['device']}: another number of threads changes the last bits.",
     ]
 

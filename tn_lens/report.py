@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -29,9 +28,9 @@ from .figures import (
 )
 from .neurons import Neuron
 from .runs import Run
-from .significance import say_welch
+from .significance import LEVEL, welch_legend
+from .wording import plural
 
-LEVEL = 0.05
 N_ROWS = 1000
 """Neurons in the page's table."""
 THEMES: tuple[Theme, ...] = ("light", "dark")
@@ -59,7 +58,7 @@ def write_report(run: Run, cards: Sequence[Card] = ()) -> str:
         python_call=prose.python_call(run),
         seeds=prose.seeds(run),
         conditions=conditions(run.evaluation),
-        welch=welch_legend(run.evaluation),
+        welch=f"{welch_legend(run.evaluation.welch_p)}." if run.neurons else "",
         level=LEVEL,
         table2=table2([run.evaluation, *others_of(run)]) if others_of(run) and run.neurons else None,
         others=others_of(run),
@@ -126,7 +125,7 @@ def page(template: str, figures: Mapping[str, Mapping[Theme, Figure]], **context
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "fixed": _fixed, "power": _power}
+    environment.filters |= {"percent": _percent, "fixed": _fixed, "power": _power, "plural": plural}
     held = {name: {theme: figure.bare() for theme, figure in of.items()} for name, of in figures.items()}
     return environment.get_template(template).render(
         plotly_js=Markup(plotly_js()),
@@ -189,18 +188,6 @@ def conditions(evaluation: StoredEvaluation) -> list[dict[str, Any]]:
             mean, std = getattr(paper, arm)
             rows.append({"name": f"in the paper: {name}", "accuracy": mean, "std": std, "is_found": False})
     return rows
-
-
-def welch_legend(evaluation: StoredEvaluation) -> str:
-    """What the star of table 1 means, or why there is none."""
-    if not evaluation.n_neurons:
-        return ""
-    said = say_welch(evaluation.welch_p)
-    if evaluation.welch_p < LEVEL:
-        return f"* below untouched, {said}."
-    if np.isnan(evaluation.welch_p):
-        return f"{said[0].upper()}{said[1:]}."
-    return f"Suppressed is not below untouched ({said})."
 
 
 def _in_script(payload: Any) -> str:

@@ -13,7 +13,7 @@ from .errors import BadInput
 from .evaluation import StoredEvaluation
 from .neurons import NeuronSet
 from .seals import read_manifest
-from .selection import Selection
+from .selection import SETTINGS, Selection
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,8 +25,9 @@ class Run:
     settings: Mapping[str, Any]
     """The manifest's: everything that the numbers depend on."""
     source: Mapping[str, Any]
-    questions_source: str | None
     """What the model was loaded from; empty where that was not noted."""
+    questions_source: str | None
+    """The file that the questions were read from, as its path was given; None for sets by name and those made in Python."""
     backed_off: Mapping[str, Any] | None
     """The size of a pass that fitted, where memory ran out."""
     selection: Selection
@@ -105,7 +106,7 @@ def selection_settings(path: str | Path) -> dict[str, Any]:
     """Thresholds, correction and seed of a run; of one that is not finished, those that it was started with."""
     path = Path(path)
     settings = read_manifest(path / "manifest.json")["settings"]
-    found = {name: settings[name] for name in ("t", "p", "alpha", "correction", "family", "seed")}
+    found = {name: settings[name] for name in SETTINGS}
     if found["t"] == "auto":
         found["t"] = _read(path / "summary.json")["t"]
     return found

@@ -19,6 +19,7 @@ from .errors import BadInput
 from .neurons import SITES, Neuron, NeuronSet, NeuronSpace, Site
 from .seeds import generator
 from .significance import Correction, Moments, adjust, half_width, one_sided_t_test, significant
+from .wording import plural
 
 Family = Literal["candidates", "all"]
 """What the correction counts as tested: the candidates that were, or every neuron of the model."""
@@ -170,8 +171,8 @@ class Selection:
         """One sentence."""
         n, n_candidates, n_1, n_2 = map(len, (self.neurons, self.candidates, self.half_1, self.half_2))
         return (
-            f"{n} truth neuron{_s(n)} of {self.space.n_neurons:,} (t = {_percent(self.t)}, p = {_percent(self.p)}, "
-            f"{n_candidates} candidate{_s(n_candidates)} from {n_1} question{_s(n_1)}, tested on {n_2} other{_s(n_2)})."
+            f"{n} truth {plural('neuron', n)} of {self.space.n_neurons:,} (t = {_percent(self.t)}, p = {_percent(self.p)}, "
+            f"{n_candidates} {plural('candidate', n_candidates)} from {n_1} {plural('question', n_1)}, tested on {n_2} {plural('other', n_2)})."
         )
 
     def nothing_found(self) -> str:
@@ -182,7 +183,7 @@ class Selection:
         said = "No truth neurons were found"
         if self.alpha is not None and n_2 < 2:
             return (
-                f"{said}: only {n_1 + n_2} question{_s(n_1 + n_2)} passed the check, so that half 2 has {n_2 or 'none'}, and a "
+                f"{said}: only {n_1 + n_2} {plural('question', n_1 + n_2)} passed the check, so that half 2 has {n_2 or 'none'}, and a "
                 "test needs two at least. Ask more questions (no --limit, or a larger one)."
             )
         if not n and self.largest_share == 0:
@@ -201,9 +202,9 @@ class Selection:
                 f"{said}: p stopped all, as {most} of the questions of half 1, and p asks for {_percent(self.p)}. "
                 "Try a lower p, or a lower t."
             )
-        few = f", and {n_2} question{_s(n_2)} are few" if n_2 < FEW else ""
+        few = f", and {n_2} {plural('question', n_2)} are few" if n_2 < FEW else ""
         return (
-            f"{said}: the test stopped all, as of {n} candidate{_s(n)} none passed it on the {n_2} questions of half 2 "
+            f"{said}: the test stopped all, as of {n} {plural('candidate', n)} none passed it on the {n_2} questions of half 2 "
             f"(smallest corrected p {self.p_adjusted.min():.2g}, alpha {self.alpha:g}{few}). A model that does not know the "
             "answers has none to find; otherwise try more questions, or a lower t or p, which let in other candidates."
         )
@@ -342,7 +343,3 @@ def neurons_at(space: NeuronSpace, places: Mapping[Site, Int[Tensor, " _"]]) -> 
 
 def _percent(threshold: float | None) -> str:
     return "off" if threshold is None else f"{100 * threshold:.{0 if threshold >= 0.01 else 2}f} %"
-
-
-def _s(n: int) -> str:
-    return "" if n == 1 else "s"

@@ -14,6 +14,9 @@ from .errors import BadInput
 Correction = Literal["bonferroni", "holm", "benjamini-hochberg", "none"]
 """How p-values are corrected for multiple comparisons; the paper's is Bonferroni."""
 
+LEVEL = 0.05
+"""Of the tests between conditions: below it an accuracy gets its star."""
+
 Array = np.ndarray
 
 
@@ -128,6 +131,14 @@ def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"
 def say_welch(p_value: float) -> str:
     """The test in words."""
     return f"one-sided Welch p = {p_value:.2g}" if p_value == p_value else "no Welch test: no two repetitions differ"
+
+
+def welch_legend(p_value: float) -> str:
+    """What the star beside the suppressed accuracy means, or why there is none."""
+    said = say_welch(p_value)
+    if p_value < LEVEL:
+        return f"* below untouched, {said}"
+    return f"Suppressed is not below untouched ({said})" if p_value == p_value else f"{said[0].upper()}{said[1:]}"
 
 
 def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..neurons import NeuronSpace, Site
 from ..prompts import Prompt, by_question
+from ..wording import plural
 
 Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, per site; attention neurons are flat, head * d_head + index."""
@@ -93,16 +94,16 @@ class Attribution:
     def completeness(self) -> pd.DataFrame:
         """Per site and layer, the mean of |gap| and of |change| over the prompts."""
         rows = [
-            {
-                "site": site,
-                "layer": layer,
-                "gap": float(gap[:, layer].abs().mean()),
-                "change": float(c[:, layer].abs().mean()),
-            }
-            for (site, gap), c in zip(self.gap.items(), self.change.values(), strict=True)
-            for layer in range(gap.shape[1])
+            {"site": site, "layer": layer, "gap": gap, "change": change}
+            for site, of in self.mean_gaps().items()
+            for layer, (gap, change) in enumerate(zip(of["gap"], of["change"], strict=True))
         ]
         return pd.DataFrame(rows, columns=["site", "layer", "gap", "change"])
+
+    def mean_gaps(self) -> dict[str, dict[str, list[float]]]:
+        """The same by site, a list of the layers each: as a run keeps it."""
+        of = {"gap": self.gap, "change": self.change}
+        return {site: {name: held[site].abs().mean(0).tolist() for name, held in of.items()} for site in self.gap}
 
     def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
         """D of each question (or of some): the mean over the orders in which it was asked (one under order="random")."""
@@ -135,12 +136,10 @@ class Attribution:
 
     def summary(self) -> str:
         """One sentence: how much was attributed, and how well the integral was met."""
-        said = f"{len(self)} prompt{'' if len(self) == 1 else 's'} x {self.space.n_neurons:,} neurons"
-        frame = self.completeness()
+        said = f"{len(self)} {plural('prompt', len(self))} x {self.space.n_neurons:,} neurons"
         if not len(self):
             return f"{said}."
-        held = {str(s): {name: of[name].tolist() for name in ("gap", "change")} for s, of in frame.groupby("site")}
-        worst = worst_gap(held)
+        worst = worst_gap(self.mean_gaps())
         return (
             f"{said}; the scores of a site and layer should sum to its change, f(activation) - f(baseline), and miss it most "
             f"in {worst.site} of layer {worst.layer}, {worst.summary()} (completeness_gap, the largest gap of a single "

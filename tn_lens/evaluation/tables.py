@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import BadInput
+from ..significance import LEVEL, welch_legend
 from .reference import PAPER
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     Evaluated = Evaluation | StoredEvaluation
 
-LEVEL = 0.05
 NOT_RUN = "not run"
 """In the cell of a condition that an evaluation left out, where another has it."""
 HEADINGS: Mapping[str, str] = {
@@ -201,7 +201,7 @@ def _welch_legend(evaluations: Sequence[Evaluated]) -> str:
     if any(e.welch_p < LEVEL for e in evaluations):
         return f"* below the baseline, {test}, p < {LEVEL}."
     if all(np.isnan(e.welch_p) for e in evaluations):
-        return "No Welch test: no two repetitions differ."
+        return f"{welch_legend(float('nan'))}."
     return f"Suppressed is not below the baseline ({test}, p at least {LEVEL})."
 
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from ..errors import BadInput
 from ..evaluation import ARM_NAMES, ARMS, Evaluation, StoredEvaluation
+from ..significance import LEVEL
 from .look import ROW, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, plain
 
 Evaluated = Evaluation | StoredEvaluation
 Several = Evaluated | Sequence[Evaluated]
 
-LEVEL = 0.05
 PERCENT_AXIS = {"range": [0, 118], "tickvals": [0, 25, 50, 75, 100], "zeroline": False}
 """Room at the right for the numbers."""
 SPREAD = 0.24

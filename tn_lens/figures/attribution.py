@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..attribution import Attribution
-from ..attribution.result import worst_gap
+from ..attribution.result import WorstGap, worst_gap
 from ..errors import BadInput
 from .look import ROW, SITE_NAMES, Figure, Theme, colour_bar, finish, look_of, panels, plain, tick_step
 
@@ -118,13 +118,7 @@ def plot_completeness(
     Raises:
         BadInput: there is nothing to draw.
     """
-    if isinstance(completeness, Attribution):
-        means = {"gap": completeness.gap, "change": completeness.change}
-        held: dict[str, dict[str, list[float]]] = {
-            site: {name: of[site].abs().mean(0).tolist() for name, of in means.items()} for site in completeness.change
-        }
-    else:
-        held = {site: dict(of) for site, of in completeness.items()}
+    held = completeness.mean_gaps() if isinstance(completeness, Attribution) else completeness
     if not any(of["change"] for of in held.values()):
         raise BadInput("plot_completeness needs a site and a layer; got none")
     look = look_of(theme)
@@ -173,9 +167,7 @@ def plot_completeness(
     worst = worst_gap(held)
     return finish(
         figure,
-        title
-        or f"The scores miss their sum most in {SITE_NAMES.get(worst.site, worst.site).split()[0]}, layer {worst.layer}: "
-        f"{worst.summary()}",
+        title or f"The scores miss their sum most in {say_worst(worst)}",
         subtitle="Completeness: the scores of a site and layer should sum to f(activation) − f(baseline); means over prompts.",
         theme=theme,
         height=total,
@@ -195,3 +187,8 @@ def _strongest(one: Attribution, top: int) -> list[tuple[str, float]]:
             found.append((str(one.space.neuron(site, *divmod(place, width))), float(flat[place])))
     largest = sorted(found, key=lambda pair: -abs(pair[1]))[:top]
     return sorted(largest, key=lambda pair: -pair[1])
+
+
+def say_worst(worst: WorstGap) -> str:
+    """Where the scores miss their sum most, and by how much."""
+    return f"{SITE_NAMES.get(worst.site, worst.site).split()[0]}, layer {worst.layer}: {worst.summary()}"

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import BadInput
+from ..wording import plural
 from .accuracies import Several, labels_of, listed
 from .look import ROW, SYMBOLS, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, say_nothing_to_show
 
@@ -170,7 +171,7 @@ def plot_categories(
         subtitle="Share of questions whose right answer loses probability, number of questions in brackets; dashed: one half."
         + (
             f" {hidden} {'category' if hidden == 1 else 'categories'} with fewer than {least} questions ({questions} "
-            f"question{'' if questions == 1 else 's'} together) not shown."
+            f"{plural('question', questions)} together) not shown."
             if hidden
             else ""
         ),

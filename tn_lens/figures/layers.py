@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from ..errors import BadInput
 from ..neurons import SITES, NeuronSet, layer_in_words
 from ..selection import Selection
+from ..wording import plural
 from .look import (
     ROW,
     SITE_NAMES,
@@ -107,13 +108,14 @@ def plot_overlap(
     look = look_of(theme)
     shown = [name_of(name) for name in names]
     places = list(range(len(names)))
+    cells = [[f"{100 * value:.0f}" for value in row] for row in overlap]
     figure = Figure()
     figure.add_heatmap(
         z=overlap,
         x=places,
         y=places,
         customdata=[[f"{a} and {b}" for b in shown] for a in shown],
-        text=[[f"{100 * value:.0f}" for value in row] for row in overlap],
+        text=cells,
         colorscale=look.scale,
         zmin=0,
         zmax=1,
@@ -122,7 +124,7 @@ def plot_overlap(
         showscale=False,
         hovertemplate="%{customdata}<br>%{text} % of the neurons at the same relative depth and site<extra></extra>",
     )
-    write_in_cells(figure, [[f"{100 * value:.0f}" for value in row] for row in overlap], theme)
+    write_in_cells(figure, cells, theme)
     pairs = overlap[np.triu_indices(len(names), 1)]
     return finish(
         figure,
@@ -279,7 +281,7 @@ def finding(counts: Mapping[str, np.ndarray], noun: str = "models") -> str:
         total, n_layers = int(of.sum()), len(of)
         whose = f" of {plain(name)}" if name else ""
         if not total:
-            return f"0 truth neurons{whose} over {n_layers} layer{'' if n_layers == 1 else 's'}: none was found"
+            return f"0 truth neurons{whose} over {n_layers} {plural('layer', n_layers)}: none was found"
         if total == 1:
             return f"The only truth neuron{whose} sits in {layer_in_words(int(of.argmax()), n_layers)}"
         if n_layers < LEAST_LAYERS:

@@ -11,6 +11,7 @@ from ..errors import BadInput
 from ..neurons import Neuron
 from ..selection import ScoreSource, Selection
 from ..significance import Correction
+from ..wording import plural
 from .look import SITE_NAMES, Figure, Theme, finish, look_of, say_nothing_to_show, write_in_cells
 
 CORRECTIONS: Mapping[Correction, str] = {
@@ -146,12 +147,12 @@ def plot_candidates(selection: Selection, *, title: str | None = None, theme: Th
         figure,
         title
         or (
-            f"{n_found:,} of {n:,} candidate{'' if n == 1 else 's'} support{'s' if n_found == 1 else ''} the right answer on "
+            f"{n_found:,} of {n:,} {plural('candidate', n)} support{'s' if n_found == 1 else ''} the right answer on "
             "questions that did not choose them"
             if n
             else "There are no candidates to test"
         ),
-        subtitle=f"Test on {len(selection.half_2):,} question{'' if len(selection.half_2) == 1 else 's'}, {CORRECTIONS[selection.correction]}; dashed: what it asks for.{hidden}"
+        subtitle=f"Test on {len(selection.half_2):,} {plural('question', len(selection.half_2))}, {CORRECTIONS[selection.correction]}; dashed: what it asks for.{hidden}"
         if selection.alpha is not None
         else f"Without a test every candidate is found; p from {len(selection.half_2):,} questions.{hidden}",
         theme=theme,
