@@ -108,13 +108,19 @@ def matrix_rate(model: Model, n_rows: int) -> float:
 def engine_flops(model: Model, n_tokens: int) -> float:
     """The matrix products of one prompt: 2 a weight and token forward, as many backward.
 
-    The prompt is run once, the rows of every layer from that layer on, forward and backward, one of them at the baseline.
+    The prompt is run once, of its last layer only keys, values and scores; then m rows for every place, one of them at the
+    baseline, and one where all paths end, forward and backward: those of attention neurons from their own layer on, those of
+    MLP neurons from the next.
     """
     cfg = model.cfg
-    of_layer = 4 * cfg.d_model * cfg.n_heads * cfg.d_head + 3 * cfg.d_model * (cfg.d_mlp or 0)
+    of_head = cfg.d_model * cfg.n_heads * cfg.d_head
+    of_layer = 4 * of_head + 3 * cfg.d_model * (cfg.d_mlp or 0)
     of_unembedding = cfg.d_model * cfg.d_vocab
-    of_rows = sum((cfg.n_layers - layer) * of_layer + of_unembedding for layer in range(cfg.n_layers)) * len(SITES)
-    return 2.0 * (n_tokens * cfg.n_layers * of_layer + 2 * (N_STEPS + 1) * of_rows)
+    of_prompt = (cfg.n_layers - 1) * of_layer + 3 * of_head
+    passed = sum(N_STEPS * (cfg.n_layers - layer + cfg.n_layers - layer - 1) for layer in range(cfg.n_layers))
+    n_rows = N_STEPS * len(SITES) * cfg.n_layers + 1
+    of_rows = (passed + cfg.n_layers) * of_layer + n_rows * of_unembedding
+    return 2.0 * (n_tokens * of_prompt + 2 * of_rows)
 
 
 def ours(model: Model, prompt: Prompt, n_steps: int = N_STEPS, **options: Any) -> Any:
@@ -277,8 +283,8 @@ def measure_knowledge_neurons(n_tokens: int = 128) -> list[dict[str, Any]]:
 def measure_slopes(d_model: int = 512) -> list[dict[str, Any]]:
     """Our seconds by layers, steps and tokens; running the prompt itself apart.
 
-    A row passes L - l layers, (L + 1) / 2 on average, so the rows of a prompt are 2 L m (L + 1) / 2 single layers: seconds
-    over that number should be the same in every line.
+    Rows of attention neurons pass L - l layers, those of MLP neurons one less, L / 2 on average, so the rows of a prompt
+    are 2 L m L / 2 single layers: seconds over that number should be the same in every line.
     """
     table = []
     print("slopes: layers, steps, tokens; seconds, of which the prompt; microseconds a row and layer", flush=True)
@@ -289,7 +295,7 @@ def measure_slopes(d_model: int = 512) -> list[dict[str, Any]]:
         ours(model, random_prompt(4), n_steps=1)
         seconds = min(timed(lambda m=model, p=prompt, n=n_steps: ours(m, p, n_steps=n))[1] for _ in range(5))
         prefill = min(timed(lambda m=model, p=prompt: SharedPrefix(m, [p], SITES))[1] for _ in range(5))
-        of_row = (seconds - prefill) / (2 * n_layers * n_steps * (n_layers + 1) / 2)
+        of_row = (seconds - prefill) / (n_steps * n_layers**2)
         print(
             f"  {n_layers:3d} {n_steps:3d} {n_tokens:4d}  {seconds:6.2f} {prefill:6.2f}  {1e6 * of_row:6.0f}",
             flush=True,

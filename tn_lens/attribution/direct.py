@@ -28,18 +28,30 @@ class Direct:
         kept: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: Any) -> None:
-            kept[hook.name] = (value if positions == "all" else value[:, -1:]).flatten(2)
+            kept[hook.name] = (value if positions == "all" else value[:, -1:].clone()).flatten(2)
 
         names = {hook_name(site, layer) for site in sites for layer in range(n_layers)}
         with torch.no_grad(), self.backend.hooks([(name, keep) for name in names]):
             self.logits = self.backend.last_logits(self.tokens)
         self.own = stack_layers(kept, sites, n_layers)
 
-    def run(self, paths: Mapping[Place, Float[Tensor, "1 _ position _"]]) -> Float[Tensor, "1 row vocab"]:
+    def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch neuron"]:
+        """The activation itself."""
+        return activation
+
+    def carry_back(self, place: Place, gradient: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch neuron"]:
+        """The gradient itself."""
+        return gradient
+
+    def run(
+        self,
+        paths: Mapping[Place, Float[Tensor, "1 _ position _"]],
+        nudges: Mapping[Place, Float[Tensor, "1 1 position _"]],
+    ) -> Float[Tensor, "1 row vocab"]:
         """Last logits of whole prompts."""
         at = slice(None) if self.positions == "all" else slice(-1, None)
-        n_rows = sum(path.shape[1] for path in paths.values())
-        with self.backend.hooks(replacing(paths, lambda rows: (rows, at))):
+        n_rows = sum(path.shape[1] for path in paths.values()) + bool(nudges)
+        with self.backend.hooks(replacing(paths, nudges, lambda rows: (rows, at))):
             return self.backend.last_logits(self.tokens.expand(n_rows, -1))[None]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -33,8 +33,24 @@ class Engine(Protocol):
     logits: Float[Tensor, "prompt vocab"]
     """Last logits of the untouched prompts."""
 
-    def run(self, paths: Mapping[Place, Float[Tensor, "prompt _ position _"]]) -> Float[Tensor, "prompt row vocab"]:
-        """Last logits with one site of one layer replaced in each row; rows in the order of `paths`."""
+    def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch _"]:
+        """Where the path of a place is walked: at its activation, or at what a linear map makes of it."""
+        ...
+
+    def carry_back(self, place: Place, gradient: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch neuron"]:
+        """The gradient at the activation, from the one where the path is walked."""
+        ...
+
+    def run(
+        self,
+        paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
+        nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
+    ) -> Float[Tensor, "prompt row vocab"]:
+        """Last logits with one site of one layer replaced in each row; rows in the order of `paths`.
+
+        Args:
+            nudges: added to the activations of one more row, the first, in which nothing is replaced; no such row if empty.
+        """
         ...
 
 
@@ -66,28 +82,44 @@ def integrate(
     own = engine.own
     n_layers = next(iter(own.values())).shape[1]
     places: list[Place] = [(site, layer) for layer in range(n_layers) for site in own]
-    start = {(site, layer): baseline[site][layer].to(own[site]) for site, layer in places}
-    delta = {(site, layer): own[site][:, layer] - start[site, layer] for site, layer in places}
+    delta: dict[Place, Tensor] = {}
+    start: dict[Place, Tensor] = {}
+    way: dict[Place, Tensor] = {}
+    for place in places:
+        site, layer = place
+        here = own[site][:, layer]
+        zero = baseline[site][layer].to(here)
+        delta[place] = here - zero
+        carried = engine.carry(place, torch.cat([zero.expand_as(here[:1]), delta[place]]))
+        start[place], way[place] = carried[0, 0], carried[1:]
     scores: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0]) for s in own} for _ in targets]
     change: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0, 0]) for s in own} for _ in targets]
 
     nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])  # the baseline itself, for `change`
     reached = [_values(target, engine.logits[:, None], engine.prompts)[:, 0] for target in targets]
-    for chunk in _chunks([(place, node) for place in places for node in range(len(nodes))], n_rows):
-        of_place = {place: [node for _, node in group] for place, group in groupby(chunk, key=lambda row: row[0])}
+    along = [node for node in range(len(nodes)) if nodes[node] != 1]
+    at_end = float(rule.weights[rule.nodes == 1].sum())
+    rows: list[tuple[Place, int] | None] = [(place, node) for place in places for node in along]
+    if at_end:  # where all paths end is one and the same row
+        rows.insert(0, None)
+    for chunk in _chunks(rows, n_rows):
+        nudges = {}
+        if chunk[0] is None:
+            nudges = {place: torch.zeros_like(delta[place])[:, None].requires_grad_() for place in places}
+        inner = [row for row in chunk if row is not None]
+        of_place = {place: [node for _, node in group] for place, group in groupby(inner, key=lambda row: row[0])}
         paths = {
-            place: (
-                start[place] + nodes[which].to(start[place])[:, None, None] * delta[place][:, None]
-            ).requires_grad_()
+            place: (start[place] + nodes[which].to(start[place])[:, None, None] * way[place][:, None]).requires_grad_()
             for place, which in of_place.items()
         }
         with torch.enable_grad():
-            logits = engine.run(paths)
+            logits = engine.run(paths, nudges)
             values = [_values(target, logits, engine.prompts) for target in targets]
+        leaves = [*paths.values(), *nudges.values()]
         for index, value in enumerate(values):
-            gradients = torch.autograd.grad(value.sum(), list(paths.values()), retain_graph=index + 1 < len(values))
-            first = 0
-            for (place, which), gradient in zip(of_place.items(), gradients, strict=True):
+            gradients = iter(torch.autograd.grad(value.sum(), leaves, retain_graph=index + 1 < len(values)))
+            first = len(chunk) - len(inner)
+            for (place, which), gradient in zip(of_place.items(), gradients, strict=False):
                 site, layer = place
                 steps = [node - 1 for node in which if node > 0]
                 if len(steps) < len(which):
@@ -97,31 +129,42 @@ def integrate(
                     gradient[:, len(which) - len(steps) :],
                     "step, prompt step position neuron -> prompt position neuron",
                 )
-                scores[index][site][:, layer] += (delta[place] * weighted).sum(1)
+                scores[index][site][:, layer] += (delta[place] * engine.carry_back(place, weighted)).sum(1)
                 first += len(which)
+            for (site, layer), gradient in zip(nudges, gradients, strict=True):
+                scores[index][site][:, layer] += at_end * (delta[site, layer] * gradient[:, 0]).sum(1)
     return BatchScores(scores, change)
 
 
 def replacing(
-    paths: Mapping[Place, Float[Tensor, "prompt _ position _"]], where: Callable[[slice], tuple[slice, slice]]
+    paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
+    nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
+    where: Callable[[slice], tuple[slice, slice]],
+    beyond: Container[Place] = (),
 ) -> list[Any]:
-    """Hooks that put each path into its own rows.
+    """Hooks that put each path into its own rows, and add the nudges to the first row.
 
     Args:
         where: from rows to the indices, over batch and position, at which an engine keeps them.
+        beyond: places whose rows begin behind them, and need no hook.
     """
-    hooks: list[Any] = []
-    first = 0
-    for (site, layer), path in paths.items():
-        rows = where(slice(first, first + path.shape[1]))
-        first += path.shape[1]
 
-        def replace(value: Tensor, hook: object, rows: tuple[slice, slice] = rows, path: Tensor = path) -> Tensor:
+    def setting(place: Place, rows: tuple[slice, slice], new: Tensor, add: bool) -> Any:
+        def put(value: Tensor, hook: object) -> Tensor:
             value = value.clone()
-            value[rows] = path.to(value.dtype).reshape(value[rows].shape)
+            here = new.to(value.dtype).reshape(value[rows].shape)
+            value[rows] = value[rows] + here if add else here
             return value
 
-        hooks.append((hook_name(site, layer), replace))
+        site, layer = place
+        return hook_name(site, layer), put
+
+    hooks = [setting(place, where(slice(1)), nudge, add=True) for place, nudge in nudges.items()]
+    first = 1 if nudges else 0
+    for place, path in paths.items():
+        if place not in beyond:
+            hooks.append(setting(place, where(slice(first, first + path.shape[1])), path, add=False))
+        first += path.shape[1]
     return hooks
 
 

@@ -42,14 +42,22 @@ class Siblings(ABC):
     kept: dict[str, Float[Tensor, "prompt 1 _"]]
     """Activations at the last position by the names that were asked for, heads side by side."""
 
+    def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"] | None:
+        """W_out of a layer, where rows that differ in its MLP neurons may join above it; None where they may not."""
+        return None
+
     @abstractmethod
-    def run(self, of_layer: Mapping[int, int], hooks: Hooks) -> Float[Tensor, "prompt row vocab"]:
+    def run(
+        self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
+    ) -> Float[Tensor, "prompt row vocab"]:
         """Last logits of the rows.
 
         Args:
             of_layer: how many rows differ from the untouched run first at which layer; rows stand in the order of layers,
                 and a hook of a layer finds at least those of its own and all lower layers.
             hooks: on activations [prompt, row, ...].
+            written: what W_out of a layer makes of other activations, before bias and norm, for rows that stand behind the
+                others of this layer; only where there is a `w_out`.
         """
 
 
@@ -241,10 +249,6 @@ class Backend(ABC):
             verbose=False,
         )
         return out[0, ids.shape[1] :].tolist()
-
-
-TOKENS_AT_ONCE = 8192
-"""Columns of W_U that are converted to float32 together."""
 
 
 def visible_whole(

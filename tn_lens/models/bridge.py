@@ -152,7 +152,7 @@ class Bridge(Backend):
         mask[1, :3] = 0
         try:
             siblings = BridgeSiblings(self, tokens, mask, set(), widens=widens)
-            rows = siblings.run({self.model.cfg.n_layers // 2: 16}, [])
+            rows = siblings.run({self.model.cfg.n_layers // 2: 16}, [], {})
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         off = (rows - siblings.logits[:, None]).abs().max()
@@ -319,14 +319,16 @@ class BridgeSiblings(Siblings):
         cache = DynamicCache()
 
         def keep(value: Tensor, hook: Any) -> None:
-            self.kept[hook.name] = value[:, -1:].flatten(2)
+            self.kept[hook.name] = value[:, -1:].flatten(2).clone()  # a view would hold all positions
 
         at = torch.full_like(self.last, tokens.shape[1] - 1)
         with torch.no_grad(), backend.hooks([(name, keep) for name in names]), backend._reading(at):
             self.logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padded(mask))[:, 0]
         self.cache = frozen([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in held(cache)])
 
-    def run(self, of_layer: Mapping[int, int], hooks: Hooks) -> Float[Tensor, "prompt row vocab"]:
+    def run(
+        self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
+    ) -> Float[Tensor, "prompt row vocab"]:
         n_rows = sum(of_layer.values())
         n_below = 1 if self.widens else n_rows
         masks, wide = (

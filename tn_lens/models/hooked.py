@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -205,11 +205,25 @@ class Hooked(Backend):
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            row, behind = block.mlp.W_out[neuron.index], "ln2"
-        else:
-            row, behind = block.attn.W_O[neuron.head, neuron.index], "ln1"
-        behind += "_post" if self.model.cfg.use_normalization_before_and_after else ""
-        return row, getattr(block, behind) if self.is_post_norm else None
+            return block.mlp.W_out[neuron.index], self.norm_behind("ln2", neuron.layer)
+        return block.attn.W_O[neuron.head, neuron.index], self.norm_behind("ln1", neuron.layer)
+
+    def norm_behind(self, name: Literal["ln1", "ln2"], layer: int) -> Any:
+        """The norm behind W_O (ln1) or W_out (ln2); None where there is none."""
+        name_behind = f"{name}_post" if self.model.cfg.use_normalization_before_and_after else name
+        return getattr(self.model.blocks[layer], name_behind) if self.is_post_norm else None
+
+    def is_free_above_w_out(self, layer: int) -> bool:
+        """Whether nothing but W_out's bias and norm stands between a layer's MLP neurons and the residual stream behind it."""
+        block: Any = self.model.blocks[layer]
+        norm = self.norm_behind("ln2", layer)
+        hooked = [block.hook_mlp_out, block.hook_resid_post, *([] if norm is None else norm.modules())]
+        return not self.model.cfg.load_in_4bit and not any(getattr(point, "fwd_hooks", None) for point in hooked)
+
+    @property
+    def points(self) -> Mapping[str, Any]:
+        """Hook points by name."""
+        return self.model.hook_dict
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
         cfg = self.model.cfg
@@ -240,6 +254,9 @@ class HookedPrefix(Prefix):
 class HookedSiblings(Siblings):
     """Rows side by side as positions of one sequence, which copies no keys or values, each entered at its own layer.
 
+    Rows that differ in MLP neurons are entered right above their layer: there they differ by what W_out and its norm make of
+    the neurons, and the layer itself need not be run.
+
     TransformerLens takes rotary positions from the running sum of the attention mask, and a mask that ends in 1, 0, 0, ...
     gives all of them the position T - 1. Each attention's causal mask is replaced, for the length of a pass, by "the prefix
     and myself".
@@ -247,39 +264,76 @@ class HookedSiblings(Siblings):
 
     def __init__(self, backend: Hooked, tokens: Tensor, mask: Tensor, names: set[str]) -> None:
         self.backend = backend
-        cfg = backend.model.cfg
+        cfg, blocks = backend.model.cfg, backend.model.blocks
         self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
         self.cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, len(tokens))
         self.kept = {}
+        self.entering: list[Float[Tensor, "prompt 1 d_model"]] = []
+        self.joinable = {layer for layer in range(cfg.n_layers) if f"blocks.{layer}.mlp.hook_post" in names}
+        self.joinable -= {layer for layer in self.joinable if not backend.is_free_above_w_out(layer)}
 
         def keep(value: Tensor, hook: Any) -> None:
-            self.kept[hook.name] = value[:, -1:].flatten(2)
+            self.kept[hook.name] = value[:, -1:].flatten(2).clone()  # a view would hold all positions
 
-        entering = [f"blocks.{layer}.hook_resid_pre" for layer in range(cfg.n_layers)]
-        with torch.no_grad(), backend.hooks([(name, keep) for name in names | set(entering)]):
-            residual = backend.model(tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers)
-            self.logits = backend.unembed(residual[:, -1])
-        self.entering = [self.kept[name] for name in entering]
+        def enter(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            self.entering.append(given[0][:, -1:].clone())
+
+        def only_last(value: Tensor, hook: Any) -> Tensor:
+            return value[:, -1:]
+
+        wanted = names | {f"blocks.{layer}.hook_mlp_out" for layer in self.joinable}
+        last = f"blocks.{cfg.n_layers - 1}."  # of whose output nothing but the last position is read
+        cuts = [(last + name, only_last) for name in ("attn.hook_z", "hook_resid_mid") if last + name in backend.points]
+        watching = [block.register_forward_pre_hook(enter) for block in blocks]
+        try:
+            with torch.no_grad(), backend.hooks([*((name, keep) for name in wanted), *cuts]):
+                stream = backend.model(
+                    tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers
+                )
+                self.logits = backend.unembed(stream[:, -1])
+        finally:
+            for handle in watching:
+                handle.remove()
+        self.entering.append(stream[:, -1:].clone())
+        self.beside = {
+            layer: self.entering[layer + 1].to(backend.wide_dtype) - self.kept[f"blocks.{layer}.hook_mlp_out"]
+            for layer in self.joinable
+        }
         for entry in self.cache.entries:
             entry.past_keys, entry.past_values = entry.past_keys[:, :-1], entry.past_values[:, :-1]
         self.cache.freeze()
 
-    def run(self, of_layer: Mapping[int, int], hooks: Hooks) -> Float[Tensor, "prompt row vocab"]:
+    def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"] | None:
+        return self.backend.model.blocks[layer].mlp.W_out if layer in self.joinable else None
+
+    def run(
+        self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
+    ) -> Float[Tensor, "prompt row vocab"]:
         model = self.backend.model
-        residual = self.entering[min(of_layer)][:, :0]
+        first = min([*of_layer, *(layer + 1 for layer in written)])
+        residual = self.entering[first][:, :0]
         with side_by_side(model, self.seen) as see, self.backend.hooks(hooks):
-            for layer in range(min(of_layer), model.cfg.n_layers):
-                n_joining = of_layer.get(layer, 0)
-                joining = self.entering[layer].expand(-1, n_joining, -1)
-                residual = torch.cat([residual, joining], dim=1) if n_joining else residual
-                residual = model(
-                    residual,
-                    start_at_layer=layer,
-                    stop_at_layer=layer + 1,
-                    past_kv_cache=self.cache,
-                    attention_mask=see(residual.shape[1]),
-                )
+            for layer in range(first, model.cfg.n_layers + 1):
+                joining = [self._above(layer - 1, written[layer - 1])] if layer - 1 in written else []
+                if layer in of_layer:
+                    joining.append(self.entering[layer].expand(-1, of_layer[layer], -1))
+                residual = torch.cat([residual, *joining], dim=1) if joining else residual
+                if layer < model.cfg.n_layers:
+                    residual = model(
+                        residual,
+                        start_at_layer=layer,
+                        stop_at_layer=layer + 1,
+                        past_kv_cache=self.cache,
+                        attention_mask=see(residual.shape[1]),
+                    )
         return self.backend.unembed(residual)
+
+    def _above(self, layer: int, written: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row d_model"]:
+        """The residual stream behind a layer whose MLP neurons are others."""
+        beside, norm = self.beside[layer], self.backend.norm_behind("ln2", layer)
+        block: Any = self.backend.model.blocks[layer]
+        written = written.to(self.backend.dtype) + block.mlp.b_out
+        return (beside + (written if norm is None else norm(written))).to(self.backend.dtype)
 
 
 @contextmanager
