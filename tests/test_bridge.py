@@ -293,6 +293,36 @@ def test_the_engines_agree(family: str) -> None:
     assert_equal(narrow, fast)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_join_at_their_layer_and_not_below(family: str) -> None:
+    model, (prompt,) = bridged(family), prompts_of(12)
+    backend_of(model).check()
+    assert backend_of(model).unshareable is None
+    passed: list[int] = []
+
+    def count(_: object, given: object, output: Any) -> None:
+        if torch.is_grad_enabled():
+            passed.append((output[0] if isinstance(output, tuple) else output).shape[1])
+
+    handles = [block.register_forward_hook(count) for block in model.blocks]
+    attribute(model, prompt, n_steps=4)
+    for handle in handles:
+        handle.remove()
+    assert passed == [1 + 8, 1 + 16, 1 + 24]  # the row in which all paths end, and four of either site of each layer
+
+
+@pytest.mark.parametrize("point", ["hook_resid_pre", "mlp.hook_post"])
+def test_hooks_that_stay_on_the_model_count(point: str) -> None:
+    model, prompts = bridged("Llama"), prompts_of(9, 14)
+    plain = attribute(model, prompts, n_steps=3)
+    steer = (f"blocks.1.{point}", lambda value, hook: value.clamp(max=0.2) + 0.1)
+    with backend_of(model).hooks([steer]):
+        fast, slow = (attribute(model, prompts, n_steps=3, engine=engine) for engine in ("shared_prefix", "direct"))
+    assert_equal(fast, slow)
+    with pytest.raises(AssertionError):
+        assert_equal(fast, plain)
+
+
 @pytest.mark.parametrize(
     "kind", ["padding is seen", "the window is forgotten", "siblings see each other", "one place more"]
 )

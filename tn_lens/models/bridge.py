@@ -152,7 +152,8 @@ class Bridge(Backend):
         mask[1, :3] = 0
         try:
             siblings = BridgeSiblings(self, tokens, mask, set(), widens=widens)
-            rows = siblings.run({self.model.cfg.n_layers // 2: 16}, [], {})
+            layers = {self.model.cfg.n_layers // 2, self.model.cfg.n_layers - 1}
+            rows = siblings.run(dict.fromkeys(layers, 8), [], {})
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         off = (rows - siblings.logits[:, None]).abs().max()
@@ -271,7 +272,7 @@ class Bridge(Backend):
             masks[kind] = torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, least)
         return masks if len(masks) > 1 else masks.popitem()[1]
 
-    def _logits(self, tokens: Int[Tensor, "row column"], **options: Any) -> Float[Tensor, "row place vocab"]:
+    def _logits(self, tokens: Int[Tensor, "row column"], **options: Any) -> Float[Tensor, "_ place vocab"]:
         logits = self.model(tokens, **options)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -296,7 +297,7 @@ class Sharing(NamedTuple):
     reason: str | None
     """Why not at all; None where it can."""
     widens: bool
-    """Whether siblings may come into being at a layer, the layers below running one position for all of them."""
+    """Whether siblings may join at their layers, one position running below the first of them."""
 
 
 _SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
@@ -307,8 +308,9 @@ class BridgeSiblings(Siblings):
     """Rows side by side as positions of one sequence, by Hugging Face's own means.
 
     Every row stands at position T - 1 (`position_ids`), sees the prefix (`past_key_values`) and itself (a 4D mask).
-    A bridge cannot be entered at a layer, but below the first layer that differs all rows are the same one: where the model
-    widens, a hook before that layer's block makes rows of it, and hands this and all later blocks their masks and positions.
+    A bridge cannot be entered at a layer. Where the model widens, one position runs up to the first layer that differs, and a
+    hook before that and every later block puts the rows that join there beside those that are there, and hands the block their
+    masks and positions.
     """
 
     def __init__(self, backend: Bridge, tokens: Tensor, mask: Tensor, names: set[str], *, widens: bool) -> None:
@@ -316,14 +318,24 @@ class BridgeSiblings(Siblings):
         self.last, self.position = tokens[:, -1:], mask.sum(1, keepdim=True) - 1
         self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
         self.kept = {}
+        self.entering: list[Float[Tensor, "prompt 1 d_model"]] = []
         cache = DynamicCache()
 
         def keep(value: Tensor, hook: Any) -> None:
             self.kept[hook.name] = value[:, -1:].flatten(2).clone()  # a view would hold all positions
 
+        def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+            self.entering.append(given[0][:, -1:].clone())
+
         at = torch.full_like(self.last, tokens.shape[1] - 1)
-        with torch.no_grad(), backend.hooks([(name, keep) for name in names]), backend._reading(at):
-            self.logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padded(mask))[:, 0]
+        watching = [block.register_forward_pre_hook(enter) for block in backend.model.blocks] if widens else []
+        try:
+            with torch.no_grad(), backend.hooks([(name, keep) for name in names]), backend._reading(at):
+                logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padded(mask))
+        finally:
+            for handle in watching:
+                handle.remove()
+        self.logits = logits[:, 0]
         self.cache = frozen([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in held(cache)])
 
     def run(
@@ -331,10 +343,8 @@ class BridgeSiblings(Siblings):
     ) -> Float[Tensor, "prompt row vocab"]:
         n_rows = sum(of_layer.values())
         n_below = 1 if self.widens else n_rows
-        masks, wide = (
-            self.backend._masks(lambda window, n=n: visible(self.seen, n, window)) for n in (n_below, n_rows)
-        )
-        with self.backend.hooks(hooks), self._widening(min(of_layer), masks, wide, n_rows):
+        masks = self._masks(n_below)
+        with self.backend.hooks(hooks), self._joining(of_layer if self.widens else {}, masks):
             logits = self.backend._logits(
                 self.last.expand(-1, n_below),
                 attention_mask=masks,
@@ -344,35 +354,61 @@ class BridgeSiblings(Siblings):
             )
         return logits.reshape(len(self.last), n_rows, -1)  # GPT-2 takes rows for prompts where only one went in
 
+    def _masks(self, n_rows: int) -> Any:
+        return self.backend._masks(lambda window: visible(self.seen, n_rows, window))
+
     @contextmanager
-    def _widening(self, first: int, masks: Any, wide: Any, n_rows: int) -> Iterator[None]:
-        """Make rows of the one position, from a layer on.
+    def _joining(self, of_layer: Mapping[int, int], masks: Any) -> Iterator[None]:
+        """Let rows join before the blocks of their layers.
 
         Args:
-            first: the layer.
-            masks, wide: for one position and for all rows.
+            masks: those of the one position, in whose place a block gets those of its rows.
         """
-        named = [each if isinstance(each, dict) else {"": each} for each in (masks, wide)]
-        wide_of = {id(mask): named[1][kind] for kind, mask in named[0].items()}
-
-        def widen(value: Any) -> Any:
-            if isinstance(value, tuple):  # cosines and sines
-                return tuple(widen(one) for one in value)
-            if not isinstance(value, Tensor):
-                return value
-            one_position = value.ndim in (2, 3) and value.shape[1] == 1
-            return value.expand(-1, n_rows, *value.shape[2:]) if one_position else wide_of.get(id(value), value)
-
-        def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return widen(given), {name: widen(value) for name, value in named.items()}
-
-        blocks = self.backend.model.blocks[first:] if self.widens else []
-        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+        n_rows, wide = 0, masks
+        handles: list[Any] = []
         try:
+            for layer in range(min(of_layer, default=len(self.entering)), len(self.entering)):
+                joining = self.entering[layer].expand(-1, of_layer.get(layer, 0), -1)
+                beside, n_rows = n_rows, n_rows + joining.shape[1]
+                wide = self._masks(n_rows) if n_rows > beside else wide
+                before = _widening(joining, beside, n_rows, {id(one): other for one, other in _pairs(masks, wide)})
+                block: Any = self.backend.model.blocks[layer]
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _widening(
+    joining: Float[Tensor, "prompt joining d_model"], beside: int, n_rows: int, wide_of: Mapping[int, Tensor]
+) -> Callable[..., tuple[Any, Any]]:
+    """A hook before a block: rows join, and whatever else is given for one position is given for all of them.
+
+    Args:
+        beside: rows that are there already.
+        wide_of: by the identity of a mask of one position, that of all rows.
+    """
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, tuple):  # cosines and sines
+            return tuple(widen(one) for one in value)
+        if not isinstance(value, Tensor):
+            return value
+        one_position = value.ndim in (2, 3) and value.shape[1] == 1
+        return value.expand(-1, n_rows, *value.shape[2:]) if one_position else wide_of.get(id(value), value)
+
+    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        there, *others = given
+        rows = torch.cat([there, joining], dim=1) if beside else joining
+        return (rows, *map(widen, others)), {name: widen(value) for name, value in named.items()}
+
+    return before
+
+
+def _pairs(masks: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
+    """Masks of the same kinds of layers."""
+    return [(masks[kind], others[kind]) for kind in masks] if isinstance(masks, dict) else [(masks, others)]
 
 
 def _rows(linear: Any) -> Float[Tensor, "read written"]:
