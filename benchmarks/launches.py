@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attribution import ours
+from attribution import N_STEPS, ours
 from measuring import bridge_of, machine, random_model, random_prompt, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tn_lens.attribution.shared_prefix import LAYERS_PER_PASS
-from tn_lens.models import lay_out_weights
+from tn_lens.models import Model, lay_out_weights
+from tn_lens.neurons import SITES
 
 RESULTS = Path(__file__).with_suffix(".json")
 N_LAYERS, N_TOKENS = 28, 110
@@ -41,6 +41,24 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def layers_a_row_passes(model: Model) -> float:
+    """On average, counted in the blocks' outputs."""
+    passed = 0
+
+    def count(block: object, given: object, output: Any) -> None:
+        nonlocal passed
+        if torch.is_grad_enabled():  # else it is the prompt itself
+            passed += (output[0] if isinstance(output, tuple) else output).shape[1]
+
+    handles = [block.register_forward_hook(count) for block in model.blocks]
+    try:
+        ours(model, random_prompt(N_TOKENS))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passed / (len(SITES) * N_LAYERS * N_STEPS + 1)  # the row in which all paths end is one
+
+
 def main() -> None:
     """Count and write."""
     model = lay_out_weights(random_model(64, N_LAYERS))
@@ -53,7 +71,6 @@ def main() -> None:
             scores.append(ours(one, random_prompt(N_TOKENS)).difference["mlp"])
         counted = operations.counted
         seconds = min(timed(lambda one=one: ours(one, random_prompt(N_TOKENS)))[1] for _ in range(5))
-        entered = [layer if kind == "hooked" else layer - layer % LAYERS_PER_PASS for layer in range(N_LAYERS)]
         rows.append(
             {
                 "backend": kind,
@@ -61,7 +78,7 @@ def main() -> None:
                 "n_tokens": N_TOKENS,
                 "operations": counted.total(),
                 "seconds_of_the_host": round(seconds, 2),
-                "layers_a_row_passes": round(sum(N_LAYERS - layer for layer in entered) / N_LAYERS, 2),
+                "layers_a_row_passes": round(layers_a_row_passes(one), 2),
                 "most": dict(counted.most_common(12)),
             }
         )

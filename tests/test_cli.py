@@ -204,7 +204,7 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
         sizes.append(len(self.prompts))
         if len(self.prompts) > 4:
             raise torch.OutOfMemoryError("on purpose")
-        return real(self, paths)
+        return real(self, paths, nudges)
 
     out = tmp_path / "run"
     assert run(*TOY, "--out", tmp_path / "whole", *FAST)[0] == 0
