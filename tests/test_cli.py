@@ -200,7 +200,7 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
 
     real, sizes = SharedPrefix.run, []
 
-    def small(self: SharedPrefix, paths: dict) -> torch.Tensor:
+    def small(self: SharedPrefix, paths: dict, nudges: dict) -> torch.Tensor:
         sizes.append(len(self.prompts))
         if len(self.prompts) > 4:
             raise torch.OutOfMemoryError("on purpose")
