@@ -210,8 +210,8 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     assert run(*TOY, "--out", tmp_path / "whole", *FAST)[0] == 0
     monkeypatch.setattr(SharedPrefix, "run", small)
     assert run(*TOY, "--out", out, *FAST)[0] == 0
-    assert json.loads((out / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 24}
-    assert "Out of memory: going on with 24 rows of 4 prompts" in (out / "report.html").read_text()
+    assert json.loads((out / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 12}
+    assert "Out of memory: going on with 12 rows of 4 prompts" in (out / "report.html").read_text()
     found = [json.loads((f / "neurons.json").read_text())["neurons"] for f in (out, tmp_path / "whole")]
     assert [row["index"] for row in found[0]] == [row["index"] for row in found[1]]
     sizes.clear()

@@ -24,6 +24,7 @@ ORDER = [
     "neurons",
     "models.backend",
     "models.bridge_cache",
+    "models.bridge_joining",
     "models.bridge",
     "models.hooked",
     "models.conversion",

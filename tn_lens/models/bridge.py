@@ -21,6 +21,7 @@ from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
 from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible, visible_whole
 from .bridge_cache import BridgePrefix, frozen, held
+from .bridge_joining import joining
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """The kinds of layers whose keys and values stay what they were, by Hugging Face's names."""
@@ -344,7 +345,7 @@ class BridgeSiblings(Siblings):
         n_rows = sum(of_layer.values())
         n_below = 1 if self.widens else n_rows
         masks = self._masks(n_below)
-        with self.backend.hooks(hooks), self._joining(of_layer if self.widens else {}, masks):
+        with self.backend.hooks(hooks), joining(of_layer, self.entering, self.backend.model.blocks, masks, self._masks):
             logits = self.backend._logits(
                 self.last.expand(-1, n_below),
                 attention_mask=masks,
@@ -356,59 +357,6 @@ class BridgeSiblings(Siblings):
 
     def _masks(self, n_rows: int) -> Any:
         return self.backend._masks(lambda window: visible(self.seen, n_rows, window))
-
-    @contextmanager
-    def _joining(self, of_layer: Mapping[int, int], masks: Any) -> Iterator[None]:
-        """Let rows join before the blocks of their layers.
-
-        Args:
-            masks: those of the one position, in whose place a block gets those of its rows.
-        """
-        n_rows, wide = 0, masks
-        handles: list[Any] = []
-        try:
-            for layer in range(min(of_layer, default=len(self.entering)), len(self.entering)):
-                joining = self.entering[layer].expand(-1, of_layer.get(layer, 0), -1)
-                beside, n_rows = n_rows, n_rows + joining.shape[1]
-                wide = self._masks(n_rows) if n_rows > beside else wide
-                before = _widening(joining, beside, n_rows, {id(one): other for one, other in _pairs(masks, wide)})
-                block: Any = self.backend.model.blocks[layer]
-                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _widening(
-    joining: Float[Tensor, "prompt joining d_model"], beside: int, n_rows: int, wide_of: Mapping[int, Tensor]
-) -> Callable[..., tuple[Any, Any]]:
-    """A hook before a block: rows join, and whatever else is given for one position is given for all of them.
-
-    Args:
-        beside: rows that are there already.
-        wide_of: by the identity of a mask of one position, that of all rows.
-    """
-
-    def widen(value: Any) -> Any:
-        if isinstance(value, tuple):  # cosines and sines
-            return tuple(widen(one) for one in value)
-        if not isinstance(value, Tensor):
-            return value
-        one_position = value.ndim in (2, 3) and value.shape[1] == 1
-        return value.expand(-1, n_rows, *value.shape[2:]) if one_position else wide_of.get(id(value), value)
-
-    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        there, *others = given
-        rows = torch.cat([there, joining], dim=1) if beside else joining
-        return (rows, *map(widen, others)), {name: widen(value) for name, value in named.items()}
-
-    return before
-
-
-def _pairs(masks: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
-    """Masks of the same kinds of layers."""
-    return [(masks[kind], others[kind]) for kind in masks] if isinstance(masks, dict) else [(masks, others)]
 
 
 def _rows(linear: Any) -> Float[Tensor, "read written"]:
