@@ -117,7 +117,7 @@ def engine_flops(model: Model, n_tokens: int) -> float:
     of_layer = 4 * of_head + 3 * cfg.d_model * (cfg.d_mlp or 0)
     of_unembedding = cfg.d_model * cfg.d_vocab
     of_prompt = (cfg.n_layers - 1) * of_layer + 3 * of_head
-    passed = sum(N_STEPS * (cfg.n_layers - layer + cfg.n_layers - layer - 1) for layer in range(cfg.n_layers))
+    passed = N_STEPS * cfg.n_layers**2  # as in `measure_slopes`
     n_rows = N_STEPS * len(SITES) * cfg.n_layers + 1
     of_rows = (passed + cfg.n_layers) * of_layer + n_rows * of_unembedding
     return 2.0 * (n_tokens * of_prompt + 2 * of_rows)

@@ -117,9 +117,9 @@ def integrate(
             values = [_values(target, logits, engine.prompts) for target in targets]
         leaves = [*paths.values(), *nudges.values()]
         for index, value in enumerate(values):
-            gradients = iter(torch.autograd.grad(value.sum(), leaves, retain_graph=index + 1 < len(values)))
+            gradients = torch.autograd.grad(value.sum(), leaves, retain_graph=index + 1 < len(values))
             first = len(chunk) - len(inner)
-            for (place, which), gradient in zip(of_place.items(), gradients, strict=False):
+            for (place, which), gradient in zip(of_place.items(), gradients[: len(paths)], strict=True):
                 site, layer = place
                 steps = [node - 1 for node in which if node > 0]
                 if len(steps) < len(which):
@@ -131,7 +131,7 @@ def integrate(
                 )
                 scores[index][site][:, layer] += (delta[place] * engine.carry_back(place, weighted)).sum(1)
                 first += len(which)
-            for (site, layer), gradient in zip(nudges, gradients, strict=True):
+            for (site, layer), gradient in zip(nudges, gradients[len(paths) :], strict=True):
                 scores[index][site][:, layer] += at_end * (delta[site, layer] * gradient[:, 0]).sum(1)
     return BatchScores(scores, change)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import BadInput
@@ -41,6 +41,10 @@ class Siblings(ABC):
     """Of the untouched prompts."""
     kept: dict[str, Float[Tensor, "prompt 1 _"]]
     """Activations at the last position by the names that were asked for, heads side by side."""
+
+    def keep(self, value: Float[Tensor, "prompt position *_"], hook: Any) -> None:
+        """A hook that keeps an activation; a copy, since a view would hold all positions."""
+        self.kept[hook.name] = value[:, -1:].flatten(2).clone()
 
     def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"] | None:
         """W_out of a layer, where rows that differ in its MLP neurons may join above it; None where they may not."""
@@ -249,6 +253,22 @@ class Backend(ABC):
             verbose=False,
         )
         return out[0, ids.shape[1] :].tolist()
+
+
+@contextmanager
+def entering(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "prompt 1 d_model"]]]:
+    """Collect what enters each block at the last position, before any hook point in it, while a pass runs."""
+    entered: list[Tensor] = []
+
+    def collect(_: nn.Module, given: tuple[Any, ...]) -> None:
+        entered.append(given[0][:, -1:].clone())
+
+    handles = [block.register_forward_pre_hook(collect) for block in blocks]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def visible_whole(

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
-from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible, visible_whole
+from .backend import Backend, Hooks, Prefix, Siblings, entering, refuse_rotated, visible, visible_whole
 from .bridge_cache import BridgePrefix, frozen, held
 from .bridge_joining import joining
 
@@ -319,23 +319,12 @@ class BridgeSiblings(Siblings):
         self.last, self.position = tokens[:, -1:], mask.sum(1, keepdim=True) - 1
         self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
         self.kept = {}
-        self.entering: list[Float[Tensor, "prompt 1 d_model"]] = []
         cache = DynamicCache()
-
-        def keep(value: Tensor, hook: Any) -> None:
-            self.kept[hook.name] = value[:, -1:].flatten(2).clone()  # a view would hold all positions
-
-        def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
-            self.entering.append(given[0][:, -1:].clone())
-
         at = torch.full_like(self.last, tokens.shape[1] - 1)
-        watching = [block.register_forward_pre_hook(enter) for block in backend.model.blocks] if widens else []
-        try:
-            with torch.no_grad(), backend.hooks([(name, keep) for name in names]), backend._reading(at):
-                logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padded(mask))
-        finally:
-            for handle in watching:
-                handle.remove()
+        hooks: Hooks = [(name, self.keep) for name in names]
+        blocks = backend.model.blocks if widens else []
+        with torch.no_grad(), backend.hooks(hooks), backend._reading(at), entering(blocks) as self.entering:
+            logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padded(mask))
         self.logits = logits[:, 0]
         self.cache = frozen([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in held(cache)])
 

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
-from .backend import Backend, Hooks, Prefix, Siblings, refuse_rotated, visible
+from .backend import Backend, Hooks, Prefix, Siblings, entering, refuse_rotated, visible
 
 
 def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:
@@ -220,11 +220,6 @@ class Hooked(Backend):
         hooked = [block.hook_mlp_out, block.hook_resid_post, *([] if norm is None else norm.modules())]
         return not self.model.cfg.load_in_4bit and not any(getattr(point, "fwd_hooks", None) for point in hooked)
 
-    @property
-    def points(self) -> Mapping[str, Any]:
-        """Hook points by name."""
-        return self.model.hook_dict
-
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
         cfg = self.model.cfg
         if cfg.load_in_4bit:
@@ -264,36 +259,26 @@ class HookedSiblings(Siblings):
 
     def __init__(self, backend: Hooked, tokens: Tensor, mask: Tensor, names: set[str]) -> None:
         self.backend = backend
-        cfg, blocks = backend.model.cfg, backend.model.blocks
+        model, cfg = backend.model, backend.model.cfg
         self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
         self.cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, len(tokens))
         self.kept = {}
-        self.entering: list[Float[Tensor, "prompt 1 d_model"]] = []
-        self.joinable = {layer for layer in range(cfg.n_layers) if f"blocks.{layer}.mlp.hook_post" in names}
-        self.joinable -= {layer for layer in self.joinable if not backend.is_free_above_w_out(layer)}
-
-        def keep(value: Tensor, hook: Any) -> None:
-            self.kept[hook.name] = value[:, -1:].flatten(2).clone()  # a view would hold all positions
-
-        def enter(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            self.entering.append(given[0][:, -1:].clone())
+        self.joinable = {
+            layer
+            for layer in range(cfg.n_layers)
+            if f"blocks.{layer}.mlp.hook_post" in names and backend.is_free_above_w_out(layer)
+        }
 
         def only_last(value: Tensor, hook: Any) -> Tensor:
             return value[:, -1:]
 
         wanted = names | {f"blocks.{layer}.hook_mlp_out" for layer in self.joinable}
-        last = f"blocks.{cfg.n_layers - 1}."  # of whose output nothing but the last position is read
-        cuts = [(last + name, only_last) for name in ("attn.hook_z", "hook_resid_mid") if last + name in backend.points]
-        watching = [block.register_forward_pre_hook(enter) for block in blocks]
-        try:
-            with torch.no_grad(), backend.hooks([*((name, keep) for name in wanted), *cuts]):
-                stream = backend.model(
-                    tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers
-                )
-                self.logits = backend.unembed(stream[:, -1])
-        finally:
-            for handle in watching:
-                handle.remove()
+        last = [f"blocks.{cfg.n_layers - 1}.{point}" for point in ("attn.hook_z", "hook_resid_mid")]
+        hooks: Hooks = [(name, self.keep) for name in wanted]
+        hooks += [(name, only_last) for name in last if name in model.hook_dict]  # nothing else is read behind them
+        with torch.no_grad(), backend.hooks(hooks), entering(model.blocks) as self.entering:
+            stream = model(tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers)
+            self.logits = backend.unembed(stream[:, -1])
         self.entering.append(stream[:, -1:].clone())
         self.beside = {
             layer: self.entering[layer + 1].to(backend.wide_dtype) - self.kept[f"blocks.{layer}.hook_mlp_out"]
