@@ -27,6 +27,11 @@ def on_gpu() -> Model:
     return load_model("toy", device="cuda", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def on_cpu() -> Model:
+    return load_model("toy", device="cpu", dtype="float32")
+
+
 @pytest.mark.parametrize("name", PAPER_MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_the_engines_are_equal(
@@ -41,18 +46,18 @@ def test_the_engines_are_equal(
     assert all(fast.difference[site].device.type == "cpu" for site in SITES)
 
 
-def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, toy: Model) -> None:
+def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
     tokens = torch.randint(4, 283, (3, 20), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(last_logits(on_gpu, tokens.cuda()).cpu(), last_logits(toy, tokens), atol=1e-3, rtol=1e-3)
-    prompts = build_prompts(toy, load_questions("toy").part("find")[:4], order="both")
-    assert_equal(attribute(on_gpu, prompts), attribute(toy, prompts), 1e-3)
+    torch.testing.assert_close(last_logits(on_gpu, tokens.cuda()).cpu(), last_logits(on_cpu, tokens), atol=1e-3, rtol=1e-3)
+    prompts = build_prompts(on_cpu, load_questions("toy").part("find")[:4], order="both")
+    assert_equal(attribute(on_gpu, prompts), attribute(on_cpu, prompts), 1e-3)
 
 
-def test_suppression_is_what_it_is_on_the_cpu(on_gpu: Model, toy: Model) -> None:
+def test_suppression_is_what_it_is_on_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
     questions = load_questions("toy").part("report")[:40]
-    found = find_truth_neurons(toy, load_questions("toy"), limit=60, n_steps=5, n_repetitions=2, progress=False)
+    found = find_truth_neurons(on_cpu, load_questions("toy"), limit=60, n_steps=5, n_repetitions=2, progress=False)
     for mode in ("zero", "mean", "resample"):
-        cpu, gpu = (evaluate(m, questions, found.neurons, n_repetitions=2, mode=mode) for m in (toy, on_gpu))
+        cpu, gpu = (evaluate(m, questions, found.neurons, n_repetitions=2, mode=mode) for m in (on_cpu, on_gpu))
         for arm in cpu.arms:
             torch.testing.assert_close(
                 torch.tensor(gpu.probabilities[arm]), torch.tensor(cpu.probabilities[arm]), atol=1e-3, rtol=0
@@ -62,10 +67,10 @@ def test_suppression_is_what_it_is_on_the_cpu(on_gpu: Model, toy: Model) -> None
     assert not any(point.fwd_hooks for point in on_gpu.hook_dict.values())
 
 
-def test_a_whole_run(on_gpu: Model, toy: Model, tmp_path: Path) -> None:
+def test_a_whole_run(on_gpu: Model, on_cpu: Model, tmp_path: Path) -> None:
     options: dict[str, Any] = {"limit": 80, "n_steps": 5, "n_repetitions": 2, "progress": False}
     gpu = find_truth_neurons(on_gpu, load_questions("toy"), out=tmp_path / "run", **options)
-    cpu = find_truth_neurons(toy, load_questions("toy"), **options)
+    cpu = find_truth_neurons(on_cpu, load_questions("toy"), **options)
     assert gpu.neurons.jaccard(cpu.neurons) > 0.95
     assert (tmp_path / "run" / "report.html").stat().st_size > 0
 

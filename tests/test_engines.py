@@ -228,49 +228,58 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
     assert plans[-1] == (16, 126)
 
 
-def broken(kind: str) -> Any:
+@pytest.mark.parametrize(
+    ("kind", "style", "lengths"),
+    [
+        ("blind to the prefix's first token", "gpt2", [20, 20]),
+        ("padding is seen", "gpt2", [20, 8]),
+        ("no window", "neo", [20]),
+    ],
+)
+def test_a_broken_mask_is_seen(kind: str, style: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from tn_lens.models import hooked
 
-    real = hooked.side_by_side
-
-    def side_by_side(model: Model, seen: Tensor) -> Any:
-        match kind:
-            case "blind to the prefix's first token":
-                seen = seen.clone()
-                seen[:, 0] = False
-            case "padding is seen":
-                seen = torch.ones_like(seen)
-        return real(model, seen)
-
-    return side_by_side
-
-
-@pytest.mark.parametrize("kind", ["blind to the prefix's first token", "padding is seen"])
-def test_a_broken_mask_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_of([20, 20] if "blind" in kind else [20, 8])
-    slow = attribute(styled("gpt2"), prompts, n_steps=3, engine="direct")
-    monkeypatch.setattr("tn_lens.models.hooked.side_by_side", broken(kind))
-    fast = attribute(styled("gpt2"), prompts, n_steps=3, engine="shared_prefix")
-    with pytest.raises(AssertionError):
-        assert_equal(fast, slow, 1e-3)
-
-
-def test_a_forgotten_window_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = styled("neo"), prompts_of([20])
+    model, prompts = styled(style), prompts_of(lengths)
     fast, slow = both(model, prompts, n_steps=3)
     assert_equal(fast, slow, 1e-10)
-    real = shared_prefix.SharedPrefix.run
+    real = hooked.near_of
 
-    def without_window(self: shared_prefix.SharedPrefix, paths: Any, nudges: Any) -> Tensor:
-        monkeypatch.setattr(model.cfg, "window_size", 100)
-        try:
-            return real(self, paths, nudges)
-        finally:
-            monkeypatch.setattr(model.cfg, "window_size", 6)
+    def broken(seen: Tensor, window: int | None = None) -> Tensor:
+        near = real(seen, None if kind == "no window" else window)
+        if kind == "padding is seen":
+            return torch.ones_like(near)
+        if kind == "blind to the prefix's first token":
+            near[:, 0] = False
+        return near
 
-    monkeypatch.setattr(shared_prefix.SharedPrefix, "run", without_window)
+    monkeypatch.setattr(hooked, "near_of", broken)
     with pytest.raises(AssertionError):
         assert_equal(attribute(model, prompts, n_steps=3), slow, 1e-3)
+
+
+@pytest.mark.parametrize("style", ["gptj", "gemma2"])
+def test_rows_at_another_position_are_seen(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tn_lens.models.hooked_attention import SharedAttention
+
+    model, prompts = styled(style), prompts_of([9, 14])
+    slow = attribute(model, prompts, n_steps=3, engine="direct")
+    real = SharedAttention.take_place
+    monkeypatch.setattr(SharedAttention, "take_place", lambda self, seen: real(self, seen[:, 1:]))
+    with pytest.raises(AssertionError):
+        assert_equal(attribute(model, prompts, n_steps=3), slow, 1e-3)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_norms_are_not_repeated(style: str) -> None:
+    model, counted = styled(style), 0
+
+    def count(_: Tensor, hook: Any) -> None:
+        nonlocal counted
+        counted += 1
+
+    model.add_hook("blocks.0.ln1.hook_normalized", count)
+    attribute(model, prompts_of([9]), n_steps=2)
+    assert counted == 2  # the prompt and one pass, instead of three times as often
 
 
 def biased(style: str) -> Model:
@@ -341,7 +350,14 @@ def test_nothing_is_left_replaced() -> None:
     tokens = torch.tensor([prompts_of([15])[0].token_ids])
     before = model(tokens)
     attribute(model, prompts_of([15]), n_steps=2, engine="shared_prefix")
-    assert all("apply_causal_mask" not in vars(block.attn) for block in model.blocks)
+    own = {name for block in model.blocks for part in (block.attn, block.ln1) for name in vars(part)}
+    assert not own & {
+        "forward",
+        "apply_causal_mask",
+        "apply_rotary",
+        "calculate_attention_scores",
+        "calculate_z_scores",
+    }
     assert torch.equal(model(tokens), before)
 
     def explode(logits: Tensor, prompt: Prompt) -> Tensor:

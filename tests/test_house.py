@@ -26,6 +26,7 @@ ORDER = [
     "models.bridge_cache",
     "models.bridge_joining",
     "models.bridge",
+    "models.hooked_attention",
     "models.hooked",
     "models.conversion",
     "models",

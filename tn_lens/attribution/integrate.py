@@ -82,15 +82,14 @@ def integrate(
     own = engine.own
     n_layers = next(iter(own.values())).shape[1]
     places: list[Place] = [(site, layer) for layer in range(n_layers) for site in own]
-    delta: dict[Place, Tensor] = {}
+    zero = {site: baseline[site].to(here) for site, here in own.items()}
+    delta = {site: here - zero[site][:, None] for site, here in own.items()}
     start: dict[Place, Tensor] = {}
     way: dict[Place, Tensor] = {}
     for place in places:
         site, layer = place
-        here = own[site][:, layer]
-        zero = baseline[site][layer].to(here)
-        delta[place] = here - zero
-        carried = engine.carry(place, torch.cat([zero.expand_as(here[:1]), delta[place]]))
+        begin = zero[site][layer].expand_as(own[site][:1, layer])
+        carried = engine.carry(place, torch.cat([begin, delta[site][:, layer]]))
         start[place], way[place] = carried[0, 0], carried[1:]
     scores: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0]) for s in own} for _ in targets]
     change: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0, 0]) for s in own} for _ in targets]
@@ -105,7 +104,9 @@ def integrate(
     for chunk in _chunks(rows, n_rows):
         nudges = {}
         if chunk[0] is None:
-            nudges = {place: torch.zeros_like(delta[place])[:, None].requires_grad_() for place in places}
+            nudges = {
+                (site, layer): torch.zeros_like(delta[site][:, None, layer]).requires_grad_() for site, layer in places
+            }
         inner = [row for row in chunk if row is not None]
         of_place = {place: [node for _, node in group] for place, group in groupby(inner, key=lambda row: row[0])}
         paths = {
@@ -129,10 +130,11 @@ def integrate(
                     gradient[:, len(which) - len(steps) :],
                     "step, prompt step position neuron -> prompt position neuron",
                 )
-                scores[index][site][:, layer] += (delta[place] * engine.carry_back(place, weighted)).sum(1)
+                scores[index][site][:, layer] += (delta[site][:, layer] * engine.carry_back(place, weighted)).sum(1)
                 first += len(which)
-            for (site, layer), gradient in zip(nudges, gradients[len(paths) :], strict=True):
-                scores[index][site][:, layer] += at_end * (delta[site, layer] * gradient[:, 0]).sum(1)
+            for site in own if nudges else ():
+                of_site = [g for (of, _), g in zip(nudges, gradients[len(paths) :], strict=True) if of == site]
+                scores[index][site] += at_end * (delta[site] * torch.cat(of_site, dim=1)).sum(2)
     return BatchScores(scores, change)
 
 

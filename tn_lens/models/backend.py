@@ -286,6 +286,19 @@ def visible_whole(
     return ((near & seen[:, None]) | (back == 0))[:, None]
 
 
+def near_of(seen: Bool[Tensor, "prompt prefix"], window: int | None = None) -> Bool[Tensor, "prompt prefix"]:
+    """What of the prefix a prompt's last position sees.
+
+    Args:
+        seen: False where a prompt is padded.
+        window: positions that a local attention sees, the own one among them; None for all.
+    """
+    if window is None:
+        return seen
+    places = torch.arange(seen.shape[1], device=seen.device)
+    return seen & (places > seen.shape[1] - window)
+
+
 def visible(
     seen: Bool[Tensor, "prompt prefix"], n_rows: int, window: int | None = None
 ) -> Bool[Tensor, "prompt 1 row key"]:
@@ -296,10 +309,7 @@ def visible(
         n_rows: siblings of a prompt.
         window: positions that a local attention sees, the own one among them; None for all.
     """
-    near = seen
-    if window is not None:  # position T - 1 sees the window that ends with itself
-        places = torch.arange(seen.shape[1], device=seen.device)
-        near = seen & (places > seen.shape[1] - window)
+    near = near_of(seen, window)
     itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
     return torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]
 

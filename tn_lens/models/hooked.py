@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig, TransformerLensKeyValueCache
 
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
-from .backend import Backend, Hooks, Prefix, Siblings, entering, refuse_rotated, visible
+from .backend import Backend, Hooks, Prefix, Siblings, entering, near_of, refuse_rotated
+from .hooked_attention import SharedAttention, norms_once, replaced
 
 
 def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:
@@ -251,17 +252,11 @@ class HookedSiblings(Siblings):
 
     Rows that differ in MLP neurons are entered right above their layer: there they differ by what W_out and its norm make of
     the neurons, and the layer itself need not be run.
-
-    TransformerLens takes rotary positions from the running sum of the attention mask, and a mask that ends in 1, 0, 0, ...
-    gives all of them the position T - 1. Each attention's causal mask is replaced, for the length of a pass, by "the prefix
-    and myself".
     """
 
     def __init__(self, backend: Hooked, tokens: Tensor, mask: Tensor, names: set[str]) -> None:
         self.backend = backend
         model, cfg = backend.model, backend.model.cfg
-        self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
-        self.cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, len(tokens))
         self.kept = {}
         self.joinable = {
             layer
@@ -276,17 +271,20 @@ class HookedSiblings(Siblings):
         last = [f"blocks.{cfg.n_layers - 1}.{point}" for point in ("attn.hook_z", "hook_resid_mid")]
         hooks: Hooks = [(name, self.keep) for name in wanted]
         hooks += [(name, only_last) for name in last if name in model.hook_dict]  # nothing else is read behind them
-        with torch.no_grad(), backend.hooks(hooks), entering(model.blocks) as self.entering:
-            stream = model(tokens, attention_mask=mask, past_kv_cache=self.cache, stop_at_layer=cfg.n_layers)
+        seen = mask[:, :-1].bool()
+        near = {kind: near_of(seen, cfg.window_size if kind == "local" else None) for kind in ("global", "local")}
+        self.attentions = [SharedAttention(block.attn, near[block.attn.attn_type]) for block in model.blocks]
+        noting = [*norms_once(model.blocks), *(one for attention in self.attentions for one in attention.noting())]
+        with torch.no_grad(), backend.hooks(hooks), replaced(noting), entering(model.blocks) as self.entering:
+            stream = model(tokens, attention_mask=mask, stop_at_layer=cfg.n_layers)
             self.logits = backend.unembed(stream[:, -1])
+        for attention in self.attentions:
+            attention.take_place(seen)
         self.entering.append(stream[:, -1:].clone())
         self.beside = {
             layer: self.entering[layer + 1].to(backend.wide_dtype) - self.kept[f"blocks.{layer}.hook_mlp_out"]
             for layer in self.joinable
         }
-        for entry in self.cache.entries:
-            entry.past_keys, entry.past_values = entry.past_keys[:, :-1], entry.past_values[:, :-1]
-        self.cache.freeze()
 
     def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"] | None:
         return self.backend.model.blocks[layer].mlp.W_out if layer in self.joinable else None
@@ -294,23 +292,18 @@ class HookedSiblings(Siblings):
     def run(
         self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
     ) -> Float[Tensor, "prompt row vocab"]:
-        model = self.backend.model
+        blocks = self.backend.model.blocks
         first = min([*of_layer, *(layer + 1 for layer in written)])
         residual = self.entering[first][:, :0]
-        with side_by_side(model, self.seen) as see, self.backend.hooks(hooks):
-            for layer in range(first, model.cfg.n_layers + 1):
+        standing_in = (one for attention in self.attentions[first:] for one in attention.standing_in())
+        with replaced([*norms_once(blocks[first:]), *standing_in]), self.backend.hooks(hooks):
+            for layer in range(first, len(blocks) + 1):
                 joining = [self._above(layer - 1, written[layer - 1])] if layer - 1 in written else []
                 if layer in of_layer:
                     joining.append(self.entering[layer].expand(-1, of_layer[layer], -1))
                 residual = torch.cat([residual, *joining], dim=1) if joining else residual
-                if layer < model.cfg.n_layers:
-                    residual = model(
-                        residual,
-                        start_at_layer=layer,
-                        stop_at_layer=layer + 1,
-                        past_kv_cache=self.cache,
-                        attention_mask=see(residual.shape[1]),
-                    )
+                if layer < len(blocks):
+                    residual = blocks[layer](residual)
         return self.backend.unembed(residual)
 
     def _above(self, layer: int, written: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row d_model"]:
@@ -319,38 +312,3 @@ class HookedSiblings(Siblings):
         block: Any = self.backend.model.blocks[layer]
         written = written.to(self.backend.dtype) + block.mlp.b_out
         return (beside + (written if norm is None else norm(written))).to(self.backend.dtype)
-
-
-@contextmanager
-def side_by_side(
-    model: HookedTransformer, seen: Bool[Tensor, "prompt prefix"]
-) -> Iterator[Callable[[int], Int[Tensor, "prompt key"]]]:
-    """Let every row attend to the prefix, as far as its position T - 1 would see, and to itself.
-
-    Yields:
-        From the number of rows to the attention mask that gives all of them the position T - 1; to be called before each
-        pass.
-    """
-    attentions: list[Any] = [block.attn for block in model.blocks]
-    allowed: dict[str, Tensor] = {}
-
-    def see(n_rows: int) -> Int[Tensor, "prompt key"]:
-        if not allowed or next(iter(allowed.values())).shape[2] != n_rows:
-            for attn_type in {attention.attn_type for attention in attentions}:
-                window = model.cfg.window_size or 0
-                allowed[attn_type] = visible(seen, n_rows, window if attn_type == "local" else None)
-        one_place = torch.zeros(len(seen), n_rows, dtype=torch.long, device=seen.device)
-        one_place[:, 0] = 1
-        return torch.cat([seen.long(), one_place], dim=1)
-
-    try:
-        for attention in attentions:
-
-            def mask(scores: Tensor, *_: object, attention: Any = attention, **__: object) -> Tensor:
-                return torch.where(allowed[attention.attn_type], scores, attention.IGNORE)
-
-            attention.apply_causal_mask = mask
-        yield see
-    finally:
-        for attention in attentions:
-            vars(attention).pop("apply_causal_mask", None)
