@@ -48,7 +48,9 @@ def test_the_engines_are_equal(
 
 def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
     tokens = torch.randint(4, 283, (3, 20), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(last_logits(on_gpu, tokens.cuda()).cpu(), last_logits(on_cpu, tokens), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        last_logits(on_gpu, tokens.cuda()).cpu(), last_logits(on_cpu, tokens), atol=1e-3, rtol=1e-3
+    )
     prompts = build_prompts(on_cpu, load_questions("toy").part("find")[:4], order="both")
     assert_equal(attribute(on_gpu, prompts), attribute(on_cpu, prompts), 1e-3)
 

@@ -45,12 +45,16 @@ class Engine(Protocol):
         self,
         paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
         nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
-    ) -> Float[Tensor, "prompt row vocab"]:
-        """Last logits with one site of one layer replaced in each row; rows in the order of `paths`.
+    ) -> Float[Tensor, "prompt row _"]:
+        """What the last logits are made of, with one site of one layer replaced in each row; rows in the order of `paths`.
 
         Args:
             nudges: added to the activations of one more row, the first, in which nothing is replaced; no such row if empty.
         """
+        ...
+
+    def unembed(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+        """Logits in at least float32, of all rows or some."""
         ...
 
 
@@ -102,11 +106,9 @@ def integrate(
     if at_end:  # where all paths end is one and the same row
         rows.insert(0, None)
     for chunk in _chunks(rows, n_rows):
-        nudges = {}
+        nudges: dict[Place, Tensor] = {}
         if chunk[0] is None:
-            nudges = {
-                (site, layer): torch.zeros_like(delta[site][:, None, layer]).requires_grad_() for site, layer in places
-            }
+            nudges = {(s, layer): torch.zeros_like(delta[s][:, None, layer]).requires_grad_() for s, layer in places}
         inner = [row for row in chunk if row is not None]
         of_place = {place: [node for _, node in group] for place, group in groupby(inner, key=lambda row: row[0])}
         paths = {
@@ -114,17 +116,16 @@ def integrate(
             for place, which in of_place.items()
         }
         with torch.enable_grad():
-            logits = engine.run(paths, nudges)
-            values = [_values(target, logits, engine.prompts) for target in targets]
+            final = engine.run(paths, nudges)
         leaves = [*paths.values(), *nudges.values()]
-        for index, value in enumerate(values):
-            gradients = torch.autograd.grad(value.sum(), leaves, retain_graph=index + 1 < len(values))
+        for index, (value, at_final) in enumerate(_read(engine, final, targets)):
+            gradients = torch.autograd.grad(final, leaves, at_final, retain_graph=index + 1 < len(targets))
             first = len(chunk) - len(inner)
             for (place, which), gradient in zip(of_place.items(), gradients[: len(paths)], strict=True):
                 site, layer = place
                 steps = [node - 1 for node in which if node > 0]
                 if len(steps) < len(which):
-                    change[index][site][:, layer] = reached[index] - value[:, first].detach()
+                    change[index][site][:, layer] = reached[index] - value[:, first]
                 weighted = einsum(
                     rule.weights[steps].to(gradient),
                     gradient[:, len(which) - len(steps) :],
@@ -168,6 +169,26 @@ def replacing(
             hooks.append(setting(place, where(slice(first, first + path.shape[1])), path, add=False))
         first += path.shape[1]
     return hooks
+
+
+ROWS_UNEMBEDDED = 128
+"""Rows whose logits exist at a time: enough to fill the product with W_U, and the only ones that cost memory by vocabulary."""
+
+
+def _read(
+    engine: Engine, final: Float[Tensor, "prompt row _"], targets: Sequence[Target]
+) -> list[tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row _"]]]:
+    """Each target's values, and its gradient at what the logits are made of."""
+    read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in targets]
+    for part in final.detach().split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1):
+        leaf = part.requires_grad_()
+        with torch.enable_grad():
+            logits = engine.unembed(leaf)
+            values = [_values(target, logits, engine.prompts) for target in targets]
+        for index, value in enumerate(values):
+            (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=index + 1 < len(values))
+            read[index].append((value.detach(), gradient))
+    return [(torch.cat([v for v, _ in parts], dim=1), torch.cat([g for _, g in parts], dim=1)) for parts in read]
 
 
 def _values(

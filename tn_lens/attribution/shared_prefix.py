@@ -24,7 +24,7 @@ from ..models import Model, backend_of
 from ..neurons import Site, hook_name
 from ..prompts import Prompt
 from .direct import stack_layers
-from .integrate import Place, replacing
+from .integrate import ROWS_UNEMBEDDED, Place, replacing
 from .result import PassSize
 
 
@@ -57,10 +57,11 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
     n_rows = math.ceil(n_rows / math.ceil(space.n_layers / LAYERS_PER_PASS))
     d_mlp, d_attn = space.d_mlp, space.n_heads * space.d_head
     d_cached = 2 * space.d_head * backend.n_key_value_heads
-    of_layer = 8 * space.d_model + 6 * d_attn + 5 * d_mlp + 4 * space.n_heads * (n_tokens + n_rows)
-    of_row = size * space.n_layers * of_layer + 5 * 4 * backend.d_vocab
+    of_row, of_logits = backend.kept_by_row(n_tokens, n_rows), 5 * backend.wide_dtype.itemsize * backend.d_vocab
     of_position = space.n_layers * d_cached + 6 * space.d_model + 3 * d_attn + 4 * d_mlp + 4 * space.n_heads * n_tokens
-    fitting = (max_memory - min(RESERVED, max_memory // 2)) // of_row
+    free = max_memory - min(RESERVED, max_memory // 2)
+    few = free // (of_row + of_logits)
+    fitting = few if few < ROWS_UNEMBEDDED else (free - ROWS_UNEMBEDDED * of_logits) // of_row
     n_prompts = min(PROMPTS_PER_PASS, fitting // n_rows, max_memory // (size * n_tokens * of_position))
     return PassSize(max(1, n_prompts), max(1, min(n_rows, fitting)))
 
@@ -93,8 +94,8 @@ class SharedPrefix:
         self,
         paths: Mapping[Place, Float[Tensor, "prompt _ 1 _"]],
         nudges: Mapping[Place, Float[Tensor, "prompt 1 1 _"]],
-    ) -> Float[Tensor, "prompt row vocab"]:
-        """Last logits of the rows; `paths` go up the layers, and the rows of each join at theirs or right above it."""
+    ) -> Float[Tensor, "prompt row _"]:
+        """The rows; `paths` go up the layers, and the rows of each join at theirs or right above it."""
         beyond = {place for place in paths if self._w_out(place) is not None}
         written = {layer: path[:, :, 0] for (site, layer), path in paths.items() if (site, layer) in beyond}
         of_layer = Counter({0: 1} if nudges else {})
@@ -103,6 +104,10 @@ class SharedPrefix:
                 of_layer[layer] += path.shape[1]
         hooks = replacing(paths, nudges, lambda rows: (slice(None), rows), beyond)
         return self.siblings.run(of_layer, hooks, written)
+
+    def unembed(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+        """Logits of rows that were run."""
+        return self.siblings.unembed(final)
 
     def _w_out(self, place: Place) -> Float[Tensor, "neuron d_model"] | None:
         """Weights that stand between the activation and what the rows of this place begin with; None if nothing does."""

@@ -22,6 +22,9 @@ BackendName = Literal["hooked", "bridge"]
 TOKENS_AT_ONCE = 8192
 """Columns of W_U that are converted to float32 together."""
 
+ONE_KERNEL = {"gelu", "gelu_pytorch_tanh", "relu", "silu", "swish"}
+"""Activation functions of which backward keeps their input alone; others are put together from several operations."""
+
 Hooks = list[tuple[str, Callable[..., Any]]]
 """Hook names and functions of an activation and the hook point, whose `name` is the one given; None changes nothing."""
 
@@ -53,8 +56,8 @@ class Siblings(ABC):
     @abstractmethod
     def run(
         self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
-    ) -> Float[Tensor, "prompt row vocab"]:
-        """Last logits of the rows.
+    ) -> Float[Tensor, "prompt row _"]:
+        """The rows, as `unembed` takes them.
 
         Args:
             of_layer: how many rows differ from the untouched run first at which layer; rows stand in the order of layers,
@@ -63,6 +66,10 @@ class Siblings(ABC):
             written: what W_out of a layer makes of other activations, before bias and norm, for rows that stand behind the
                 others of this layer; only where there is a `w_out`.
         """
+
+    @abstractmethod
+    def unembed(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+        """Last logits of rows that were run, or of some of them, in at least float32."""
 
 
 class Backend(ABC):
@@ -135,6 +142,20 @@ class Backend(ABC):
     @abstractmethod
     def unshareable(self) -> str | None:
         """Why what stands before a position cannot be run once for all that follows; None if it can."""
+
+    def kept_by_row(self, n_tokens: int, n_rows: int) -> int:
+        """Bytes that backward keeps of one sibling, without its logits where `unembed` makes them: an upper estimate.
+
+        Args:
+            n_tokens: of the prompt.
+            n_rows: siblings of a prompt.
+        """
+        space, size = self.space, self.dtype.itemsize
+        norms = 4 * self.wide_dtype.itemsize // size  # computed in float32
+        activations = 3 if str(self.model.cfg.act_fn) in ONE_KERNEL else 6
+        of_attention = 6 * space.n_heads * space.d_head + 3 * space.n_heads * n_tokens
+        layers = space.n_layers + 1  # the gradients of one
+        return size * layers * (norms * space.d_model + of_attention + activations * space.d_mlp)
 
     def name_and_equip(self, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Give the model its name, and a copy of the tokenizer with a padding token; say whether it prepends a BOS token."""

@@ -160,6 +160,10 @@ class Bridge(Backend):
         off = (rows - siblings.logits[:, None]).abs().max()
         return bool(off <= TOLERANCE * siblings.logits.abs().max())
 
+    def kept_by_row(self, n_tokens: int, n_rows: int) -> int:
+        logits = 3 * self.wide_dtype.itemsize * self.d_vocab
+        return super().kept_by_row(n_tokens + n_rows, n_rows) + logits  # siblings are masked, not left out
+
     def check(self) -> None:
         """Refuse models in which hook_z and hook_post are not what the paper calls neurons.
 
@@ -343,6 +347,9 @@ class BridgeSiblings(Siblings):
                 use_cache=True,
             )
         return logits.reshape(len(self.last), n_rows, -1)  # GPT-2 takes rows for prompts where only one went in
+
+    def unembed(self, final: Float[Tensor, "prompt row vocab"]) -> Float[Tensor, "prompt row vocab"]:
+        return final  # some models do more to them than W_U does
 
     def _masks(self, n_rows: int) -> Any:
         return self.backend._masks(lambda window: visible(self.seen, n_rows, window))

@@ -291,7 +291,7 @@ class HookedSiblings(Siblings):
 
     def run(
         self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
-    ) -> Float[Tensor, "prompt row vocab"]:
+    ) -> Float[Tensor, "prompt row d_model"]:
         blocks = self.backend.model.blocks
         first = min([*of_layer, *(layer + 1 for layer in written)])
         residual = self.entering[first][:, :0]
@@ -304,7 +304,10 @@ class HookedSiblings(Siblings):
                 residual = torch.cat([residual, *joining], dim=1) if joining else residual
                 if layer < len(blocks):
                     residual = blocks[layer](residual)
-        return self.backend.unembed(residual)
+        return residual
+
+    def unembed(self, final: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row vocab"]:
+        return self.backend.unembed(final)
 
     def _above(self, layer: int, written: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row d_model"]:
         """The residual stream behind a layer whose MLP neurons are others."""
