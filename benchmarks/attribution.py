@@ -325,7 +325,14 @@ def main() -> None:
     """Measure the sizes, and replace their rows in results.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one size: 12 layers, 128 tokens, d_model 1024")
-    parser.add_argument("--size", type=int, nargs=3, metavar=("D_MODEL", "LAYERS", "TOKENS"), help="another one size")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("D_MODEL", "LAYERS", "TOKENS"),
+        help="another size; as often as you like",
+    )
     arguments = parser.parse_args()
     there: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results: dict[str, Any] = {"rows": [], "slopes": []} | there | {"torch": torch.__version__}
@@ -336,7 +343,7 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
     whole = not (arguments.quick or arguments.size)
-    sizes = FULL if whole else [tuple(arguments.size)] if arguments.size else QUICK
+    sizes = FULL if whole else map(tuple, arguments.size) if arguments.size else QUICK
     for size in sizes:
         keep(measure(*size, quick=arguments.quick))
     if whole:

@@ -24,7 +24,8 @@ VOCABULARY = 32000
 
 def machine() -> str:
     """The name that rows carry."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    cpu = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:

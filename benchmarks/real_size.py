@@ -1,8 +1,9 @@
-"""One prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL] [--captum] [--dtype float32]`.
+"""A prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL ...] [--captum] [--dtype float32]`.
 
 Builds a Hugging Face model of the named shape, hands its weights to `load_model`, and attributes one prompt of
-TruthfulQA's length for every neuron of both sites. With --captum two layers are also measured with captum, and scaled; fewer
-steps (--captum-steps) are scaled too, and compared with our scores of as many. Adds a row to real_size.json.
+TruthfulQA's length for every neuron of both sites; with --prompts also several together, as a run does. With --captum two
+layers are also measured with captum, and scaled; fewer steps (--captum-steps) are scaled too, and compared with our scores of
+as many. Adds a row to real_size.json.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from attribution import N_STEPS, by_captum, ours, per_place
 from measuring import machine, timed, with_peak
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
 
-from tn_lens import Prompt, load_model
+from tn_lens import Prompt, attribute, load_model
 from tn_lens.neurons import SITES, Site
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -108,61 +109,91 @@ def random_weights(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def main() -> None:
-    """Measure one model and replace its row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="Qwen2.5-3B-Instruct", choices=SHAPES)
-    parser.add_argument("--captum", action="store_true")
-    parser.add_argument("--captum-steps", type=int, default=N_STEPS, metavar="N")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 crawls on CPUs without AVX-512"
-    )
-    arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
-    source = random_weights(SHAPES[arguments.model](), dtype)
+def prompt_of(n_tokens: int, seed: int = 0) -> Prompt:
+    """Random tokens, and labels in both cases."""
+    tokens = torch.randint(100, 90000, (n_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Prompt(token_ids=tuple(tokens), label_ids=((32, 64), (33, 65)), right=0, question=seed)
+
+
+def measure(name: str, dtype: torch.dtype, *, n_prompts: int, captum_steps: int | None) -> dict[str, Any]:
+    """One model's row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(arguments.model, hf_model=source, dtype=dtype, device=device)
-    del source
+    model = load_model(name, hf_model=random_weights(SHAPES[name](), dtype), dtype=dtype, device=device)
     weights = sum({p.data_ptr(): p.numel() * p.itemsize for p in model.parameters()}.values())
-    tokens = torch.randint(100, 90000, (N_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-    prompt = Prompt(token_ids=tuple(tokens), label_ids=((32, 64), (33, 65)), right=0)
-    ours(model, Prompt(token_ids=tuple(tokens[:4]), label_ids=prompt.label_ids, right=0), n_steps=1)
+    prompt = prompt_of(N_TOKENS)
+    ours(model, prompt if device == "cuda" else prompt_of(4), n_steps=N_STEPS if device == "cuda" else 1)  # set up once
     (found, seconds), peak = with_peak(lambda: timed(lambda: ours(model, prompt)))
+    assert all(found.difference[site].abs().max() > 0 for site in SITES)
     row = {
-        "model": arguments.model,
+        "model": name,
         "n_layers": model.cfg.n_layers,
         "n_neurons": found.space.n_neurons,
         "n_tokens": N_TOKENS,
         "n_steps": N_STEPS,
-        "dtype": arguments.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "weights_bytes": weights,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "rows_per_pass": found.pass_size.n_rows,
         "peak_memory_bytes_above_weights": peak.allocated,
         "machine": machine(),
         "n_threads": torch.get_num_threads(),
     }
     print(row, flush=True)
-    if arguments.captum:
+    if n_prompts > 1:
+        prompts = [prompt_of(N_TOKENS - seed, seed) for seed in range(n_prompts)]
+        (many, together), peak = with_peak(
+            lambda: timed(lambda: attribute(model, prompts, n_steps=N_STEPS, engine="shared_prefix"))
+        )
+        row |= {
+            "n_prompts": n_prompts,
+            "seconds_a_prompt_together": round(together / n_prompts, 3),
+            "prompts_per_pass": many.pass_size.n_prompts,
+            "peak_memory_bytes_together": peak.allocated,
+        }
+    if captum_steps:
         middle = model.cfg.n_layers // 2
         places: list[tuple[Site, int]] = [("mlp", middle - 2), ("attn", middle + 1)]
-        steps = arguments.captum_steps
-        scores, captum = per_place(partial(by_captum, internal_batch_size=steps, n_steps=steps), model, prompt, places)
-        captum *= N_STEPS / steps
+        one = partial(by_captum, internal_batch_size=captum_steps, n_steps=captum_steps)
+        if device == "cuda":
+            per_place(one, model, prompt, places)  # whatever a card sets up once
+        scores, captum = per_place(one, model, prompt, places)
+        captum *= N_STEPS / captum_steps
         row |= {
-            "captum_steps": steps,
+            "captum_steps": captum_steps,
             "captum_seconds_extrapolated": round(captum, 1),
             "ratio": round(captum / seconds, 1),
         }
-        found = found if steps == N_STEPS else ours(model, prompt, n_steps=steps)
+        found = found if captum_steps == N_STEPS else ours(model, prompt, n_steps=captum_steps)
         for (site, layer), expected in scores.items():
             score, other = found.difference[site][0, layer], expected.float().cpu()
             row[f"correlation_{site}"] = round(float(torch.corrcoef(torch.stack([score, other]))[0, 1]), 5)
-        print(row, flush=True)
-    assert all(found.difference[site].abs().max() > 0 for site in SITES)
-    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    there = [r for r in there if any(r[k] != row[k] for k in ("model", "dtype", "machine"))]
-    RESULTS.write_text(json.dumps([*there, row], indent=1) + "\n")
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    """Measure the models and replace their rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["Qwen2.5-3B-Instruct"], metavar="MODEL", help=", ".join(SHAPES))
+    parser.add_argument("--prompts", type=int, default=1, metavar="N", help="also so many of them together")
+    parser.add_argument("--captum", action="store_true")
+    parser.add_argument("--captum-steps", type=int, default=N_STEPS, metavar="N")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 crawls on CPUs without AVX-512"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.models) - SHAPES.keys():
+        parser.error(f"expected models among {', '.join(SHAPES)}; got {', '.join(sorted(unknown))}")
+    for name in arguments.models:
+        row = measure(
+            name,
+            getattr(torch, arguments.dtype),
+            n_prompts=arguments.prompts,
+            captum_steps=arguments.captum_steps if arguments.captum else None,
+        )
+        there = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        there = [r for r in there if any(r[k] != row[k] for k in ("model", "dtype", "machine"))]
+        RESULTS.write_text(json.dumps([*there, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def test_rows_at_another_position_are_seen(style: str, monkeypatch: pytest.Monke
     model, prompts = styled(style), prompts_of([9, 14])
     slow = attribute(model, prompts, n_steps=3, engine="direct")
     real = SharedAttention.take_place
-    monkeypatch.setattr(SharedAttention, "take_place", lambda self, seen: real(self, seen[:, 1:]))
+    monkeypatch.setattr(SharedAttention, "take_place", lambda self, position: real(self, position - 1))
     with pytest.raises(AssertionError):
         assert_equal(attribute(model, prompts, n_steps=3), slow, 1e-3)
 
@@ -319,6 +319,23 @@ def test_hooks_that_stay_on_the_model_count(style: str, point: str) -> None:
         return value.clamp(max=0.2) + 0.1
 
     model.add_hook(f"blocks.1.{point}", steer)
+    fast, slow = both(model, prompts, n_steps=3)
+    assert_equal(fast, slow, 1e-10)
+    with pytest.raises(AssertionError):
+        assert_equal(fast, plain, 1e-6)
+
+
+@pytest.mark.parametrize("style", ["gpt2", "gemma2", "neox"])
+@pytest.mark.parametrize(
+    "point", ["hook_q", "hook_k", "hook_v", "hook_rot_k", "hook_attn_scores", "hook_pattern", "hook_z"]
+)
+def test_hooks_that_stay_within_attention_count(style: str, point: str) -> None:
+    model, prompts = styled(style), prompts_of([9, 14])
+    if f"blocks.1.attn.{point}" not in model.hook_dict:
+        assert style == "gpt2"
+        return
+    plain = attribute(model, prompts, n_steps=3)
+    model.add_hook(f"blocks.1.attn.{point}", lambda value, hook: 0.5 * value)
     fast, slow = both(model, prompts, n_steps=3)
     assert_equal(fast, slow, 1e-10)
     with pytest.raises(AssertionError):

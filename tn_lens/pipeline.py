@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .attribution import attribute, post_norm_warning
-from .attribution.attribute import BATCH_SIZE, MAX_MEMORY, back_off_warning, choose_engine
+from .attribution.attribute import BATCH_SIZE, back_off_warning, choose_engine, default_memory
 from .attribution.result import PassSize
 from .cards import load_cards, make_cards
 from .diagnosis import diagnose
@@ -295,7 +295,7 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
     return {
         **asdict(settings),
         "engine": choose_engine(model, settings.engine, settings.positions),
-        "max_memory": MAX_MEMORY,
+        "max_memory": default_memory(model),
         **describe_model(model),
         "weight_processing": "none",
         "batch_size": BATCH_SIZE,

@@ -54,7 +54,7 @@ class Direct:
         with self.backend.hooks(replacing(paths, nudges, lambda rows: (rows, at))):
             return self.backend.last_logits(self.tokens.expand(n_rows, -1))[None]
 
-    def unembed(self, final: Float[Tensor, "1 row vocab"]) -> Float[Tensor, "1 row vocab"]:
+    def logits_of(self, final: Float[Tensor, "1 row vocab"]) -> Float[Tensor, "1 row vocab"]:
         """The logits themselves."""
         return final
 

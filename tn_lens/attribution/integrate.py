@@ -53,7 +53,7 @@ class Engine(Protocol):
         """
         ...
 
-    def unembed(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+    def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
         """Logits in at least float32, of all rows or some."""
         ...
 
@@ -183,7 +183,7 @@ def _read(
     for part in final.detach().split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1):
         leaf = part.requires_grad_()
         with torch.enable_grad():
-            logits = engine.unembed(leaf)
+            logits = engine.logits_of(leaf)
             values = [_values(target, logits, engine.prompts) for target in targets]
         for index, value in enumerate(values):
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=index + 1 < len(values))

@@ -105,9 +105,9 @@ class SharedPrefix:
         hooks = replacing(paths, nudges, lambda rows: (slice(None), rows), beyond)
         return self.siblings.run(of_layer, hooks, written)
 
-    def unembed(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+    def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
         """Logits of rows that were run."""
-        return self.siblings.unembed(final)
+        return self.siblings.logits_of(final)
 
     def _w_out(self, place: Place) -> Float[Tensor, "neuron d_model"] | None:
         """Weights that stand between the activation and what the rows of this place begin with; None if nothing does."""

@@ -57,7 +57,7 @@ class Siblings(ABC):
     def run(
         self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
     ) -> Float[Tensor, "prompt row _"]:
-        """The rows, as `unembed` takes them.
+        """The rows, as `logits_of` takes them.
 
         Args:
             of_layer: how many rows differ from the untouched run first at which layer; rows stand in the order of layers,
@@ -68,7 +68,7 @@ class Siblings(ABC):
         """
 
     @abstractmethod
-    def unembed(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+    def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
         """Last logits of rows that were run, or of some of them, in at least float32."""
 
 
@@ -144,7 +144,7 @@ class Backend(ABC):
         """Why what stands before a position cannot be run once for all that follows; None if it can."""
 
     def kept_by_row(self, n_tokens: int, n_rows: int) -> int:
-        """Bytes that backward keeps of one sibling, without its logits where `unembed` makes them: an upper estimate.
+        """Bytes that backward keeps of one sibling, without its logits where `logits_of` makes them: an upper estimate.
 
         Args:
             n_tokens: of the prompt.

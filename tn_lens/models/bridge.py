@@ -348,7 +348,7 @@ class BridgeSiblings(Siblings):
             )
         return logits.reshape(len(self.last), n_rows, -1)  # GPT-2 takes rows for prompts where only one went in
 
-    def unembed(self, final: Float[Tensor, "prompt row vocab"]) -> Float[Tensor, "prompt row vocab"]:
+    def logits_of(self, final: Float[Tensor, "prompt row vocab"]) -> Float[Tensor, "prompt row vocab"]:
         return final  # some models do more to them than W_U does
 
     def _masks(self, n_rows: int) -> Any:

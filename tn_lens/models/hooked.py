@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
 from .backend import Backend, Hooks, Prefix, Siblings, entering, near_of, refuse_rotated
-from .hooked_attention import SharedAttention, norms_once, replaced
+from .hooked_attention import SharedAttention, keys_of, norms_once, replaced
 
 
 def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:
@@ -272,14 +272,16 @@ class HookedSiblings(Siblings):
         hooks: Hooks = [(name, self.keep) for name in wanted]
         hooks += [(name, only_last) for name in last if name in model.hook_dict]  # nothing else is read behind them
         seen = mask[:, :-1].bool()
-        near = {kind: near_of(seen, cfg.window_size if kind == "local" else None) for kind in ("global", "local")}
-        self.attentions = [SharedAttention(block.attn, near[block.attn.attn_type]) for block in model.blocks]
+        allowed = {
+            kind: keys_of(near_of(seen, window)) for kind, window in (("global", None), ("local", cfg.window_size))
+        }
+        self.attentions = [SharedAttention(block.attn, allowed[block.attn.attn_type]) for block in model.blocks]
         noting = [*norms_once(model.blocks), *(one for attention in self.attentions for one in attention.noting())]
         with torch.no_grad(), backend.hooks(hooks), replaced(noting), entering(model.blocks) as self.entering:
             stream = model(tokens, attention_mask=mask, stop_at_layer=cfg.n_layers)
             self.logits = backend.unembed(stream[:, -1])
         for attention in self.attentions:
-            attention.take_place(seen)
+            attention.take_place(seen.sum(1))
         self.entering.append(stream[:, -1:].clone())
         self.beside = {
             layer: self.entering[layer + 1].to(backend.wide_dtype) - self.kept[f"blocks.{layer}.hook_mlp_out"]
@@ -306,7 +308,7 @@ class HookedSiblings(Siblings):
                     residual = blocks[layer](residual)
         return residual
 
-    def unembed(self, final: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row vocab"]:
+    def logits_of(self, final: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row vocab"]:
         return self.backend.unembed(final)
 
     def _above(self, layer: int, written: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row d_model"]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Replacement = tuple[nn.Module, str, Callable[..., Any]]
@@ -52,23 +52,27 @@ def norms_once(blocks: Iterable[Any]) -> Iterator[Replacement]:
         yield block.ln1, "forward", once(block.ln1.forward)
 
 
+def keys_of(near: Bool[Tensor, "prompt prefix"]) -> Bool[Tensor, "prompt 1 1 key"] | None:
+    """Which keys rows see, of what their position sees of the prefix: that and each itself; None for all."""
+    return None if near.all() else torch.cat([near, near.new_ones(len(near), 1)], dim=1)[:, None, None]
+
+
 class SharedAttention:
     """The attention of one layer: what the prompts' last queries met, and rows that meet the same and each itself.
 
     Every row stands at position T - 1 of its prompt. Its keys and values of the earlier positions are those of the prompt,
     already rotated; of the other rows it sees nothing, so nothing of them is computed.
+
+    Args:
+        attention: TransformerLens' module.
+        allowed: which keys rows see, the own one last; None for all.
     """
 
     keys: Float[Tensor, "prompt key_head d_head prefix"]
     values: Float[Tensor, "prompt key_head prefix d_head"]
 
-    def __init__(self, attention: Any, near: Bool[Tensor, "prompt prefix"]) -> None:
-        """Args:
-        near: what of the prefix the last position sees.
-        """
-        self.attention = attention
-        itself = near.new_ones(len(near), 1)
-        self.allowed = None if near.all() else torch.cat([near, itself], 1)[:, None, None]
+    def __init__(self, attention: Any, allowed: Bool[Tensor, "prompt 1 1 key"] | None) -> None:
+        self.attention, self.allowed = attention, allowed
         self.turn: tuple[Tensor, Tensor] | None = None
 
     def noting(self) -> Iterator[Replacement]:
@@ -86,13 +90,11 @@ class SharedAttention:
         yield self.attention, "calculate_attention_scores", calculate_attention_scores
         yield self.attention, "calculate_z_scores", calculate_z_scores
 
-    def take_place(self, seen: Bool[Tensor, "prompt prefix"]) -> None:
-        """Where all rows stand: behind what is no padding."""
+    def take_place(self, position: Int[Tensor, " prompt"]) -> None:
+        """Where all rows of a prompt stand."""
         if self.attention.cfg.positional_embedding_type == "rotary":
-            cos, sin = (
-                part[seen.sum(1)][:, None, None] for part in (self.attention.rotary_cos, self.attention.rotary_sin)
-            )
-            self.turn = cos, sin
+            angles = self.attention.rotary_cos, self.attention.rotary_sin
+            self.turn = angles[0][position][:, None, None], angles[1][position][:, None, None]
 
     def standing_in(self) -> Iterator[Replacement]:
         """While rows run."""
