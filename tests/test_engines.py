@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.conftest import PAPER_MODELS, needs_hooked
 from tn_lens import Attribution, Prompt, attribute, mean_activations
 from tn_lens.attribution import shared_prefix
-from tn_lens.models import HAS_HOOKED, Model, build_model
+from tn_lens.models import HAS_HOOKED, Model, backend_of, build_model
 from tn_lens.neurons import SITES
 
 pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout
@@ -226,6 +226,31 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
     assert plans[0] == (1, 1)
     assert plans == sorted(plans)
     assert plans[-1] == (16, 126)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("style", STYLES)
+def test_plans_reckon_with_all_that_backward_keeps(style: str, dtype: torch.dtype) -> None:
+    model = build_model(BASE | STYLES[style] | {"dtype": dtype})
+    backend, (prompt,) = backend_of(model), prompts_of([30])
+    run = shared_prefix.SharedPrefix(model, [prompt], ["attn"])
+
+    def kept(n_rows: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(value: Tensor) -> Tensor:
+            storage = value.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        path = torch.zeros(1, n_rows, 1, 32, dtype=backend.wide_dtype, requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            final = run.run({("attn", 0): path}, {})
+        assert final.requires_grad
+        return sum(sizes.values())
+
+    of_row = (kept(24) - kept(8)) / 16
+    assert of_row < backend.kept_by_row(30, 24) < 5 * of_row
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ class SharedAttention:
     ) -> Float[Tensor, "prompt head row key"]:
         grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # prompt, key head, head of it, row, d_head
         before = grouped.flatten(2, 3) @ self.keys
-        itself = (grouped * k.transpose(1, 2)[:, :, None]).sum(-1, keepdim=True)
+        wide = torch.promote_types(q.dtype, torch.float32)  # in which a matrix product adds up, too
+        itself = (grouped.to(wide) * k.to(wide).transpose(1, 2)[:, :, None]).sum(-1, keepdim=True).to(q.dtype)
         scores = torch.cat([before.reshape(*itself.shape[:-1], -1), itself], dim=-1).flatten(1, 2)
         scores, cap = scores / self.attention.attn_scale, self.attention.cfg.attn_scores_soft_cap
         return cap * (scores / cap).tanh() if cap > 0 else scores
