@@ -367,6 +367,18 @@ def test_hooks_that_stay_within_attention_count(style: str, point: str) -> None:
         assert_equal(fast, plain, 1e-6)
 
 
+@pytest.mark.parametrize("style", ["gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    "option", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "ungroup_grouped_query_attention"]
+)
+def test_models_with_more_hook_points(style: str, option: str) -> None:
+    model = styled(style)
+    getattr(model, f"set_{option}")(True)
+    assert getattr(model.cfg, option)
+    fast, slow = both(model, prompts_of([9, 14]), n_steps=3)
+    assert_equal(fast, slow, 1e-10)
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
