@@ -29,7 +29,7 @@ from tn_lens.compare import compare, names_of, overlap_of, spread_over_depth
 from tn_lens.evaluation import StoredEvaluation
 from tn_lens.models import HAS_HOOKED, Model
 from tn_lens.pipeline import report_of
-from tn_lens.prose import cautions, command
+from tn_lens.prose import cautions, command, python_call
 from tn_lens.questions.toy import binary
 from tn_lens.report import N_ROWS, write_comparison, write_report
 from tn_lens.retest import load_sets, retest
@@ -234,6 +234,12 @@ def test_the_command_makes_the_same_run_again(
         cli.app(words[1:], standalone_mode=False)
     for name in ("t", "p", "alpha", "order", "n_steps", "method", "n_repetitions", "seed", "limit", "correction"):
         assert seen[name] == held.settings[name], name
+    assert seen["max_memory"] is None, "the usual one is not spelt out"
+    held = replace(held, settings={**held.settings, "max_memory": 3 * 2**29})
+    assert f"max_memory={3 * 2**29}" in python_call(held)
+    with pytest.raises(ZeroDivisionError):
+        cli.app(shlex.split(command(held))[2:], standalone_mode=False)
+    assert seen["max_memory"] == 3 * 2**29
 
 
 def test_cautions_are_drawn_from_the_run(finished: tuple[TruthNeurons, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -88,6 +89,10 @@ def run(
     engine: Annotated[
         Literal["auto", "shared_prefix", "direct"], typer.Option(help="How the model is run; the scores are the same.")
     ] = "auto",
+    max_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB that a pass of attribution may take above the weights; 2 by default, 8 on CUDA."),
+    ] = None,
     separate: Annotated[bool, typer.Option(help="Store Attr_t beside D.")] = False,
     repetitions: Annotated[int, typer.Option(help="Repetitions of the evaluation.")] = 10,
     seed: Annotated[int, typer.Option(help="Of orders, halves and random neurons.")] = 0,
@@ -138,6 +143,7 @@ def run(
         "target": target,
         "separate": separate,
         "engine": engine,
+        "max_memory": None if max_memory is None else _bytes(max_memory),
         "n_repetitions": repetitions,
         "seed": seed,
         "limit": limit,
@@ -252,6 +258,12 @@ def _number(given: str) -> float:
         return float(given)
     except ValueError:
         raise BadInput(f"expected a number in (0, 1] or 'auto' for '--t', got {given!r}") from None
+
+
+def _bytes(gib: float) -> int:
+    if not 0 < gib < math.inf:
+        raise BadInput(f"expected more than 0 GiB for '--max-memory', got {gib:g}")
+    return max(1, round(gib * 2**30))
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .attribution import attribute, post_norm_warning
-from .attribution.attribute import BATCH_SIZE, back_off_warning, choose_engine, default_memory
+from .attribution.attribute import BATCH_SIZE, back_off_warning, choose_engine
 from .attribution.result import PassSize
 from .cards import load_cards, make_cards
 from .diagnosis import diagnose
@@ -251,7 +251,7 @@ def attribution_options(
         baseline = mean_activations(
             model, check.prompts, positions=settings.positions, progress=progress, mapper=within(mapper, "baseline")
         )
-    names = ("n_steps", "method", "positions", "target", "engine")
+    names = ("n_steps", "method", "positions", "target", "engine", "max_memory")
     return {"baseline": baseline, **{name: getattr(settings, name) for name in names}}
 
 
@@ -295,7 +295,6 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
     return {
         **asdict(settings),
         "engine": choose_engine(model, settings.engine, settings.positions),
-        "max_memory": default_memory(model),
         **describe_model(model),
         "weight_processing": "none",
         "batch_size": BATCH_SIZE,

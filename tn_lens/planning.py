@@ -57,6 +57,7 @@ def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, *
         positions=resolved.positions,
         target=resolved.target,
         engine=resolved.engine,
+        max_memory=resolved.max_memory,
     )
     per_attribution = (time.perf_counter() - started) / len(probe)
     started = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from .attribution.attribute import MAX_MEMORY
 from .attribution.result import worst_gap
 from .evaluation import StoredEvaluation
 from .figures.attribution import say_worst
@@ -177,6 +178,8 @@ def command(run: Run) -> str:
         parts += ["--engine", "direct"]
     if settings["device"] != "cpu":
         parts += ["--device", str(settings["device"])]
+    if "max_memory" in _unusual(run):
+        parts += ["--max-memory", f"{settings['max_memory'] / 2**30:.12g}"]
     if settings["separate"]:
         parts.append("--separate")
     return f"OMP_NUM_THREADS={settings['n_threads']} {shlex.join(parts)}"
@@ -187,7 +190,7 @@ def python_call(run: Run) -> str:
     settings, source = run.settings, run.source
     loading = [repr(source.get("model") or run.model_name)]
     loading += [f"{name}={source[name]!r}" for name in ("dtype", "revision") if source.get(name)]
-    given = {name: settings[name] for name in OPTIONS if settings.get(name) is not None}
+    given = {name: settings[name] for name in OPTIONS if settings.get(name) is not None} | _unusual(run)
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
     return (
         "import tn_lens as tn\n\n"
@@ -195,6 +198,13 @@ def python_call(run: Run) -> str:
         f"questions = tn.load_questions({run.questions_source or run.questions_name!r})\n"
         f'found = tn.find_truth_neurons(model, questions, out="runs/again", {arguments})\n'
     )
+
+
+def _unusual(run: Run) -> dict[str, Any]:
+    """Settings that depend on the device by default, where they are others."""
+    settings = run.settings
+    usual = MAX_MEMORY.get(settings["device"], MAX_MEMORY["cpu"])
+    return {} if settings["max_memory"] == usual else {"max_memory": settings["max_memory"]}
 
 
 def seeds(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import fields as dataclass_fields
 from importlib import resources
 from typing import Any, Literal, get_args
 
-from .attribution.attribute import EngineName, choose_engine
+from .attribution.attribute import MAX_MEMORY, EngineName, choose_engine, default_memory
 from .attribution.direct import Positions
 from .attribution.quadrature import Method, quadrature_rule
 from .attribution.target import TargetName
@@ -46,6 +46,8 @@ class Settings:
     """Store Attr_t beside D, for another backward pass and twice the space."""
     engine: EngineName = "auto"
     """The shared prefix where the model can take it, else whole prompts; the scores are the same."""
+    max_memory: int = MAX_MEMORY["cpu"]
+    """Bytes that one pass of attribution may take above the weights (more on CUDA by default, where it is faster)."""
     n_repetitions: int = 10
     """Of the evaluation (paper 3.3)."""
     seed: int = 0
@@ -67,7 +69,8 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def resolve_settings(model: Model, **given: Any) -> Settings:
-    """Fill what was not given: the model's recommended t and order (paper table 3), else t = 0.2 and "random".
+    """Fill what was not given: the model's recommended t and order (paper table 3), else t = 0.2 and "random"; the memory
+    of its device.
 
     Raises:
         BadInput: a threshold outside (0, 1], or another value out of range, before anything is computed.
@@ -75,7 +78,7 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
     fields = {field.name: field for field in dataclass_fields(Settings)}
     if unknown := sorted(given.keys() - fields.keys()):
         raise BadInput(f"unknown setting {unknown[0]!r}: expected {', '.join(fields)}")
-    known = {"t": 0.2, **recommended_settings(model)}
+    known = {"t": 0.2, "max_memory": default_memory(model), **recommended_settings(model)}
     settings = Settings(**(known | {key: value for key, value in given.items() if value is not None}))
     t = None if settings.t == "auto" else settings.t
     for name, value in (("t", t), ("p", settings.p), ("alpha", settings.alpha)):
@@ -83,7 +86,7 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
             also = ", or 'auto'" if name == "t" else ""
             raise BadInput(f"{name} must be a number{also}; got {value!r}")
     check_thresholds(t=t, p=settings.p, alpha=settings.alpha)
-    for name in ("n_steps", "n_repetitions", "limit"):
+    for name in ("n_steps", "n_repetitions", "limit", "max_memory"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BadInput(f"{name} must be a whole number and at least 1; got {value!r}")

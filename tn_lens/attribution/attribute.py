@@ -102,6 +102,8 @@ def attribute(
             "attribute needs at least one prompt, one site the model has, positions 'last' or 'all', and a batch_size "
             f"from 1; got {len(prompts)} prompts, sites {list(sites)}, positions {positions!r}, batch_size {batch_size}"
         )
+    if max_memory is not None and max_memory < 1:
+        raise BadInput(f"max_memory must be at least one byte; got {max_memory}")
     if pass_size is not None and min(pass_size) < 1:
         raise BadInput(f"pass_size needs at least one prompt and one row in a pass; got {tuple(pass_size)}")
     start = resolve_baseline(model, prompts, baseline, sites, positions)
