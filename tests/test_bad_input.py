@@ -78,6 +78,7 @@ CASES = [
     option("--repetitions", "0"),
     option("--seed", "-1"),
     option("--threads", "0"),
+    option("--max-memory", "0"),
     option("--order", "chaos"),
     option("--engine", "shared_prefix", "--positions", "all"),
     option("--separate", "--target", "log_ratio"),
