@@ -161,7 +161,7 @@ class Bridge(Backend):
         return bool(off <= TOLERANCE * siblings.logits.abs().max())
 
     def kept_by_row(self, n_tokens: int, n_rows: int) -> int:
-        logits = 3 * self.wide_dtype.itemsize * self.d_vocab
+        logits = 4 * self.wide_dtype.itemsize * self.d_vocab
         return super().kept_by_row(n_tokens + n_rows, n_rows) + logits  # siblings are masked, not left out
 
     def check(self) -> None:
