@@ -123,9 +123,9 @@ def engine_flops(model: Model, n_tokens: int) -> float:
     return 2.0 * (n_tokens * of_prompt + 2 * of_rows)
 
 
-def ours(model: Model, prompt: Prompt, n_steps: int = N_STEPS, **options: Any) -> Any:
+def ours(model: Model, prompts: Prompt | list[Prompt], n_steps: int = N_STEPS, **options: Any) -> Any:
     """The shared-prefix engine."""
-    return attribute(model, [prompt], n_steps=n_steps, engine="shared_prefix", **options)
+    return attribute(model, prompts, n_steps=n_steps, engine="shared_prefix", **options)
 
 
 def row(engine: str, model: Model, n_tokens: int, seconds: float, of_ours: float, **more: Any) -> dict[str, Any]:

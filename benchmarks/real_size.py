@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from attribution import N_STEPS, by_captum, ours, per_place
-from measuring import machine, timed, with_peak
+from measuring import machine, random_prompt, timed, with_peak
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
 
-from tn_lens import Prompt, attribute, load_model
+from tn_lens import load_model
 from tn_lens.neurons import SITES, Site
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -109,19 +109,15 @@ def random_weights(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def prompt_of(n_tokens: int, seed: int = 0) -> Prompt:
-    """Random tokens, and labels in both cases."""
-    tokens = torch.randint(100, 90000, (n_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Prompt(token_ids=tuple(tokens), label_ids=((32, 64), (33, 65)), right=0, question=seed)
-
-
 def measure(name: str, dtype: torch.dtype, *, n_prompts: int, captum_steps: int | None) -> dict[str, Any]:
     """One model's row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(name, hf_model=random_weights(SHAPES[name](), dtype), dtype=dtype, device=device)
     weights = sum({p.data_ptr(): p.numel() * p.itemsize for p in model.parameters()}.values())
-    prompt = prompt_of(N_TOKENS)
-    ours(model, prompt if device == "cuda" else prompt_of(4), n_steps=N_STEPS if device == "cuda" else 1)  # set up once
+    prompt = random_prompt(N_TOKENS)
+    ours(model, random_prompt(4), n_steps=1)  # whatever is set up once
+    if device == "cuda":
+        ours(model, prompt)
     (found, seconds), peak = with_peak(lambda: timed(lambda: ours(model, prompt)))
     assert all(found.difference[site].abs().max() > 0 for site in SITES)
     row = {
@@ -140,10 +136,8 @@ def measure(name: str, dtype: torch.dtype, *, n_prompts: int, captum_steps: int 
     }
     print(row, flush=True)
     if n_prompts > 1:
-        prompts = [prompt_of(N_TOKENS - seed, seed) for seed in range(n_prompts)]
-        (many, together), peak = with_peak(
-            lambda: timed(lambda: attribute(model, prompts, n_steps=N_STEPS, engine="shared_prefix"))
-        )
+        prompts = [random_prompt(N_TOKENS - seed, seed) for seed in range(n_prompts)]
+        (many, together), peak = with_peak(lambda: timed(lambda: ours(model, prompts)))
         row |= {
             "n_prompts": n_prompts,
             "seconds_a_prompt_together": round(together / n_prompts, 3),

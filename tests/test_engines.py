@@ -270,7 +270,7 @@ def test_a_broken_mask_is_seen(kind: str, style: str, lengths: list[int], monkey
     real = hooked.near_of
 
     def broken(seen: Tensor, window: int | None = None) -> Tensor:
-        near = real(seen, None if kind == "no window" else window)
+        near = real(seen, None if kind == "no window" else window).clone()
         if kind == "padding is seen":
             return torch.ones_like(near)
         if kind == "blind to the prefix's first token":
@@ -334,33 +334,38 @@ def test_a_forgotten_bias_or_norm_above_w_out_is_seen(style: str, monkeypatch: p
         assert_equal(attribute(model, prompts, n_steps=3), slow, 1e-6)
 
 
-@pytest.mark.parametrize("style", ["gpt2", "gemma2", "neox"])
-@pytest.mark.parametrize("point", ["hook_resid_pre", "hook_mlp_out", "hook_resid_post", "mlp.hook_post"])
-def test_hooks_that_stay_on_the_model_count(style: str, point: str) -> None:
-    model, prompts = styled(style), prompts_of([9, 14])
-    plain = attribute(model, prompts, n_steps=3)
-
-    def steer(value: Tensor, hook: Any) -> Tensor:
-        return value.clamp(max=0.2) + 0.1
-
-    model.add_hook(f"blocks.1.{point}", steer)
-    fast, slow = both(model, prompts, n_steps=3)
-    assert_equal(fast, slow, 1e-10)
-    with pytest.raises(AssertionError):
-        assert_equal(fast, plain, 1e-6)
+def steered(value: Tensor, hook: Any) -> Tensor:
+    return value.clamp(max=0.2) + 0.1
 
 
-@pytest.mark.parametrize("style", ["gpt2", "gemma2", "neox"])
+def halved(value: Tensor, hook: Any) -> Tensor:
+    """Which leaves what is masked as it is."""
+    return 0.5 * value
+
+
+ATTENTION = ("hook_q", "hook_k", "hook_v", "hook_rot_k", "hook_attn_scores", "hook_pattern", "hook_z")
+
+
 @pytest.mark.parametrize(
-    "point", ["hook_q", "hook_k", "hook_v", "hook_rot_k", "hook_attn_scores", "hook_pattern", "hook_z"]
+    ("style", "point", "hook"),
+    [
+        *(
+            (style, point, steered)
+            for style in ("gpt2", "gemma2", "neox")
+            for point in ("hook_resid_pre", "hook_mlp_out", "hook_resid_post", "mlp.hook_post")
+        ),
+        *(
+            (style, f"attn.{point}", halved)
+            for style in ("gpt2", "gemma2", "neox")
+            for point in ATTENTION
+            if (style, point) != ("gpt2", "hook_rot_k")  # has no rotary positions
+        ),
+    ],
 )
-def test_hooks_that_stay_within_attention_count(style: str, point: str) -> None:
+def test_hooks_that_stay_on_the_model_count(style: str, point: str, hook: Callable[..., Tensor]) -> None:
     model, prompts = styled(style), prompts_of([9, 14])
-    if f"blocks.1.attn.{point}" not in model.hook_dict:
-        assert style == "gpt2"
-        return
     plain = attribute(model, prompts, n_steps=3)
-    model.add_hook(f"blocks.1.attn.{point}", lambda value, hook: 0.5 * value)
+    model.add_hook(f"blocks.1.{point}", hook)
     fast, slow = both(model, prompts, n_steps=3)
     assert_equal(fast, slow, 1e-10)
     with pytest.raises(AssertionError):
@@ -403,16 +408,23 @@ def test_nothing_is_left_replaced() -> None:
     model = styled("neo")
     tokens = torch.tensor([prompts_of([15])[0].token_ids])
     before = model(tokens)
+    methods = {"forward", "apply_causal_mask", "apply_rotary", "calculate_attention_scores", "calculate_z_scores"}
+
+    def left() -> set[str]:
+        return methods & {name for block in model.blocks for part in (block.attn, block.ln1) for name in vars(part)}
+
     attribute(model, prompts_of([15]), n_steps=2, engine="shared_prefix")
-    own = {name for block in model.blocks for part in (block.attn, block.ln1) for name in vars(part)}
-    assert not own & {
-        "forward",
-        "apply_causal_mask",
-        "apply_rotary",
-        "calculate_attention_scores",
-        "calculate_z_scores",
-    }
+    assert not left()
     assert torch.equal(model(tokens), before)
+
+    def stumble(value: Tensor, hook: Any) -> None:
+        if torch.is_grad_enabled():  # in the rows, not in the prompt
+            assert left() == methods
+            raise RuntimeError("in the middle")
+
+    with model.hooks([("blocks.1.attn.hook_z", stumble)]), pytest.raises(RuntimeError, match="in the middle"):
+        attribute(model, prompts_of([15]), n_steps=2)
+    assert not left()
 
     def explode(logits: Tensor, prompt: Prompt) -> Tensor:
         raise RuntimeError("on purpose")

@@ -251,8 +251,7 @@ def attribution_options(
         baseline = mean_activations(
             model, check.prompts, positions=settings.positions, progress=progress, mapper=within(mapper, "baseline")
         )
-    names = ("n_steps", "method", "positions", "target", "engine", "max_memory")
-    return {"baseline": baseline, **{name: getattr(settings, name) for name in names}}
+    return {"baseline": baseline, **settings.of_attribution()}
 
 
 def attribute_into(

@@ -49,16 +49,7 @@ def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, *
     probe = prompts[:16]
     ask(model, probe)  # whatever is set up once
     started = time.perf_counter()
-    attribute(
-        model,
-        probe,
-        n_steps=resolved.n_steps,
-        method=resolved.method,
-        positions=resolved.positions,
-        target=resolved.target,
-        engine=resolved.engine,
-        max_memory=resolved.max_memory,
-    )
+    attribute(model, probe, **resolved.of_attribution())
     per_attribution = (time.perf_counter() - started) / len(probe)
     started = time.perf_counter()
     ask(model, probe)

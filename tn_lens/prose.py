@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .attribution.attribute import MAX_MEMORY
+from .attribution.attribute import default_memory
 from .attribution.result import worst_gap
 from .evaluation import StoredEvaluation
 from .figures.attribution import say_worst
@@ -202,9 +202,8 @@ def python_call(run: Run) -> str:
 
 def _unusual(run: Run) -> dict[str, Any]:
     """Settings that depend on the device by default, where they are others."""
-    settings = run.settings
-    usual = MAX_MEMORY.get(settings["device"], MAX_MEMORY["cpu"])
-    return {} if settings["max_memory"] == usual else {"max_memory": settings["max_memory"]}
+    memory = run.settings["max_memory"]
+    return {} if memory == default_memory(run.settings["device"]) else {"max_memory": memory}
 
 
 def seeds(run: Run) -> list[str]:

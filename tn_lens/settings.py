@@ -54,6 +54,11 @@ class Settings:
     limit: int | None = None
     """Use only so many questions, drawn with the seed."""
 
+    def of_attribution(self) -> dict[str, Any]:
+        """Arguments of `attribute` but the baseline, which takes prompts, and `separate`, which only a run's own scores need."""
+        names = ("n_steps", "method", "positions", "target", "engine", "max_memory")
+        return {name: getattr(self, name) for name in names}
+
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "correction": get_args(Correction),
@@ -78,7 +83,7 @@ def resolve_settings(model: Model, **given: Any) -> Settings:
     fields = {field.name: field for field in dataclass_fields(Settings)}
     if unknown := sorted(given.keys() - fields.keys()):
         raise BadInput(f"unknown setting {unknown[0]!r}: expected {', '.join(fields)}")
-    known = {"t": 0.2, "max_memory": default_memory(model), **recommended_settings(model)}
+    known = {"t": 0.2, "max_memory": default_memory(backend_of(model).device.type), **recommended_settings(model)}
     settings = Settings(**(known | {key: value for key, value in given.items() if value is not None}))
     t = None if settings.t == "auto" else settings.t
     for name, value in (("t", t), ("p", settings.p), ("alpha", settings.alpha)):

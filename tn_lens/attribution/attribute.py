@@ -125,7 +125,7 @@ def attribute(
     planned = PassSize(1, batch_size)
     if name == "shared_prefix":
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        planned = plan(model, longest, len(sites), n_steps, max_memory or default_memory(model))
+        planned = plan(model, longest, len(sites), n_steps, max_memory or default_memory(device.type))
     planned = size = pass_size or planned
 
     def integrated(batch: Sequence[Prompt], n_rows: int) -> BatchScores:
@@ -162,9 +162,9 @@ def attribute(
     )
 
 
-def default_memory(model: Model) -> int:
+def default_memory(device: str) -> int:
     """Bytes for a pass where nothing else was asked for: a constant of the kind of device."""
-    return MAX_MEMORY.get(backend_of(model).device.type, MAX_MEMORY["cpu"])
+    return MAX_MEMORY.get(device, MAX_MEMORY["cpu"])
 
 
 def _within_memory(

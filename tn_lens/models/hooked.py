@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig, TransformerLensKeyValueCache
+from transformer_lens.utilities.activation_functions import apply_softcap
 
 from ..errors import BadInput
 from ..neurons import Neuron, NeuronSpace
@@ -162,8 +163,7 @@ class Hooked(Backend):
             residual = self.model.ln_final(residual)
         logits = self.model.unembed(residual)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        cap = self.model.cfg.output_logits_soft_cap
-        return cap * (logits / cap).tanh() if cap > 0 else logits
+        return apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
 
     def last_logits(
         self,
@@ -280,8 +280,9 @@ class HookedSiblings(Siblings):
         with torch.no_grad(), backend.hooks(hooks), replaced(noting), entering(model.blocks) as self.entering:
             stream = model(tokens, attention_mask=mask, stop_at_layer=cfg.n_layers)
             self.logits = backend.unembed(stream[:, -1])
+        position = seen.sum(1)
         for attention in self.attentions:
-            attention.take_place(seen.sum(1))
+            attention.take_place(position)
         self.entering.append(stream[:, -1:].clone())
         self.beside = {
             layer: self.entering[layer + 1].to(backend.wide_dtype) - self.kept[f"blocks.{layer}.hook_mlp_out"]

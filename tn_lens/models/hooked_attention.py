@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformer_lens.utilities.activation_functions import apply_softcap
 
 Replacement = tuple[nn.Module, str, Callable[..., Any]]
 """A module, the name of its method, and what stands in for it."""
@@ -126,8 +127,7 @@ class SharedAttention:
         wide = torch.promote_types(q.dtype, torch.float32)  # in which a matrix product adds up, too
         itself = (grouped.to(wide) * k.to(wide).transpose(1, 2)[:, :, None]).sum(-1, keepdim=True).to(q.dtype)
         scores = torch.cat([before.reshape(*itself.shape[:-1], -1), itself], dim=-1).flatten(1, 2)
-        scores, cap = scores / self.attention.attn_scale, self.attention.cfg.attn_scores_soft_cap
-        return cap * (scores / cap).tanh() if cap > 0 else scores
+        return apply_softcap(scores / self.attention.attn_scale, self.attention.cfg.attn_scores_soft_cap)
 
     def _mask(
         self, scores: Float[Tensor, "prompt head row key"], *_: object, **__: object
