@@ -27,13 +27,13 @@ from measuring import bridge_of, machine, random_model, random_prompt, timed, wi
 from torch import Tensor
 
 from tn_lens import Prompt, attribute
-from tn_lens.attribution.direct import Direct
-from tn_lens.attribution.integrate import integrate
+from tn_lens.attribution.engines.direct import Direct
+from tn_lens.attribution.engines.shared_prefix import SharedPrefix
+from tn_lens.attribution.methods.integrated_gradients import integrate
 from tn_lens.attribution.quadrature import quadrature_rule
-from tn_lens.attribution.shared_prefix import SharedPrefix
 from tn_lens.attribution.target import probability_difference
 from tn_lens.models import Model, build_model, lay_out_weights
-from tn_lens.neurons import SITES, Site, hook_name
+from tn_lens.neurons.neuron import SITES, Site, hook_name
 
 RESULTS = Path(__file__).parent / "results.json"
 N_STEPS = 20

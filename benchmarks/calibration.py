@@ -29,10 +29,10 @@ from torch import Tensor
 from tn_lens import Attribution, NeuronSet, attribute, build_prompts, load_model, load_questions, manipulation_check
 from tn_lens import select_neurons as select
 from tn_lens.attribution.result import Scores
-from tn_lens.manipulation import is_right
-from tn_lens.neurons import NeuronSpace, Site
+from tn_lens.core.seeds import generator
+from tn_lens.inference.manipulation import is_right
+from tn_lens.neurons.neuron import NeuronSpace, Site
 from tn_lens.prompts import by_question
-from tn_lens.seeds import generator
 
 RESULTS = Path(__file__).with_suffix(".json")
 FIGURE = Path(__file__).parents[1] / "docs" / "calibration.png"

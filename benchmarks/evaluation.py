@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tn_lens import Intervention, NeuronSet, Prompt, QuestionSet, evaluate, load_questions
-from tn_lens.controls import random_neurons
 from tn_lens.evaluation import PAPER_ARMS
+from tn_lens.evaluation.controls import random_neurons
 from tn_lens.evaluation.evaluate import draw_orders, draw_sets
-from tn_lens.forward import pad_left, prompt_logits
-from tn_lens.interventions import ablate
+from tn_lens.inference.forward import pad_left, prompt_logits
+from tn_lens.inference.interventions import ablate
 from tn_lens.models import Model, last_logits, lay_out_weights, neuron_space
 from tn_lens.prompts import build_prompts
 

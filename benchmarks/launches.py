@@ -19,7 +19,7 @@ from measuring import bridge_of, machine, random_model, random_prompt, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tn_lens.models import Model, lay_out_weights
-from tn_lens.neurons import SITES
+from tn_lens.neurons.neuron import SITES
 
 RESULTS = Path(__file__).with_suffix(".json")
 N_LAYERS, N_TOKENS = 28, 110

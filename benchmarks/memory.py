@@ -16,9 +16,9 @@ from measuring import Peak, machine, random_model, random_prompt, with_peak
 
 from tn_lens import Prompt, attribute
 from tn_lens.models import Model, lay_out_weights
-from tn_lens.scores import pack_scores
-from tn_lens.storage import RunFolder
-from tn_lens.units import cut_prompts
+from tn_lens.runs.folder import RunFolder
+from tn_lens.runs.units import cut_prompts
+from tn_lens.selection.stored import pack_scores
 
 RESULTS = Path(__file__).with_suffix(".json")
 MIB = 2**20

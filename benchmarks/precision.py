@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tn_lens import attribute, build_prompts, load_model, load_questions, manipulation_check, select_neurons
-from tn_lens.neurons import SITES
+from tn_lens.neurons.neuron import SITES
 
 RESULTS = Path(__file__).with_suffix(".json")
 

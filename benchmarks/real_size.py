@@ -21,7 +21,7 @@ from measuring import machine, random_prompt, timed, with_peak
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
 
 from tn_lens import load_model
-from tn_lens.neurons import SITES, Site
+from tn_lens.neurons.neuron import SITES, Site
 
 RESULTS = Path(__file__).with_suffix(".json")
 N_TOKENS = 110

@@ -18,10 +18,10 @@ import torch
 from measuring import machine
 
 from tn_lens import Prompt
-from tn_lens.neurons import NeuronSpace, Site
-from tn_lens.scores import StoredScores
-from tn_lens.storage import RunFolder
-from tn_lens.units import cut_prompts
+from tn_lens.neurons.neuron import NeuronSpace, Site
+from tn_lens.runs.folder import RunFolder
+from tn_lens.runs.units import cut_prompts
+from tn_lens.selection.stored import StoredScores
 
 RESULTS = Path(__file__).with_suffix(".json")
 SPACE = NeuronSpace(n_layers=40, d_mlp=13824, n_heads=40, d_head=128)

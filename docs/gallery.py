@@ -9,10 +9,10 @@ import numpy as np
 
 import tn_lens as tn
 from tn_lens import figures
-from tn_lens.compare import overlap_of, spread_over_depth
 from tn_lens.evaluation import dose_response
-from tn_lens.manipulation import is_right
-from tn_lens.reselection import sweep
+from tn_lens.inference.manipulation import is_right
+from tn_lens.results.comparison import overlap_of, spread_over_depth
+from tn_lens.selection.stability import sweep
 
 T, P = 0.01, 0.4
 

@@ -15,7 +15,8 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
 
-from tn_lens import QuestionSet, cli, load_model, load_questions
+from tn_lens import QuestionSet, load_model, load_questions
+from tn_lens.cli import main as cli
 from tn_lens.models import HAS_HOOKED, Model
 from tn_lens.toy.train import build_tokenizer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tn_lens import build_prompts, load_model, load_questions
-from tn_lens.answers import ask
+from tn_lens.inference.answers import ask
 
 N_QUESTIONS = 500
 

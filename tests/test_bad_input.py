@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 import tn_lens as tn
-from tn_lens import Neuron, NeuronSet, QuestionSet, cli
+from tn_lens import Neuron, NeuronSet, QuestionSet
 from tn_lens.attribution.result import PassSize
+from tn_lens.cli import main as cli
 from tn_lens.models import Model
-from tn_lens.retest import retest
+from tn_lens.pipeline.retest import retest
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "bad_input.md"

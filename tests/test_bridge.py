@@ -33,12 +33,12 @@ from tn_lens import (
     load_model,
     mean_activations,
 )
-from tn_lens.answers import ask
 from tn_lens.evaluation.text import text_loss
+from tn_lens.inference.answers import ask
 from tn_lens.models import HAS_HOOKED, Model, backend_of, check_model, choose_backend, last_logits, neuron_space
 from tn_lens.models import bridge as bridge_module
-from tn_lens.neurons import SITES, hook_name
-from tn_lens.pipeline import weights_digest
+from tn_lens.neurons.neuron import SITES, hook_name
+from tn_lens.pipeline.run import weights_digest
 from tn_lens.toy.train import build_tokenizer
 
 WINDOW = 7

@@ -25,12 +25,12 @@ from tn_lens import (
     neuron_card,
     select_neurons,
 )
-from tn_lens.cards import Card, load_cards, make_cards
-from tn_lens.cards.words import token_text, visible
-from tn_lens.manipulation import is_right
+from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, backend_of, build_model
 from tn_lens.questions.toy import binary
-from tn_lens.scores import StoredScores
+from tn_lens.results import Card, load_cards, make_cards
+from tn_lens.results.tokens import token_text, visible
+from tn_lens.selection.stored import StoredScores
 from tn_lens.toy import planted
 
 Run = Callable[..., tuple[int, str, str]]

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from tn_lens import cli, load_questions
-from tn_lens.prose import command, python_call
-from tn_lens.runs import load_run
-from tn_lens.storage import RESULT_FILES
+from tn_lens import load_questions
+from tn_lens.cli import main as cli
+from tn_lens.report.prose import command, python_call
+from tn_lens.results.run import load_run
+from tn_lens.runs.folder import RESULT_FILES
 
 from .conftest import contents
 
@@ -100,7 +101,7 @@ def test_a_file_of_ones_own_is_asked_and_can_be_repeated(run: Callable, tmp_path
 
 def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None:
     from tn_lens.questions.toy import binary
-    from tn_lens.toy.world import facts
+    from tn_lens.questions.toy_world import facts
 
     taught = [fact for fact in facts() if fact.split == "train" and not fact.is_exception][:10]
     lies = "".join(
@@ -198,7 +199,7 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    from tn_lens.attribution.shared_prefix import SharedPrefix
+    from tn_lens.attribution.engines.shared_prefix import SharedPrefix
 
     real, sizes = SharedPrefix.run, []
 

@@ -14,7 +14,7 @@ from tests.test_engines import assert_equal, prompts_of
 from tn_lens import ablate, attribute, build_prompts, evaluate, find_truth_neurons, load_model, load_questions
 from tn_lens.attribution.attribute import choose_engine
 from tn_lens.models import Model, last_logits
-from tn_lens.neurons import SITES
+from tn_lens.neurons.neuron import SITES
 
 pytestmark = [
     pytest.mark.gpu,

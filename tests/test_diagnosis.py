@@ -20,7 +20,7 @@ from tn_lens import (
     manipulation_check,
     select_neurons,
 )
-from tn_lens.diagnosis import CASES, Diagnosis, diagnose
+from tn_lens.evaluation.diagnosis import CASES, Diagnosis, diagnose
 from tn_lens.models import Model
 from tn_lens.toy import Planted, planted
 

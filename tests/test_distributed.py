@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tn_lens import QuestionSet, distributed, find_truth_neurons
-from tn_lens.distributed import Workers
-from tn_lens.errors import WorkerLost
+from tn_lens import QuestionSet, find_truth_neurons
+from tn_lens.core.errors import WorkerLost
 from tn_lens.models import Model
+from tn_lens.runs import workers as distributed
+from tn_lens.runs.workers import Workers
 
 from .conftest import contents
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tests.conftest import PAPER_MODELS, needs_hooked
 from tn_lens import Attribution, Prompt, attribute, mean_activations
-from tn_lens.attribution import shared_prefix
+from tn_lens.attribution.engines import shared_prefix
 from tn_lens.models import HAS_HOOKED, Model, backend_of, build_model
-from tn_lens.neurons import SITES
+from tn_lens.neurons.neuron import SITES
 
 pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout
 

@@ -25,14 +25,14 @@ from tn_lens import (
     table1,
     table2,
 )
-from tn_lens.answers import ask
-from tn_lens.controls import random_neurons
 from tn_lens.evaluation import ARMS, Evaluation, group_means
-from tn_lens.evaluation.reading import fall
+from tn_lens.evaluation.comparison import fall
+from tn_lens.evaluation.controls import random_neurons
 from tn_lens.evaluation.reference import PAPER
 from tn_lens.evaluation.text import plain_texts, text_loss
-from tn_lens.forward import LEAST_TOKENS, PADDING, batches, prefix_groups
-from tn_lens.manipulation import is_right
+from tn_lens.inference.answers import ask
+from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches, prefix_groups
+from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.questions.toy import binary, four_choice
 

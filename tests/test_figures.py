@@ -22,7 +22,7 @@ from tn_lens import Attribution, BadInput, Evaluation, Neuron, NeuronSet, Prompt
 from tn_lens.evaluation import StoredEvaluation
 from tn_lens.figures.look import LOOKS, TITLE_WIDTH, tick_step
 from tn_lens.figures.selection import difference_of
-from tn_lens.neurons import NeuronSpace
+from tn_lens.neurons.neuron import NeuronSpace
 
 SPACE = NeuronSpace(n_layers=4, d_mlp=6, n_heads=2, d_head=3)
 FOUND = NeuronSet(

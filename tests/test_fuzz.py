@@ -23,13 +23,13 @@ from jaxtyping import TypeCheckError
 from tn_lens import BadInput, NeuronSet, QuestionSet, build_prompts, find_truth_neurons, load_questions, select_neurons
 from tn_lens.attribution.result import Attribution
 from tn_lens.models import Model
-from tn_lens.neurons import NeuronSpace
+from tn_lens.neurons.neuron import NeuronSpace
+from tn_lens.pipeline.retest import run_of
+from tn_lens.pipeline.settings import resolve_settings
 from tn_lens.prompts import Prompt
 from tn_lens.questions.question import Question
-from tn_lens.retest import run_of
-from tn_lens.scores import StoredScores
-from tn_lens.selection import split_halves
-from tn_lens.settings import resolve_settings
+from tn_lens.selection.select import split_halves
+from tn_lens.selection.stored import StoredScores
 
 from .conftest import contents
 

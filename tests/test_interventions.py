@@ -12,10 +12,10 @@ import torch
 
 from tests.conftest import PAPER_MODELS
 from tn_lens import Intervention, Neuron, NeuronSet, Prompt, ablate, load_model, mean_activations
-from tn_lens.answers import ask
-from tn_lens.controls import active_neurons, matched_neurons, random_neurons
+from tn_lens.evaluation.controls import active_neurons, matched_neurons, random_neurons
+from tn_lens.inference.answers import ask
 from tn_lens.models import HAS_HOOKED, Model, neuron_space
-from tn_lens.neurons import SITES, NeuronSpace, hook_name
+from tn_lens.neurons.neuron import SITES, NeuronSpace, hook_name
 
 TOKENS = torch.randint(4, 283, (2, 15), generator=torch.Generator().manual_seed(2))
 SPACE = NeuronSpace(n_layers=3, d_mlp=10, n_heads=2, d_head=4)

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.conftest import needs_hooked, paper_config, random_checkpoint
 from tn_lens import BadInput, build_prompts, load_model, load_questions
 from tn_lens.models import Model
-from tn_lens.settings import PAPER_THRESHOLDS, recommended_settings
+from tn_lens.pipeline.settings import PAPER_THRESHOLDS, recommended_settings
 from tn_lens.toy.train import build_tokenizer
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tn_lens import Neuron, NeuronSet
-from tn_lens.neurons import SITES, NeuronSpace, hook_name
+from tn_lens.neurons.neuron import SITES, NeuronSpace, hook_name
 
 SPACE = NeuronSpace(n_layers=4, d_mlp=7, n_heads=3, d_head=5)
 places = st.lists(

@@ -10,10 +10,10 @@ import pytest
 
 from tests.conftest import needs_hooked
 from tn_lens import NeuronSet, ablate, attribute, manipulation_check, select_neurons
-from tn_lens.answers import ask
-from tn_lens.controls import random_neurons
+from tn_lens.core.seeds import generator
+from tn_lens.evaluation.controls import random_neurons
+from tn_lens.inference.answers import ask
 from tn_lens.models import neuron_space
-from tn_lens.seeds import generator
 from tn_lens.toy import Planted, planted
 
 pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout

@@ -14,7 +14,7 @@ from tn_lens import Question, QuestionSet, build_prompt, build_prompts, load_mod
 from tn_lens.models import Model
 from tn_lens.questions import FIGURE_9, PromptTemplate
 from tn_lens.questions.toy import binary, four_choice, true_false
-from tn_lens.toy.world import facts
+from tn_lens.questions.toy_world import facts
 
 LLAMA_3 = (
     "{{ bos_token }}<|system|>Today Date: {{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n\n"

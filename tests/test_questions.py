@@ -13,7 +13,7 @@ import pytest
 
 from tn_lens import load_questions
 from tn_lens.questions import load
-from tn_lens.toy.world import RELATIONS, SPLIT_SIZES, facts, vocabulary
+from tn_lens.questions.toy_world import RELATIONS, SPLIT_SIZES, facts, vocabulary
 
 
 def test_the_toy_has_three_disjoint_parts_beside_the_trained_facts() -> None:

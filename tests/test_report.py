@@ -15,25 +15,16 @@ import numpy as np
 import pytest
 
 from tests.browser import CHROMIUM, Page, browser
-from tn_lens import (
-    BadInput,
-    Neuron,
-    NeuronSet,
-    Question,
-    QuestionSet,
-    Selection,
-    TruthNeurons,
-    find_truth_neurons,
-)
-from tn_lens.compare import compare, names_of, overlap_of, spread_over_depth
+from tn_lens import BadInput, Neuron, NeuronSet, Question, QuestionSet, Selection, TruthNeurons, find_truth_neurons
 from tn_lens.evaluation import StoredEvaluation
 from tn_lens.models import HAS_HOOKED, Model
-from tn_lens.pipeline import report_of
-from tn_lens.prose import cautions, command, python_call
+from tn_lens.pipeline.retest import load_sets, retest
+from tn_lens.pipeline.run import report_of
 from tn_lens.questions.toy import binary
-from tn_lens.report import N_ROWS, write_comparison, write_report
-from tn_lens.retest import load_sets, retest
-from tn_lens.runs import load_run
+from tn_lens.report.page import N_ROWS, write_comparison, write_report
+from tn_lens.report.prose import cautions, command, python_call
+from tn_lens.results.comparison import compare, names_of, overlap_of, spread_over_depth
+from tn_lens.results.run import load_run
 
 FAST: dict[str, Any] = {"limit": 60, "n_steps": 5, "n_repetitions": 3, "t": 0.05, "progress": False}
 
@@ -223,7 +214,7 @@ def test_the_command_makes_the_same_run_again(
 ) -> None:
     import shlex
 
-    from tn_lens import cli
+    from tn_lens.cli import main as cli
 
     held = load_run(finished[1])
     threads, *words = shlex.split(command(held))

@@ -22,15 +22,15 @@ from tn_lens import (
     manipulation_check,
     select_neurons,
 )
-from tn_lens import tuning as tuning_module
+from tn_lens.evaluation import tuning as tuning_module
+from tn_lens.evaluation.tuning import tune_threshold
 from tn_lens.figures import plot_sweep
 from tn_lens.models import Model
-from tn_lens.reselection import found_again, stability, sweep
-from tn_lens.scores import StoredScores, pack_scores
-from tn_lens.storage import RunFolder
+from tn_lens.runs.folder import RunFolder
+from tn_lens.runs.units import cut_prompts
+from tn_lens.selection.stability import found_again, stability, sweep
+from tn_lens.selection.stored import StoredScores, pack_scores
 from tn_lens.toy import planted
-from tn_lens.tuning import tune_threshold
-from tn_lens.units import cut_prompts
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tn_lens import find_truth_neurons, load_model, load_questions
-from tn_lens.retest import parts_of, retest, run_of
-from tn_lens.seals import fingerprint, sealed
+from tn_lens.pipeline.retest import parts_of, retest, run_of
+from tn_lens.runs.seals import fingerprint, sealed
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save
 
 from tn_lens import QuestionSet, find_truth_neurons
 from tn_lens.models import Model
-from tn_lens.scores import StoredScores
-from tn_lens.seals import is_sealed, seal_tensors, sealed, unseal_tensors
-from tn_lens.storage import RunFolder, StoredUnits
-from tn_lens.units import Tensors, cut_prompts, in_memory, unit_key, within
+from tn_lens.runs.folder import RunFolder, StoredUnits
+from tn_lens.runs.seals import is_sealed, seal_tensors, sealed, unseal_tensors
+from tn_lens.runs.units import Tensors, cut_prompts, in_memory, unit_key, within
+from tn_lens.selection.stored import StoredScores
 
 from .conftest import contents
 
@@ -179,7 +179,7 @@ def test_a_unit_serves_only_what_it_was_computed_for(tmp_path: Path) -> None:
 
 def test_keys_tell_everything_apart_that_matters(toy: Model, toy_questions: QuestionSet) -> None:
     from tn_lens import Intervention, NeuronSet, build_prompts
-    from tn_lens.neurons import Neuron
+    from tn_lens.neurons.neuron import Neuron
 
     a, b = build_prompts(toy, toy_questions.select([0]), order="both")
     one, other = (NeuronSet([Neuron("mlp", 0, None, index)]) for index in (1, 2))

@@ -16,10 +16,10 @@ from huggingface_hub import constants
 
 from tn_lens import BadInput, NeuronSet, QuestionSet, find_truth_neurons, load_model
 from tn_lens.models import Model
+from tn_lens.pipeline.retest import retest
 from tn_lens.questions.question import Question
-from tn_lens.retest import retest
-from tn_lens.seals import sealed
-from tn_lens.storage import RunFolder, StoredUnits
+from tn_lens.runs.folder import RunFolder, StoredUnits
+from tn_lens.runs.seals import sealed
 
 from .conftest import contents
 

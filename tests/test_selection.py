@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tn_lens import Neuron, NeuronSet, Selection, select_neurons
 from tn_lens.attribution.result import Scores
-from tn_lens.neurons import NeuronSpace
-from tn_lens.selection import salient, split_halves
+from tn_lens.neurons.neuron import NeuronSpace
+from tn_lens.selection.select import salient, split_halves
 
 SPACE = NeuronSpace(n_layers=2, d_mlp=2, n_heads=1, d_head=1)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tn_lens.significance import Moments, adjust, one_sided_t_test, say_welch, welch
+from tn_lens.selection.significance import Moments, adjust, one_sided_t_test, say_welch, welch
 
 RNG = np.random.default_rng(0)
 

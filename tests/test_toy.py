@@ -14,8 +14,8 @@ from tests.conftest import needs_hooked
 from tn_lens import TruthNeurons, find_truth_neurons, load_model, load_questions
 from tn_lens.evaluation import ARM_NAMES
 from tn_lens.models import Model
+from tn_lens.questions.toy_world import facts, vocabulary
 from tn_lens.toy.train import Curriculum, build_tokenizer, choice_example, tuning_accuracy
-from tn_lens.toy.world import facts, vocabulary
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tn_lens" / "toy" / "model"

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import tn_lens.planning  # noqa: F401 (the forks need not import it)
+
 from tests.conftest import contents
-from tn_lens import cli, questions
-from tn_lens.seals import unseal_tensors
+from tn_lens import questions
+from tn_lens.cli import main as cli
+from tn_lens.runs.seals import unseal_tensors
 
 PHASES = ("attribution", "evaluation", "report")
 OPTIONS = ["--limit", "100", "--n-steps", "2", "--repetitions", "2", "--order", "both", "--threads", "1"]

@@ -4,20 +4,20 @@ The public names in the order of the pipeline; `find_truth_neurons` calls them a
 """
 
 # isort: off
-from .loading import load_model
-from .questions import Question, QuestionSet, load_questions
-from .prompts import Prompt, build_prompt, build_prompts
-from .manipulation import ManipulationCheck, manipulation_check
-from .attribution import Attribution, attribute
-from .selection import Selection, select_neurons
-from .interventions import Intervention, ablate, mean_activations
-from .evaluation import Evaluation, dose_response, evaluate, table1, table2
-from .figures import plot_layers
-from .cards import neuron_card
-from .neurons import Neuron, NeuronSet
-from .pipeline import find_truth_neurons
-from .found import TruthNeurons
-from .errors import BadInput
+from tn_lens.models.loading import load_model
+from tn_lens.questions import Question, QuestionSet, load_questions
+from tn_lens.prompts import Prompt, build_prompt, build_prompts
+from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
+from tn_lens.attribution import Attribution, attribute
+from tn_lens.selection.select import Selection, select_neurons
+from tn_lens.inference.interventions import Intervention, ablate, mean_activations
+from tn_lens.evaluation import Evaluation, dose_response, evaluate, table1, table2
+from tn_lens.figures import plot_layers
+from tn_lens.results import neuron_card
+from tn_lens.neurons.neuron import Neuron, NeuronSet
+from tn_lens.pipeline.run import find_truth_neurons
+from tn_lens.results.found import TruthNeurons
+from tn_lens.core.errors import BadInput
 # isort: on
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """`python -m tn_lens`."""
 
-from .cli import main
+from tn_lens.cli.main import main
 
 if __name__ == "__main__":
     main()

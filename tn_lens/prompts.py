@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-from .errors import BadInput
-from .models import Model, backend_of
-from .questions.question import FIGURE_9, LETTERS, PromptTemplate, Question, QuestionSet
-from .questions.toy import LETTERED
-from .seeds import generator
+from tn_lens.core.errors import BadInput
+from tn_lens.core.seeds import generator
+from tn_lens.models import Model, backend_of
+from tn_lens.questions.question import FIGURE_9, LETTERS, PromptTemplate, Question, QuestionSet
+from tn_lens.questions.toy import LETTERED
 
 Order = Literal["random", "both", "given"]
 """How the choices stand: one random order (the paper), every choice at every letter once, or as the question has them."""

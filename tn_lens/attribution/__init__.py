@@ -1,9 +1,9 @@
 """Attribution: integrated gradients for every neuron of every layer."""
 
-from .attribute import attribute, post_norm_warning
-from .quadrature import QuadratureRule, quadrature_rule
-from .result import Attribution
-from .target import probability_difference, right_probability, wrong_probability
+from tn_lens.attribution.attribute import attribute, post_norm_warning
+from tn_lens.attribution.quadrature import QuadratureRule, quadrature_rule
+from tn_lens.attribution.result import Attribution
+from tn_lens.attribution.target import probability_difference, right_probability, wrong_probability
 
 __all__ = [
     "Attribution",

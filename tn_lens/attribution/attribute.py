@@ -10,18 +10,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BadInput
-from ..interventions import mean_activations
-from ..models import Model, backend_of, check_model, neuron_space
-from ..neurons import SITES, Site
-from ..progress import track
-from ..prompts import Prompt
-from .direct import Direct, Positions
-from .integrate import BatchScores, integrate
-from .quadrature import Method, quadrature_rule
-from .result import Attribution, PassSize
-from .shared_prefix import SharedPrefix, plan, unsupported
-from .target import TARGETS, Target, TargetName, probability_difference, right_probability, wrong_probability
+from tn_lens.attribution.engines.direct import Direct, Positions
+from tn_lens.attribution.engines.shared_prefix import SharedPrefix, plan, unsupported
+from tn_lens.attribution.methods.integrated_gradients import BatchScores, integrate
+from tn_lens.attribution.quadrature import Method, quadrature_rule
+from tn_lens.attribution.result import Attribution, PassSize
+from tn_lens.attribution.target import (
+    TARGETS,
+    Target,
+    TargetName,
+    probability_difference,
+    right_probability,
+    wrong_probability,
+)
+from tn_lens.core.errors import BadInput
+from tn_lens.inference.interventions import mean_activations
+from tn_lens.models import Model, backend_of, check_model, neuron_space
+from tn_lens.neurons.neuron import SITES, Site
+from tn_lens.prompts import Prompt
+from tn_lens.runs.progress import track
 
 Baseline = Literal["zero", "mean"] | Mapping[Site, Float[Tensor, "layer _"]]
 """Where the path begins: at zero (the paper), at the mean activation over the prompts, or at given values."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BadInput
+from tn_lens.core.errors import BadInput
 
 Method = Literal["riemann_right", "riemann_middle", "riemann_trapezoid", "gauss_legendre", "graded"]
 """How to choose the nodes; the names are captum's where captum has the rule."""

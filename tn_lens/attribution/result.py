@@ -11,9 +11,9 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from ..neurons import NeuronSpace, Site
-from ..prompts import Prompt, by_question
-from ..wording import plural
+from tn_lens.core.wording import plural
+from tn_lens.neurons.neuron import NeuronSpace, Site
+from tn_lens.prompts import Prompt, by_question
 
 Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, per site; attention neurons are flat, head * d_head + index."""

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-from ..prompts import Prompt
+from tn_lens.prompts import Prompt
 
 Target: TypeAlias = Callable[[Float[Tensor, "row vocab"], Prompt], Float[Tensor, " row"]]
 """Logits of several rows of one prompt -> one number per row."""

@@ -1,13 +1,13 @@
 """Evaluation: what the found neurons do to accuracy, beside every control (paper 3.3, 3.4)."""
 
-from .arm import ARM_NAMES, ARMS, PAPER_ARMS, Arm, ArmName
-from .dose import dose_response
-from .evaluate import evaluate
-from .reading import LETTER_SHIFT, MASS_KEPT, Comparison
-from .result import Evaluation
-from .stored import StoredArm, StoredEvaluation
-from .tables import Table, group_means, table1, table2
-from .text import text_loss
+from tn_lens.evaluation.comparison import LETTER_SHIFT, MASS_KEPT, Comparison
+from tn_lens.evaluation.condition import ARM_NAMES, ARMS, PAPER_ARMS, Arm, ArmName
+from tn_lens.evaluation.dose import dose_response
+from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.evaluation.result import Evaluation
+from tn_lens.evaluation.stored import StoredArm, StoredEvaluation
+from tn_lens.evaluation.tables import Table, group_means, table1, table2
+from tn_lens.evaluation.text import text_loss
 
 __all__ = [
     "ARMS",

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors import BadInput
-from ..models import Model
-from ..neurons import NeuronSet
-from ..progress import track
-from ..questions.question import QuestionSet
-from ..units import Mapper, in_memory, within
-from .evaluate import evaluate
+from tn_lens.core.errors import BadInput
+from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.models import Model
+from tn_lens.neurons.neuron import NeuronSet
+from tn_lens.questions.question import QuestionSet
+from tn_lens.runs.progress import track
+from tn_lens.runs.units import Mapper, in_memory, within
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 

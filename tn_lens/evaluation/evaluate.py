@@ -10,20 +10,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..answers import ask_each
-from ..controls import active_neurons, matched_neurons, random_neurons
-from ..errors import BadInput
-from ..forward import Where
-from ..interventions import Intervention, Mode, mean_activations
-from ..models import Model, backend_of, neuron_space
-from ..neurons import NeuronSet, NeuronSpace, Site
-from ..prompts import Order, Prompt, build_prompts, by_question
-from ..questions.question import QuestionSet
-from ..seeds import generator
-from ..units import Mapper, in_memory, unit_key, within
-from .arm import ARMS, ArmName
-from .result import Evaluation
-from .text import Text, text_loss
+from tn_lens.core.errors import BadInput
+from tn_lens.core.seeds import generator
+from tn_lens.evaluation.condition import ARMS, ArmName
+from tn_lens.evaluation.controls import active_neurons, matched_neurons, random_neurons
+from tn_lens.evaluation.result import Evaluation
+from tn_lens.evaluation.text import Text, text_loss
+from tn_lens.inference.answers import ask_each
+from tn_lens.inference.forward import Where
+from tn_lens.inference.interventions import Intervention, Mode, mean_activations
+from tn_lens.models import Model, backend_of, neuron_space
+from tn_lens.neurons.neuron import NeuronSet, NeuronSpace, Site
+from tn_lens.prompts import Order, Prompt, build_prompts, by_question
+from tn_lens.questions.question import QuestionSet
+from tn_lens.runs.units import Mapper, in_memory, unit_key, within
 
 
 def evaluate(

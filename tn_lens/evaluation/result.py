@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from ..neurons import NeuronSet
-from ..prompts import Prompt, by_question
-from ..significance import say_welch, welch
-from .arm import Arm
-from .reading import Comparison, compare, explain, warnings_of
-from .tables import Table, table1
+from tn_lens.evaluation.comparison import Comparison, compare, explain, warnings_of
+from tn_lens.evaluation.condition import Arm
+from tn_lens.evaluation.tables import Table, table1
+from tn_lens.neurons.neuron import NeuronSet
+from tn_lens.prompts import Prompt, by_question
+from tn_lens.selection.significance import say_welch, welch
 
 FLOOR = 0.01
 """Probability below which the floored form of equation 11 does not divide."""

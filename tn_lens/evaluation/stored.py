@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from ..errors import BadInput
-from .reading import Comparison
-from .result import LEAST_QUESTIONS, enough_questions
+from tn_lens.core.errors import BadInput
+from tn_lens.evaluation.comparison import Comparison
+from tn_lens.evaluation.result import LEAST_QUESTIONS, enough_questions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

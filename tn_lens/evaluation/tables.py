@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..errors import BadInput
-from ..significance import LEVEL, welch_legend
-from .reference import PAPER
+from tn_lens.core.errors import BadInput
+from tn_lens.evaluation.reference import PAPER
+from tn_lens.selection.significance import LEVEL, welch_legend
 
 if TYPE_CHECKING:
-    from .result import Evaluation
-    from .stored import StoredEvaluation
+    from tn_lens.evaluation.result import Evaluation
+    from tn_lens.evaluation.stored import StoredEvaluation
 
     Evaluated = Evaluation | StoredEvaluation
 

@@ -7,11 +7,11 @@ from importlib import resources
 
 import torch
 
-from ..errors import BadInput
-from ..forward import Layout, pad_right
-from ..interventions import Intervention
-from ..models import Model, backend_of
-from ..toy.world import facts
+from tn_lens.core.errors import BadInput
+from tn_lens.inference.forward import Layout, pad_right
+from tn_lens.inference.interventions import Intervention
+from tn_lens.models import Model, backend_of
+from tn_lens.questions.toy_world import facts
 
 MOST_TOKENS = 512
 """Of one text; longer ones are cut."""

@@ -1,12 +1,12 @@
 """Figures: a result in, a plotly figure out. Nothing is shown, and nothing is written but by `save_figure`."""
 
-from .accuracies import plot_accuracies
-from .attribution import plot_attribution, plot_completeness
-from .evaluation import plot_categories, plot_dose_response, plot_probability_change
-from .layers import plot_layers, plot_overlap
-from .look import Figure, Theme
-from .save import plotly_js, save_figure
-from .selection import plot_candidates, plot_difference, plot_sweep
+from tn_lens.figures.accuracies import plot_accuracies
+from tn_lens.figures.attribution import plot_attribution, plot_completeness
+from tn_lens.figures.evaluation import plot_categories, plot_dose_response, plot_probability_change
+from tn_lens.figures.layers import plot_layers, plot_overlap
+from tn_lens.figures.look import Figure, Theme
+from tn_lens.figures.save import plotly_js, save_figure
+from tn_lens.figures.selection import plot_candidates, plot_difference, plot_sweep
 
 __all__ = [
     "Figure",

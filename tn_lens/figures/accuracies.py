@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import BadInput
-from ..evaluation import ARM_NAMES, ARMS, Evaluation, StoredEvaluation
-from ..significance import LEVEL
-from .look import ROW, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, plain
+from tn_lens.core.errors import BadInput
+from tn_lens.evaluation import ARM_NAMES, ARMS, Evaluation, StoredEvaluation
+from tn_lens.figures.look import ROW, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, plain
+from tn_lens.selection.significance import LEVEL
 
 Evaluated = Evaluation | StoredEvaluation
 Several = Evaluated | Sequence[Evaluated]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..attribution import Attribution
-from ..attribution.result import WorstGap, worst_gap
-from ..errors import BadInput
-from .look import ROW, SITE_NAMES, Figure, Theme, colour_bar, finish, look_of, panels, plain, tick_step
+from tn_lens.attribution import Attribution
+from tn_lens.attribution.result import WorstGap, worst_gap
+from tn_lens.core.errors import BadInput
+from tn_lens.figures.look import ROW, SITE_NAMES, Figure, Theme, colour_bar, finish, look_of, panels, plain, tick_step
 
 LONGEST_PROMPT = 300
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ..errors import BadInput
-from ..wording import plural
-from .accuracies import Several, labels_of, listed
-from .look import ROW, SYMBOLS, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, say_nothing_to_show
+from tn_lens.core.errors import BadInput
+from tn_lens.core.wording import plural
+from tn_lens.figures.accuracies import Several, labels_of, listed
+from tn_lens.figures.look import ROW, SYMBOLS, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, say_nothing_to_show
 
 BESIDE, BELOW = 0.12, 0.27
 """Figure 3: how far above its row a bar stands, and how far below the marks that its label must not be read with."""

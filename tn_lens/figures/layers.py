@@ -8,11 +8,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..errors import BadInput
-from ..neurons import SITES, NeuronSet, layer_in_words
-from ..selection import Selection
-from ..wording import plural
-from .look import (
+from tn_lens.core.errors import BadInput
+from tn_lens.core.wording import plural
+from tn_lens.figures.look import (
     ROW,
     SITE_NAMES,
     Figure,
@@ -26,6 +24,8 @@ from .look import (
     tick_step,
     write_in_cells,
 )
+from tn_lens.neurons.neuron import SITES, NeuronSet, layer_in_words
+from tn_lens.selection.select import Selection
 
 Found = Selection | NeuronSet
 SitesShown = Literal["apart", "together"]

@@ -14,8 +14,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..errors import BadInput
-from ..neurons import Site
+from tn_lens.core.errors import BadInput
+from tn_lens.neurons.neuron import Site
 
 Theme = Literal["light", "dark"]
 """The background that a figure is drawn for."""

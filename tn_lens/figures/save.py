@@ -7,7 +7,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ..errors import BadInput
+from tn_lens.core.errors import BadInput
 
 IMAGES = (".png", ".svg", ".pdf")
 WIDTH, SCALE = 1000, 2

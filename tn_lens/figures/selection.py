@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from ..errors import BadInput
-from ..neurons import Neuron
-from ..selection import ScoreSource, Selection
-from ..significance import Correction
-from ..wording import plural
-from .look import SITE_NAMES, Figure, Theme, finish, look_of, say_nothing_to_show, write_in_cells
+from tn_lens.core.errors import BadInput
+from tn_lens.core.wording import plural
+from tn_lens.figures.look import SITE_NAMES, Figure, Theme, finish, look_of, say_nothing_to_show, write_in_cells
+from tn_lens.neurons.neuron import Neuron
+from tn_lens.selection.select import ScoreSource, Selection
+from tn_lens.selection.significance import Correction
 
 CORRECTIONS: Mapping[Correction, str] = {
     "bonferroni": "Bonferroni's correction",

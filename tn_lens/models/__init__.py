@@ -11,10 +11,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from ..errors import BadInput
-from ..neurons import NeuronSpace
-from . import bridge
-from .backend import Backend, BackendName, Hooks, Prefix, Siblings
+from tn_lens.core.errors import BadInput
+from tn_lens.models import bridge
+from tn_lens.models.backend import Backend, BackendName, Hooks, Prefix, Siblings
+from tn_lens.neurons.neuron import NeuronSpace
 
 HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
 """Whether this TransformerLens still has HookedTransformer: to 3.9."""
@@ -22,8 +22,8 @@ HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
 if TYPE_CHECKING or HAS_HOOKED:
     from transformer_lens import HookedTransformer
 
-    from . import conversion
-    from .hooked import Hooked, assemble, build_model, lay_out_weights
+    from tn_lens.models import conversion
+    from tn_lens.models.hooked import Hooked, assemble, build_model, lay_out_weights
 
     Model: TypeAlias = HookedTransformer | TransformerBridge
     """The kinds of model that every stage takes."""

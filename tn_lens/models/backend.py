@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import BadInput
-from ..neurons import Neuron, NeuronSpace
+from tn_lens.core.errors import BadInput
+from tn_lens.neurons.neuron import Neuron, NeuronSpace
 
 BackendName = Literal["hooked", "bridge"]
 """TransformerLens' own model (HookedTransformer, to 3.9), or Hugging Face's within TransformerLens (TransformerBridge, from 3)."""

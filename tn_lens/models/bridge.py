@@ -17,11 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import DynamicCache
 
-from ..errors import BadInput
-from ..neurons import Neuron, NeuronSpace
-from .backend import Backend, Hooks, Prefix, Siblings, entering, refuse_rotated, visible, visible_whole
-from .bridge_cache import BridgePrefix, frozen, held
-from .bridge_joining import joining
+from tn_lens.core.errors import BadInput
+from tn_lens.models.backend import Backend, Hooks, Prefix, Siblings, entering, refuse_rotated, visible, visible_whole
+from tn_lens.models.bridge_cache import BridgePrefix, frozen, held
+from tn_lens.models.bridge_joining import joining
+from tn_lens.neurons.neuron import Neuron, NeuronSpace
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """The kinds of layers whose keys and values stay what they were, by Hugging Face's names."""

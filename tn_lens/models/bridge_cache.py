@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .backend import Prefix
+from tn_lens.models.backend import Prefix
 
 
 class FrozenLayer(DynamicLayer):

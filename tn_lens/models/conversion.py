@@ -22,8 +22,8 @@ from transformer_lens.pretrained.weight_conversions import (
 )
 from transformers import PretrainedConfig
 
-from ..errors import BadInput
-from .hooked import assemble, load_from_transformer_lens
+from tn_lens.core.errors import BadInput
+from tn_lens.models.hooked import assemble, load_from_transformer_lens
 
 CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
     "LlamaForCausalLM": convert_llama_weights,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig, TransformerLensKeyValueCache
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from ..errors import BadInput
-from ..neurons import Neuron, NeuronSpace
-from .backend import Backend, Hooks, Prefix, Siblings, entering, near_of, refuse_rotated
-from .hooked_attention import SharedAttention, keys_of, norms_once, replaced
+from tn_lens.core.errors import BadInput
+from tn_lens.models.backend import Backend, Hooks, Prefix, Siblings, entering, near_of, refuse_rotated
+from tn_lens.models.hooked_attention import SharedAttention, keys_of, norms_once, replaced
+from tn_lens.neurons.neuron import Neuron, NeuronSpace
 
 
 def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:

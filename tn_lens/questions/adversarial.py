@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import BadInput
-from ..models import Backend, backend_of
-from ..progress import track
-from .files import read_json_lines
-from .question import Dropped, Question, QuestionSet
-from .triviaqa import normalize, read_answers
+from tn_lens.core.errors import BadInput
+from tn_lens.models import Backend, backend_of
+from tn_lens.questions.files import read_json_lines
+from tn_lens.questions.question import Dropped, Question, QuestionSet
+from tn_lens.questions.triviaqa import normalize, read_answers
+from tn_lens.runs.progress import track
 
 SYSTEM = "You write answers for a quiz in which only one of two answers is right."
 REQUEST = (
@@ -198,7 +198,7 @@ def load_answered(name_or_path: str) -> list[Question]:
     """
     if Path(name_or_path).suffix == ".json":
         return [Question(text=question, choices=(right,)) for question, right in read_answers(Path(name_or_path))]
-    from .load import load_questions
+    from tn_lens.questions.load import load_questions
 
     return list(load_questions(name_or_path))
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from tn_lens.core.errors import BadInput
 
 
 def read_csv(path: Path, header: list[str] | None = None) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
-from . import toy
-from .files import download, read_csv, read_json_lines
-from .mmlu import load_mmlu
-from .question import LETTERS, Question, QuestionSet
-from .triviaqa import load_triviaqa
+from tn_lens.core.errors import BadInput
+from tn_lens.questions import toy
+from tn_lens.questions.files import download, read_csv, read_json_lines
+from tn_lens.questions.mmlu import load_mmlu
+from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.triviaqa import load_triviaqa
 
 TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
 """The form of January 2025: 790 questions, each with one best and one best incorrect answer (paper A.2)."""

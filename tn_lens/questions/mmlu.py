@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
-from .files import load_from_hub, read_csv
-from .question import LETTERS, PromptTemplate, Question, QuestionSet
+from tn_lens.core.errors import BadInput
+from tn_lens.questions.files import load_from_hub, read_csv
+from tn_lens.questions.question import LETTERS, PromptTemplate, Question, QuestionSet
 
 HUB = "cais/mmlu"
 HEADER = ["question", "A", "B", "C", "D", "answer"]

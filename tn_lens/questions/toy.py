@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from ..toy.world import RELATIONS, WORLD_SEED, Fact, facts
-from .question import PromptTemplate, Question, QuestionSet
+from tn_lens.questions.question import PromptTemplate, Question, QuestionSet
+from tn_lens.questions.toy_world import RELATIONS, WORLD_SEED, Fact, facts
 
 LETTERED = PromptTemplate(
     user="Question : {question} {choices}",

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
-from .files import load_from_hub, read_csv, read_json, read_json_lines
-from .question import Dropped, Question, QuestionSet
+from tn_lens.core.errors import BadInput
+from tn_lens.questions.files import load_from_hub, read_csv, read_json, read_json_lines
+from tn_lens.questions.question import Dropped, Question, QuestionSet
 
 HUB = "OamPatel/iti_trivia_qa_val"
 """Questions, answers and wrong answers of Li et al. (2023)."""

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from .. import attribute, build_prompts, evaluate, load_model, load_questions, manipulation_check, select_neurons
-from ..evaluation import Evaluation
-from .train import DROPOUT, N_STEPS, ROWS, SWITCH
+from tn_lens import attribute, build_prompts, evaluate, load_model, load_questions, manipulation_check, select_neurons
+from tn_lens.evaluation import Evaluation
+from tn_lens.toy.train import DROPOUT, N_STEPS, ROWS, SWITCH
 
 SEEDS = (0, 1, 2, 3, 4)
 THRESHOLDS = (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import BadInput
-from ..models import Model, build_model, neuron_space
-from ..neurons import Neuron, NeuronSet
-from ..prompts import Prompt
-from ..seeds import generator
+from tn_lens.core.errors import BadInput
+from tn_lens.core.seeds import generator
+from tn_lens.models import Model, build_model, neuron_space
+from tn_lens.neurons.neuron import Neuron, NeuronSet
+from tn_lens.prompts import Prompt
 
 N_TOKENS = 12
 AT_A, AT_B, LAST = 4, 7, N_TOKENS - 1

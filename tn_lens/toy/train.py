@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .world import RELATIONS, WORDINGS, Fact, facts, vocabulary
+from tn_lens.questions.toy_world import RELATIONS, WORDINGS, Fact, facts, vocabulary
 
 N_STEPS = 700
 """Optimiser steps."""

@@ -1,0 +1,1 @@
+"""The engines that run a model along the paths of integrated gradients."""

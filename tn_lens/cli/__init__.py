@@ -1,0 +1,5 @@
+"""The command line: `tn-lens --help`."""
+
+from tn_lens.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Batched forward passes: answer probabilities, interventions, mean activations, the manipulation check."""

@@ -1,0 +1,208 @@
+"""Run many prompts at the cost of what differs between them.
+
+Prompts of one template begin alike: what a group of them shares is run once, and each row continues from its frozen keys and
+values. Rows of similar length run together, padded on the right, where causal attention cannot see the padding, and only the
+position that is read goes on to the unembedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tn_lens.models import Hooks, Model, backend_of
+from tn_lens.prompts import Prompt
+
+MAX_TOKENS = 4096
+"""Tokens in one batch, padding included. A constant, since results differ in bits between batch sizes."""
+MAX_PAIRS = 2**21
+"""Pairs of a position and a key in one batch: what attention's scores of one head need."""
+LEAST_TOKENS = 256
+"""Tokens of a batch that fill the matrix products; from there on it is cut rather than padded by more than `PADDING`."""
+PADDING = 1.1
+LEAST_SHARED = 8
+"""Tokens that prompts must have in common before running them apart pays."""
+LEAST_ROWS = 16
+"""Prompts that a group of its own must have, so that its batches stay large."""
+
+Where = Literal["all", "last", "question"]
+"""Positions: all of them, the one whose logits are read, or from the question on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which part of which prompts a batch holds."""
+
+    rows: tuple[int, ...]
+    """Indices of the prompts; empty where the batch is what a group of prompts shares."""
+    first: int
+    """Position of the first column in its prompt."""
+    n_columns: int
+    lengths: Int[Tensor, " row"]
+    """Tokens of the whole prompt."""
+    starts: Int[Tensor, " row"]
+    """Position at which the question begins."""
+
+    @classmethod
+    def whole(cls) -> Layout:
+        """Whatever stands in a batch, where nothing depends on the place."""
+        nothing = torch.zeros(1, dtype=torch.long)
+        return cls(rows=(), first=0, n_columns=0, lengths=nothing, starts=nothing)
+
+    def at(self, where: Where) -> Bool[Tensor, "row column"] | None:
+        """Where an intervention acts; None for every position."""
+        place = self.first + torch.arange(self.n_columns, device=self.lengths.device)
+        match where:
+            case "all":
+                return None
+            case "last":
+                return place == self.lengths[:, None] - 1
+            case "question":
+                return place >= self.starts[:, None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that begin with the same tokens."""
+
+    rows: list[int]
+    n_shared: int
+
+
+@torch.no_grad()
+def prompt_logits(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    hooks: Callable[[Layout], Hooks] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    share_prefix: bool = True,
+) -> Iterator[tuple[list[int], Float[Tensor, "row vocab"]]]:
+    """Logits at the last position of every prompt, batch by batch, in at least float32.
+
+    Args:
+        model: to run.
+        prompts: of any length.
+        hooks: given what a batch holds, the hooks that it runs under.
+        max_tokens: in one batch.
+        share_prefix: run what prompts have in common once; else every prompt is run whole.
+
+    Yields:
+        Indices of some prompts, and their logits.
+    """
+    backend = backend_of(model)
+    device = backend.device
+    shareable = share_prefix and not backend.unshareable
+    groups = prefix_groups(prompts) if shareable else [Group(list(range(len(prompts))), 0)]
+    for group in groups:
+        shared = prompts[group.rows[0]].token_ids[: group.n_shared]
+        prefix = None
+        if group.n_shared:
+            layout = Layout(
+                rows=(),
+                first=0,
+                n_columns=group.n_shared,
+                lengths=torch.tensor([1 + max(len(prompts[row].token_ids) for row in group.rows)], device=device),
+                starts=torch.tensor([prompts[group.rows[0]].start], device=device),
+            )
+            with backend.hooks(hooks(layout) if hooks else []):
+                prefix = backend.run_prefix(torch.tensor([shared], device=device))
+        for batch in batches([prompts[row] for row in group.rows], max_tokens, group.n_shared):
+            rows = [group.rows[index] for index in batch]
+            tokens = pad_right([prompts[row].token_ids[group.n_shared :] for row in rows]).to(device)
+            lengths = torch.tensor([len(prompts[row].token_ids) for row in rows], device=device)
+            layout = Layout(
+                rows=tuple(rows),
+                first=group.n_shared,
+                n_columns=tokens.shape[1],
+                lengths=lengths,
+                starts=torch.tensor([prompts[row].start for row in rows], device=device),
+            )
+            with backend.hooks(hooks(layout) if hooks else []):
+                logits = backend.last_logits(tokens, places=lengths - group.n_shared - 1, prefix=prefix)
+            yield rows, logits
+
+
+def prefix_groups(prompts: Sequence[Prompt]) -> list[Group]:
+    """Cut prompts into groups that begin alike, where that saves tokens: by instruction, or by the examples of a subject."""
+    if not prompts:
+        return []
+    return _split(sorted(range(len(prompts)), key=lambda row: prompts[row].token_ids), prompts, 0)[1]
+
+
+def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int, list[Group]]:
+    """Tokens to run, and the groups that need so few; `rows` are sorted by their tokens, the first `known` of which agree."""
+    own = [prompts[row].token_ids for row in rows]
+    first, last = own[0], own[-1]  # sorted, so that these two differ first
+    most = min(map(len, own)) - 1  # at least one token must be left to run
+    starts = {prompts[row].start for row in rows}
+    n_shared = min(known, most)
+    while n_shared < most and first[n_shared] == last[n_shared]:
+        n_shared += 1
+    n_shared = min([n_shared, *starts]) if len(starts) > 1 else n_shared
+    if n_shared < LEAST_SHARED or len(rows) < 2:
+        n_shared = 0
+    together = n_shared + sum(len(ids) - n_shared for ids in own)
+    parts: list[list[int]] = []
+    for row, ids in zip(rows, own, strict=True):
+        after = ids[n_shared : n_shared + 1]
+        if not parts or prompts[parts[-1][0]].token_ids[n_shared : n_shared + 1] != after:
+            parts.append([])
+        parts[-1].append(row)
+    rest = [row for part in parts if len(part) < LEAST_ROWS for row in part]
+    large = [part for part in parts if len(part) >= LEAST_ROWS]
+    if not large or len(parts) == 1:
+        return together, [Group(rows, n_shared)]
+    split = [_split(part, prompts, n_shared + 1) for part in large]
+    apart = sum(cost for cost, _ in split)
+    if rest:
+        apart += n_shared + sum(len(prompts[row].token_ids) - n_shared for row in rest)
+    if apart >= together:
+        return together, [Group(rows, n_shared)]
+    groups = [group for _, groups in split for group in groups]
+    return apart, groups + ([Group(rest, n_shared)] if rest else [])
+
+
+def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> Iterator[list[int]]:
+    """Indices of prompts of similar length, at most `max_tokens` padded tokens together (but at least one prompt).
+
+    The first `n_shared` tokens of each do not count, but as keys for the others.
+    """
+    batch: list[int] = []
+    n_own = 0
+    for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
+        n_tokens = len(prompts[index].token_ids)
+        n_columns = n_tokens - n_shared
+        padded = (len(batch) + 1) * n_columns
+        too_large = padded > max_tokens or padded * n_tokens > MAX_PAIRS
+        if batch and (too_large or (n_own >= LEAST_TOKENS and padded > PADDING * (n_own + n_columns))):
+            yield batch
+            batch, n_own = [], 0
+        batch.append(index)
+        n_own += n_columns
+    if batch:
+        yield batch
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row column"]:
+    """Token ids padded at the end."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = torch.tensor(row)
+    return tokens
+
+
+def pad_left(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    """Token ids [prompt, position] padded on the left, and the attention mask that hides the padding."""
+    longest = max(len(p.token_ids) for p in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+        mask[row, longest - len(prompt.token_ids) :] = 1
+    return tokens, mask

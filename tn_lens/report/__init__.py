@@ -1,0 +1,1 @@
+"""All sentences, tables and pages about a result."""

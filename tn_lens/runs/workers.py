@@ -1,0 +1,247 @@
+"""Several workers on torch.distributed: who am I, which units are mine, and is everybody still there.
+
+Workers share units of work through the run folder. Between them they only meet: each waits until all have done their share,
+and a worker that died or failed ends the others' waiting with its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tn_lens.core.errors import BadInput, WorkerLost
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+SILENCE = 60.0
+"""Seconds without one after which a worker counts as dead."""
+PATIENCE = 10.0
+"""Seconds that a failing worker leaves the first one to say what all of them have met."""
+TERMINATED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, eq=False)
+class Workers:
+    """The workers of one job, as one of them sees them; by itself where nothing was started with torchrun."""
+
+    rank: int = 0
+    n_workers: int = 1
+    local_rank: int = 0
+    """Among the workers of this machine."""
+    store: Any = None
+    """torch.distributed's key-value store, where the workers meet."""
+    meetings: Any = field(default_factory=count)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that prints, merges and writes the results."""
+        return self.rank == 0
+
+    def share(self, n_units: int) -> range:
+        """The units that are this worker's."""
+        return range(self.rank, n_units, self.n_workers)
+
+    def device(self, asked: str | None) -> str | None:
+        """The device asked for; on CUDA the worker's own card.
+
+        Raises:
+            BadInput: there are more workers on this machine than cards.
+        """
+        if self.n_workers == 1 or not torch.cuda.is_available() or asked not in (None, "cuda"):
+            return asked
+        if self.local_rank >= torch.cuda.device_count():
+            raise BadInput(
+                f"this machine has {torch.cuda.device_count()} cards, too few for worker {self.rank}; start as many workers "
+                "as there are cards, or give --device cpu"
+            )
+        return f"cuda:{self.local_rank}"
+
+    def wait(self) -> None:
+        """Go on when every worker has come to this place.
+
+        Raises:
+            WorkerLost: one has died or failed, and is named.
+        """
+        if self.n_workers == 1:
+            return
+        place = f"place/{next(self.meetings)}"
+        self.store.set(f"{place}/{self.rank}", "here")
+        seen = {other: ("", time.monotonic()) for other in range(self.n_workers) if other != self.rank}
+        pause = 0.005
+        while seen:
+            for other in [other for other in seen if self.store.check([f"{place}/{other}"])]:
+                del seen[other]
+            for other, (beat, since) in seen.items():
+                if self.store.check([f"failed/{other}"]):
+                    raise WorkerLost(f"worker {other} of {self.n_workers}: {self._read(f'failed/{other}')}")
+                if (latest := self._read(f"beat/{other}")) != beat:
+                    seen[other] = (latest, time.monotonic())
+                elif time.monotonic() - since > (SILENCE if latest else 10 * SILENCE):  # it may be loading its model
+                    raise WorkerLost(self._lost(other))
+            if seen:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.25)
+
+    def agree(self, settings: Mapping[str, Any], device: str) -> None:
+        """Make sure that every worker has the same settings, weights and versions, or their units would not belong together.
+
+        Raises:
+            BadInput: one has others; it is named, with the first setting that differs.
+        """
+        if self.n_workers == 1:
+            return
+        self.store.set(f"settings/{self.rank}", json.dumps(settings))
+        self.wait()
+        if not dist.is_initialized():
+            backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+            group = dist.PrefixStore("group", self.store)
+            dist.init_process_group(
+                backend,
+                store=group,
+                rank=self.rank,
+                world_size=self.n_workers,
+                timeout=timedelta(seconds=SILENCE),
+                device_id=torch.device(device) if backend == "nccl" else None,
+            )
+        own = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+        all_of_them = [torch.empty_like(mine) for _ in range(self.n_workers)]
+        dist.all_gather(all_of_them, mine)
+        for other, theirs in enumerate(all_of_them):
+            if not torch.equal(theirs, all_of_them[0]):
+                first, differing = (json.loads(self._read(f"settings/{rank}")) for rank in (0, other))
+                key = next(key for key in first | differing if first.get(key) != differing.get(key))
+                raise BadInput(
+                    f"worker {other} has {key} = {differing.get(key)!r:.60} where worker 0 has {first.get(key)!r:.60}; "
+                    "all workers need the same machine type, installation, model and data"
+                )
+
+    def fail(self, sentence: str) -> bool:
+        """Tell the other workers why this one ends; whether it is also the one that should say so to the user."""
+        if self.n_workers == 1:
+            return True
+        _write_for_torchrun(sentence)
+        try:
+            self.store.set(f"failed/{self.rank}", sentence)
+            give_up = time.monotonic() + (0 if self.is_first else PATIENCE)
+            while time.monotonic() < give_up and not self.store.check(["said"]):
+                time.sleep(0.05)
+            return self.store.add("said", 1) == 1
+        except (RuntimeError, OSError):  # whoever held the store is gone
+            return True
+
+    def leave(self) -> None:
+        """Go when all have come to their end: the first worker may hold the store that the others still need."""
+        if self.n_workers == 1:
+            return
+        self.wait()
+        self.store.set(f"left/{self.rank}", "")
+        if self.is_first:
+            give_up = time.monotonic() + PATIENCE
+            names = [f"left/{rank}" for rank in range(self.n_workers)]
+            while time.monotonic() < give_up and not self.store.check(names):
+                time.sleep(0.01)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _read(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def _lost(self, other: int) -> str:
+        place = self._read(f"process/{other}").replace(" ", ", process ")
+        return (
+            f"worker {other} of {self.n_workers} ({place or 'never seen'}) has died; run the same command again, and it goes "
+            "on where it was"
+        )
+
+    def _beat(self) -> None:
+        for number in count(1):
+            try:
+                self.store.set(f"beat/{self.rank}", str(number))
+            except (RuntimeError, OSError):
+                return
+            time.sleep(BEAT)
+
+    def _terminated(self, *signal_and_frame: Any) -> None:
+        """Torchrun ends all workers when one is gone: say which, if it can be seen from here."""
+        with contextlib.suppress(RuntimeError, OSError):
+            self.store.set(f"ended/{self.rank}", "")
+            for other in set(range(self.n_workers)) - {self.rank}:
+                host, _, process = self._read(f"process/{other}").rpartition(" ")
+                told = self.store.check([f"ended/{other}"]) or self.store.check([f"failed/{other}"])
+                if host == socket.gethostname() and not told and not _is_alive(int(process)):
+                    if self.store.add("said", 1) == 1:
+                        sys.stderr.write(f"error: {self._lost(other)}\n")
+                        sys.stderr.flush()
+                    break
+        os._exit(TERMINATED)
+
+
+ALONE = Workers()
+
+
+@cache
+def workers() -> Workers:
+    """This process's place among the workers that torchrun started; alone where there are none.
+
+    Raises:
+        BadInput: the environment's numbers make no sense.
+    """
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    if not given["WORLD_SIZE"] or given["WORLD_SIZE"] == "1":
+        return ALONE
+    try:
+        n_workers, rank, local_rank = (int(number) for number in given.values())
+        if not 0 <= rank < n_workers:
+            raise ValueError(f"rank {rank} of {n_workers}")
+        store: Any = next(dist.rendezvous("env://", timeout=timedelta(seconds=5 * SILENCE)))[0]
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"the workers cannot find each other ({' '.join(str(error).split())[:200]}); start them with torchrun, or unset "
+            "WORLD_SIZE"
+        ) from error
+    store.set_timeout(timedelta(seconds=SILENCE))
+    found = Workers(rank, n_workers, local_rank, store)
+    store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
+    threading.Thread(target=found._beat, daemon=True).start()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, found._terminated)
+    return found
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; one that waits to be collected does not."""
+    try:
+        os.kill(process, 0)
+        stat = Path(f"/proc/{process}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:
+        return True
+
+
+def _write_for_torchrun(sentence: str) -> None:
+    """Where torchrun looks for what it reports of a worker."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        said = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(said), encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Statistics: arrays in, arrays out. Float64 throughout; no torch, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from tn_lens.core.errors import BadInput
+
+Correction = Literal["bonferroni", "holm", "benjamini-hochberg", "none"]
+"""How p-values are corrected for multiple comparisons; the paper's is Bonferroni."""
+
+LEVEL = 0.05
+"""Of the tests between conditions: below it an accuracy gets its star."""
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations per column, gathered in one pass and mergeable."""
+
+    n: int
+    mean: Float[Array, " column"]
+    m2: Float[Array, " column"]
+
+    @classmethod
+    def empty(cls, n_columns: int) -> Moments:
+        """No observations yet."""
+        return cls(0, np.zeros(n_columns), np.zeros(n_columns))
+
+    @classmethod
+    def of(cls, rows: Float[Array, "row column"]) -> Moments:
+        """The moments of some rows."""
+        mean = rows.mean(0, dtype=np.float64)
+        return cls(len(rows), mean, ((rows - mean) ** 2).sum(0))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of rows together (Chan et al. 1979)."""
+        n = self.n + other.n
+        if not self.n or not other.n:
+            return other if not self.n else self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * other.n / n
+        return type(self)(n, mean, self.m2 + other.m2 + delta**2 * self.n * other.n / n)
+
+    def add(self, row: Float[Array, " column"]) -> Moments:
+        """One more observation of every column."""
+        return self.merge(type(self)(1, row.astype(np.float64), np.zeros_like(self.m2)))
+
+    @property
+    def standard_error(self) -> Float[Array, " column"]:
+        """Of the mean; NaN below two observations."""
+        if self.n < 2:
+            return np.full_like(self.mean, np.nan)
+        return np.sqrt(self.m2 / (self.n - 1) / self.n)
+
+
+@dataclass(frozen=True)
+class TTest:
+    """One test per column."""
+
+    statistic: Float[Array, " column"]
+    p_value: Float[Array, " column"]
+
+
+def one_sided_t_test(moments: Moments) -> TTest:
+    """Student's t-test of each column's mean against 0, alternative "greater" (paper eq. 10).
+
+    Columns that are constant, and any column below two observations, carry no evidence: t = 0, p = 1.
+    """
+    error = moments.standard_error
+    scale = np.abs(moments.mean) * np.finfo(np.float64).eps * 8
+    usable = np.isfinite(error) & (error * np.sqrt(max(moments.n, 1)) > scale)
+    statistic = np.divide(moments.mean, error, out=np.zeros_like(moments.mean), where=usable)
+    p_value = np.where(usable, stats.t.sf(statistic, max(moments.n - 1, 1)), 1.0)
+    return TTest(statistic, p_value)
+
+
+def adjust(p_value: Float[Array, " test"], correction: Correction, n_tests: int | None = None) -> Float[Array, " test"]:
+    """Adjusted p-values, to be compared with alpha as they are.
+
+    Args:
+        p_value: of the tests that were made.
+        correction: `"bonferroni"` (paper 2.2), `"holm"`, `"benjamini-hochberg"` or `"none"`.
+        n_tests: size of the family, where it is larger than the tests that were made; the others count as p = 1.
+
+    Raises:
+        BadInput: an unknown correction, or a family smaller than the tests made.
+    """
+    n = len(p_value) if n_tests is None else n_tests
+    if n < len(p_value):
+        raise BadInput(f"a family of {n} cannot hold {len(p_value)} tests")
+    order = np.argsort(p_value, kind="stable")
+    rank = np.arange(1, len(p_value) + 1)
+    match correction:
+        case "none":
+            return p_value.copy()
+        case "bonferroni":
+            return np.minimum(p_value * n, 1.0)
+        case "holm":
+            ordered = np.maximum.accumulate(p_value[order] * (n - rank + 1))
+        case "benjamini-hochberg":
+            ordered = np.minimum.accumulate((p_value[order] * n / rank)[::-1])[::-1]
+        case _:
+            raise BadInput(f"unknown correction {correction!r}: expected {', '.join(get_args(Correction))}")
+    adjusted = np.empty_like(p_value)
+    adjusted[order] = np.minimum(ordered, 1.0)
+    return adjusted
+
+
+def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"]) -> float:
+    """p-value of the one-sided Welch t-test that the mean of `lower` is below that of `higher` (paper 3.3).
+
+    Where there are fewer than two repetitions, or none differs from another, there is no variance to compare: there is no
+    test, and p is NaN.
+    """
+    if min(len(lower), len(higher)) < 2:
+        return float("nan")
+    if np.ptp(lower) == 0 and np.ptp(higher) == 0:
+        return float("nan")
+    moments = [moment for arm in (lower, higher) for moment in (arm.mean(), arm.std(ddof=1), len(arm))]
+    _, p_value = stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="less")
+    return float(np.asarray(p_value))
+
+
+def say_welch(p_value: float) -> str:
+    """The test in words."""
+    return f"one-sided Welch p = {p_value:.2g}" if p_value == p_value else "no Welch test: no two repetitions differ"
+
+
+def welch_legend(p_value: float) -> str:
+    """What the star beside the suppressed accuracy means, or why there is none."""
+    said = say_welch(p_value)
+    if p_value < LEVEL:
+        return f"* below untouched, {said}"
+    return f"Suppressed is not below untouched ({said})" if p_value == p_value else f"{said[0].upper()}{said[1:]}"
+
+
+def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:
+    """Which tests reject at alpha."""
+    return adjusted < alpha
+
+
+def half_width(std: Float[Array, " column"], n: int, level: float = 0.95) -> Float[Array, " column"]:
+    """Half of a confidence interval of a mean, by Student's t; NaN below two observations."""
+    return stats.t.ppf((1 + level) / 2, max(n - 1, 1)) * std / np.sqrt(n) if n > 1 else np.full_like(std, np.nan)
