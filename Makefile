@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and nothing else; everything is installed into .venv.
+# Requires Python 3.11 or newer. All packages are installed into .venv.
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP_TL4 = .venv-tl4/bin/pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt
@@ -11,32 +11,34 @@ demo: .venv/demo
 test: .venv/test docs
 	.venv/bin/pytest -n 2 --dist loadgroup
 
-# What touches a model, again on TransformerLens 4, which has TransformerBridge alone; in an environment of its own.
+# Run the tests on TransformerLens 4, which has only TransformerBridge, in a separate environment.
 test-tl4: .venv-tl4/test
 	.venv-tl4/bin/pytest -n 2 --dist loadgroup
 
+# Format the code, fix what ruff can fix, and check the imports and the types.
 lint: .venv/test
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+	.venv/bin/lint-imports
 	.venv/bin/pyright
 
-# Runs the notebooks and keeps what they show.
+# Execute the notebooks and save their outputs.
 notebooks: .venv/test
 	.venv/bin/python -W ignore notebooks/refresh.py
 
-# The guides and the reference as a site, from the docstrings; a dead link stops it.
+# Build the guides and the reference as a website. Warnings, such as dead links, are errors.
 docs: .venv-docs/done
 	.venv-docs/bin/python -m sphinx -q -W --keep-going -E -d .venv-docs/doctrees docs site
 
-# More than 10,000 cases of questions, settings and run folders that nobody thought of; some minutes.
+# Test more than 10,000 random questions, settings and run folders; takes some minutes.
 fuzz: .venv/test
 	TN_LENS_FUZZ=1 .venv/bin/pytest -o addopts= tests/test_fuzz.py
 
-# A run killed with SIGKILL at 50 random moments; some minutes.
+# Kill a run with SIGKILL at 50 random moments and resume it each time; takes some minutes.
 torture: .venv/test
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.torture --kills 50
 
-# What integrated gradients and evaluation cost beside captum and plain loops; TRUTHFULQA=path of TruthfulQA.csv if offline.
+# Compare the cost of attribution and evaluation with captum and plain loops. Offline, pass TRUTHFULQA=path/to/TruthfulQA.csv.
 bench: .venv/bench
 	.venv/bin/python -W ignore benchmarks/attribution.py
 	.venv/bin/python -W ignore benchmarks/evaluation.py --order-averaged $(TRUTHFULQA)
@@ -44,9 +46,9 @@ bench: .venv/bench
 bench-quick: .venv/test
 	.venv/bin/python -W ignore benchmarks/attribution.py --quick
 
-# Trains the embedded model again, all five seeds, and chooses as the model card says; half an hour on two cores.
+# Train the embedded model with all five seeds and choose one as in the model card; takes half an hour on two cores.
 train: .venv/demo
-	.venv/bin/python -m tn_lens.toy.choose
+	.venv/bin/python -m scripts.choose_toy_seed
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -76,4 +78,4 @@ train: .venv/demo
 	touch $@
 
 clean:
-	rm -rf .venv .venv-tl4 .venv-docs runs dist build site docs/reference docs/project .pytest_cache .ruff_cache
+	rm -rf .venv .venv-tl4 .venv-docs runs dist build site docs/reference docs/project .pytest_cache .ruff_cache .import_linter_cache

@@ -1,14 +1,15 @@
-"""What integrated gradients for every layer cost, side by side: `make bench`, or `make bench-quick` for one size.
+"""Compare the cost of integrated gradients for every layer: `make bench`, or `make bench-quick` for one size.
 
-One process, the same random weights, threads and prompt for all, float32, and equal results asserted before anything is
-timed. A baseline that takes whole prompts is measured on two layers that lie symmetrically about the middle, since its cost
-is linear in the depth of the layer, and scaled by the number of layers; such rows say `extrapolated`. The quick run and
-long prompts take one site in each of the two layers, the others both.
+All implementations run in one process with the same random weights, number of threads and prompt in float32. Their results
+are asserted to be equal before the table is printed. Implementations that run whole prompts are measured on two layers that
+lie symmetrically about the middle, since their cost is linear in the depth of the layer, and scaled by the number of layers;
+such rows have `extrapolated` set. The quick run and long prompts use one site in each of the two layers, the others both
+sites.
 
 The bridge is Hugging Face's Llama with the same weights.
 
-knowledge-neurons is timed on a random GPT-2 of the usual size, MLP neurons only, as it knows no others. `slopes` are our own
-seconds by layers, steps and tokens, with the time of running the prompt itself apart.
+knowledge-neurons is timed on a random GPT-2 of the usual size and on MLP neurons only, since it supports no others. `slopes`
+are the seconds of our engine by number of layers, steps and tokens, with the time for running the prompt listed separately.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tn_lens.attribution.methods.integrated_gradients import integrate
 from tn_lens.attribution.quadrature import quadrature_rule
 from tn_lens.attribution.target import probability_difference
 from tn_lens.models import Model, build_model, lay_out_weights
-from tn_lens.neurons.neuron import SITES, Site, hook_name
+from tn_lens.neurons import NEURON_SITES, SiteName, hook_name
 
 RESULTS = Path(__file__).parent / "results.json"
 N_STEPS = 20
@@ -44,8 +45,8 @@ FULL = [(d, layers, tokens) for d, layers in ((512, 4), (512, 12), (512, 24)) fo
 QUICK = [(1024, 12, 128)]
 
 
-def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Callable[[Tensor], Tensor]:
-    """f_t - f_f of one layer's activation at the last position: what a user would write."""
+def hooked_function(model: Model, prompt: Prompt, site: SiteName, layer: int) -> Callable[[Tensor], Tensor]:
+    """f_t - f_f as a function of one layer's activation at the last position, as a user would write it."""
     tokens = torch.tensor([prompt.token_ids], device=model.cfg.device)
 
     def function(activation: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Cal
 def by_captum(
     function: Callable[[Tensor], Tensor], activation: Tensor, internal_batch_size: int, n_steps: int = N_STEPS
 ) -> Tensor:
-    """captum's IntegratedGradients."""
+    """Captum's `IntegratedGradients`."""
     captum = IntegratedGradients(function)
     return captum.attribute(
         activation, n_steps=n_steps, method="riemann_right", internal_batch_size=internal_batch_size
@@ -72,7 +73,7 @@ def by_captum(
 
 
 def by_loop(function: Callable[[Tensor], Tensor], activation: Tensor) -> Tensor:
-    """The plain TransformerLens loop: one batch of interpolated prompts."""
+    """A plain TransformerLens loop: one batch of interpolated prompts."""
     nodes = torch.arange(1, N_STEPS + 1, device=activation.device) / N_STEPS
     path = (nodes[:, None] * activation).requires_grad_()
     (gradients,) = torch.autograd.grad(function(path).sum(), path)
@@ -83,22 +84,22 @@ def per_place(
     score: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     model: Model,
     prompt: Prompt,
-    places: list[tuple[Site, int]],
-) -> tuple[dict[tuple[Site, int], Tensor], float]:
-    """Scores of some sites and layers, and the seconds for all that they stand for."""
-    own = Direct(model, prompt, SITES, "last").own
-    scores: dict[tuple[Site, int], Tensor] = {}
+    places: list[tuple[SiteName, int]],
+) -> tuple[dict[tuple[SiteName, int], Tensor], float]:
+    """The scores of some sites and layers, and the seconds extrapolated to all of them."""
+    activations = Direct(model, prompt, NEURON_SITES, "last").own
+    scores: dict[tuple[SiteName, int], Tensor] = {}
     seconds = 0.0
     for site, layer in places:
         function = hooked_function(model, prompt, site, layer)
-        activation = own[site][0, layer]
+        activation = activations[site][0, layer]  # [1, neuron]
         scores[site, layer], took = timed(lambda f=function, a=activation: score(f, a))
         seconds += took
-    return scores, seconds * len(SITES) * model.cfg.n_layers / len(places)
+    return scores, seconds * len(NEURON_SITES) * model.cfg.n_layers / len(places)
 
 
 def matrix_rate(model: Model, n_rows: int) -> float:
-    """Floating-point operations a second of a bare product in the engine's own shapes, the best of five."""
+    """Floating-point operations per second of a plain matrix product in the engine's shapes; the best of five runs."""
     a = torch.randn(n_rows, model.cfg.d_model, device=model.cfg.device)
     b = torch.randn(4 * model.cfg.d_model, model.cfg.d_model, device=model.cfg.device)
     best = min(timed(lambda: [torch.nn.functional.linear(a, b) for _ in range(10)])[1] for _ in range(5))
@@ -106,21 +107,21 @@ def matrix_rate(model: Model, n_rows: int) -> float:
 
 
 def engine_flops(model: Model, n_tokens: int) -> float:
-    """The matrix products of one prompt: 2 a weight and token forward, as many backward.
+    """Floating-point operations of the matrix products for one prompt: 2 per weight and token forward, as many backward.
 
-    The prompt is run once, of its last layer only keys, values and scores; then m rows for every place, one of them at the
-    baseline, and one where all paths end, forward and backward: those of attention neurons from their own layer on, those of
-    MLP neurons from the next.
+    The prompt is run once; of its last layer only keys, values and scores are computed. Then m rows run forward and backward
+    for every site and layer (one of them at the baseline), and one row at the common end of all paths. Rows of attention
+    neurons start at their own layer, rows of MLP neurons at the next.
     """
     cfg = model.cfg
-    of_head = cfg.d_model * cfg.n_heads * cfg.d_head
-    of_layer = 4 * of_head + 3 * cfg.d_model * (cfg.d_mlp or 0)
-    of_unembedding = cfg.d_model * cfg.d_vocab
-    of_prompt = (cfg.n_layers - 1) * of_layer + 3 * of_head
-    passed = N_STEPS * cfg.n_layers**2  # as in `measure_slopes`
-    n_rows = N_STEPS * len(SITES) * cfg.n_layers + 1
-    of_rows = (passed + cfg.n_layers) * of_layer + n_rows * of_unembedding
-    return 2.0 * (n_tokens * of_prompt + 2 * of_rows)
+    n_attention = cfg.d_model * cfg.n_heads * cfg.d_head  # weights of one attention matrix
+    n_layer = 4 * n_attention + 3 * cfg.d_model * (cfg.d_mlp or 0)
+    n_unembedding = cfg.d_model * cfg.d_vocab
+    n_prompt = (cfg.n_layers - 1) * n_layer + 3 * n_attention
+    layers_passed = N_STEPS * cfg.n_layers**2  # as in `measure_slopes`
+    n_rows = N_STEPS * len(NEURON_SITES) * cfg.n_layers + 1
+    per_rows = (layers_passed + cfg.n_layers) * n_layer + n_rows * n_unembedding
+    return 2.0 * (n_tokens * n_prompt + 2 * per_rows)
 
 
 def ours(model: Model, prompts: Prompt | list[Prompt], n_steps: int = N_STEPS, **options: Any) -> Any:
@@ -128,19 +129,19 @@ def ours(model: Model, prompts: Prompt | list[Prompt], n_steps: int = N_STEPS, *
     return attribute(model, prompts, n_steps=n_steps, engine="shared_prefix", **options)
 
 
-def row(engine: str, model: Model, n_tokens: int, seconds: float, of_ours: float, **more: Any) -> dict[str, Any]:
-    """One row of results.json; printed too."""
-    print(f"  {engine:40s} {seconds:9.2f} s  {seconds / of_ours:7.1f} x", flush=True)
+def row(engine: str, model: Model, n_tokens: int, seconds: float, our_seconds: float, **more: Any) -> dict[str, Any]:
+    """Print one row of results.json and return it."""
+    print(f"  {engine:40s} {seconds:9.2f} s  {seconds / our_seconds:7.1f} x", flush=True)
     return {
         "engine": engine,
         "n_layers": model.cfg.n_layers,
         "d_model": model.cfg.d_model,
         "n_tokens": n_tokens,
         "n_steps": N_STEPS,
-        "sites": list(SITES),
+        "sites": list(NEURON_SITES),
         "seconds": round(seconds, 3),
         "extrapolated": False,
-        "ratio_to_ours": round(seconds / of_ours, 1),
+        "ratio_to_ours": round(seconds / our_seconds, 1),
         "peak_memory_bytes": None,
         "matrix_product_rate": None,
         "share_of_matrix_product_rate": None,
@@ -150,24 +151,25 @@ def row(engine: str, model: Model, n_tokens: int, seconds: float, of_ours: float
 
 
 def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[dict[str, Any]]:
-    """Every engine at one size."""
+    """Measure every implementation at one size."""
     model, prompt = lay_out_weights(random_model(d_model, n_layers)), random_prompt(n_tokens)
     low, high = (n_layers // 2 - 2, n_layers // 2 + 1) if n_layers > 4 else (0, n_layers - 1)
-    places: list[tuple[Site, int]] = [("mlp", low), ("attn", high)]
+    places: list[tuple[SiteName, int]] = [("mlp", low), ("attn", high)]
     if not quick and n_tokens < 512:
         places.extend([("attn", low), ("mlp", high)])
     print(f"d_model {d_model}, {n_layers} layers, {n_tokens} tokens", flush=True)
 
-    ours(model, random_prompt(4), n_steps=1)  # whatever is set up once
-    found, peak = with_peak(lambda: ours(model, prompt))
+    ours(model, random_prompt(4), n_steps=1)  # excludes one-time setup from the measurement
+    attribution, peak = with_peak(lambda: ours(model, prompt))
+    _, n_rows = attribution.pass_size
     tries = [timed(lambda: ours(model, prompt))[1] for _ in range(2)]
-    rate = max(matrix_rate(model, found.pass_size.n_rows), matrix_rate(model, 2048))
+    rate = max(matrix_rate(model, n_rows), matrix_rate(model, 2048))
     bridge = bridge_of(model)
     ours(bridge, random_prompt(4), n_steps=1)
-    bridge_found, bridge_peak = with_peak(lambda: ours(bridge, prompt))
+    bridge_attribution, bridge_peak = with_peak(lambda: ours(bridge, prompt))
     bridge_seconds = sum(timed(lambda: ours(bridge, prompt))[1] for _ in range(2)) / 2
-    bridge_scores = {place: bridge_found.difference[place[0]][0, place[1]] for place in places}
-    del bridge, bridge_found
+    bridge_scores = {place: bridge_attribution.difference[place[0]][0, place[1]] for place in places}
+    del bridge, bridge_attribution
     sizes = [N_STEPS] if quick else [5, N_STEPS]
     by_size = {
         size: per_place(partial(by_captum, internal_batch_size=size), model, prompt, places[:1]) for size in sizes
@@ -175,13 +177,15 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
     best = min(by_size, key=lambda size: by_size[size][1])
     captum_scores, captum = per_place(partial(by_captum, internal_batch_size=best), model, prompt, places)
     loop_scores, loop = per_place(by_loop, model, prompt, places)
-    plain_scores, plain = per_place(by_loop, random_model(d_model, n_layers), prompt, places)  # the same seed
-    tries += [timed(lambda: ours(model, prompt))[1] for _ in range(2)]  # again at the end: machines drift
+    plain_scores, plain = per_place(by_loop, random_model(d_model, n_layers), prompt, places)  # with the same seed
+    tries += [
+        timed(lambda: ours(model, prompt))[1] for _ in range(2)
+    ]  # at the end again, since the speed of machines drifts
     rate = max(rate, matrix_rate(model, 2048))
     seconds = sum(tries) / len(tries)
     for scores in (bridge_scores, plain_scores, captum_scores, loop_scores):
         for (site, layer), expected in scores.items():
-            score = found.difference[site][0, layer].to(expected.device)
+            score = attribution.difference[site][0, layer].to(expected.device)
             torch.testing.assert_close(score, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
     share = engine_flops(model, n_tokens) / seconds / rate
     table = [
@@ -216,8 +220,8 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
         row("TransformerLens loop", model, n_tokens, plain, seconds, extrapolated=True),
     ]
     if n_layers <= 4 or n_tokens <= 32:
-        direct = Direct(model, prompt, SITES, "last")
-        zero: dict[Site, Tensor] = {site: torch.zeros_like(direct.own[site][0, :, 0]) for site in SITES}
+        direct = Direct(model, prompt, NEURON_SITES, "last")
+        zero = {site: torch.zeros_like(activation[0, :, 0]) for site, activation in direct.own.items()}
         rule = quadrature_rule("riemann_right", N_STEPS)
         _, took = timed(
             lambda: integrate(direct, rule=rule, targets=[probability_difference], baseline=zero, n_rows=64)
@@ -231,7 +235,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
 
 
 def measure_knowledge_neurons(n_tokens: int = 128) -> list[dict[str, Any]]:
-    """knowledge-neurons 0.0.2 on a random GPT-2, MLP neurons only; two layers, scaled."""
+    """Measure knowledge-neurons 0.0.2 on a random GPT-2: MLP neurons only, two layers, scaled to all layers."""
     from knowledge_neurons import KnowledgeNeurons  # pyright: ignore[reportMissingImports]
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -281,23 +285,26 @@ def measure_knowledge_neurons(n_tokens: int = 128) -> list[dict[str, Any]]:
 
 
 def measure_slopes(d_model: int = 512) -> list[dict[str, Any]]:
-    """Our seconds by layers, steps and tokens; running the prompt itself apart.
+    """Measure our engine by number of layers, steps and tokens; the time for running the prompt is listed separately.
 
-    Rows of attention neurons pass L - l layers, those of MLP neurons one less, L / 2 on average, so the rows of a prompt
-    are 2 L m L / 2 single layers: seconds over that number should be the same in every line.
+    Rows of attention neurons in layer l pass L - l layers, those of MLP neurons one layer less, and L / 2 on average. The rows
+    of a prompt therefore pass 2 L m L / 2 layers in total, and the seconds divided by this number should be the same in every
+    line.
     """
     table = []
-    print("slopes: layers, steps, tokens; seconds, of which the prompt; microseconds a row and layer", flush=True)
+    print(
+        "slopes: layers, steps, tokens; seconds in total and for the prompt; microseconds per row and layer", flush=True
+    )
     cases = [(layers, N_STEPS, 128) for layers in (4, 8, 12, 24)]
     cases += [(12, steps, 128) for steps in (10, 40, 80)] + [(12, N_STEPS, tokens) for tokens in (32, 256, 512)]
     for n_layers, n_steps, n_tokens in cases:
         model, prompt = lay_out_weights(random_model(d_model, n_layers)), random_prompt(n_tokens)
         ours(model, random_prompt(4), n_steps=1)
         seconds = min(timed(lambda m=model, p=prompt, n=n_steps: ours(m, p, n_steps=n))[1] for _ in range(5))
-        prefill = min(timed(lambda m=model, p=prompt: SharedPrefix(m, [p], SITES))[1] for _ in range(5))
-        of_row = (seconds - prefill) / (n_steps * n_layers**2)
+        prefill = min(timed(lambda m=model, p=prompt: SharedPrefix(m, [p], NEURON_SITES))[1] for _ in range(5))
+        per_row = (seconds - prefill) / (n_steps * n_layers**2)
         print(
-            f"  {n_layers:3d} {n_steps:3d} {n_tokens:4d}  {seconds:6.2f} {prefill:6.2f}  {1e6 * of_row:6.0f}",
+            f"  {n_layers:3d} {n_steps:3d} {n_tokens:4d}  {seconds:6.2f} {prefill:6.2f}  {1e6 * per_row:6.0f}",
             flush=True,
         )
         table.append(
@@ -308,7 +315,7 @@ def measure_slopes(d_model: int = 512) -> list[dict[str, Any]]:
                 "n_steps": n_steps,
                 "seconds": round(seconds, 3),
                 "prefill_seconds": round(prefill, 3),
-                "microseconds_per_row_and_layer": round(1e6 * of_row, 1),
+                "microseconds_per_row_and_layer": round(1e6 * per_row, 1),
                 "machine": machine(),
                 "n_threads": torch.get_num_threads(),
             }
@@ -317,36 +324,36 @@ def measure_slopes(d_model: int = 512) -> list[dict[str, Any]]:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row replaces."""
+    """The key that identifies a row; a new row replaces the old row with the same key."""
     return row["machine"], row.get("architecture", ""), row["d_model"], row["n_layers"], row["n_tokens"]
 
 
 def main() -> None:
-    """Measure the sizes, and replace their rows in results.json."""
+    """Measure the sizes and replace their rows in results.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one size: 12 layers, 128 tokens, d_model 1024")
+    parser.add_argument("--quick", action="store_true", help="measure one size: 12 layers, 128 tokens, d_model 1024")
     parser.add_argument(
         "--size",
         type=int,
         nargs=3,
         action="append",
         metavar=("D_MODEL", "LAYERS", "TOKENS"),
-        help="another size; as often as you like",
+        help="another size; can be given several times",
     )
     arguments = parser.parse_args()
-    there: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results: dict[str, Any] = {"rows": [], "slopes": []} | there | {"torch": torch.__version__}
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = {"rows": [], "slopes": []} | stored | {"torch": torch.__version__}
 
     def keep(rows: list[dict[str, Any]]) -> None:
         measured = {key(row) for row in rows}
         results["rows"] = sorted([row for row in results["rows"] if key(row) not in measured] + rows, key=key)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
-    whole = not (arguments.quick or arguments.size)
-    sizes = FULL if whole else map(tuple, arguments.size) if arguments.size else QUICK
+    is_full = not (arguments.quick or arguments.size)
+    sizes = FULL if is_full else map(tuple, arguments.size) if arguments.size else QUICK
     for size in sizes:
         keep(measure(*size, quick=arguments.quick))
-    if whole:
+    if is_full:
         keep(measure_knowledge_neurons())
         slopes = measure_slopes()
         results["slopes"] = [row for row in results["slopes"] if row["machine"] != machine()] + slopes

@@ -1,12 +1,12 @@
-"""Does the selection find what is there, and nothing else? `python benchmarks/calibration.py`.
+"""Measure the error rate and the power of the selection: `python benchmarks/calibration.py`.
 
-Three experiments on the embedded model's own scores, for its 230 questions, each asked in both orders:
+Three experiments use the scores of the embedded model for its 230 questions, each asked in both orders:
 
-- null: after the check, the sign of D is flipped per question at random, which is what exchanging the labels does. Nothing
-  supports truth then; runs that find a neuron are false alarms.
-- exchange before the check: the labels are exchanged at random first, and the check keeps what the model then answers
-  "right". Still nothing supports truth, but every kept question is one in which the label is the model's choice.
-- power: on the null, five random MLP neurons get an effect, a fraction of each question's largest D.
+- null: after the check, the sign of D is flipped at random for each question, which is equivalent to exchanging the labels. No
+  neuron supports truth then, so a run that finds a neuron is a false alarm.
+- exchange before the check: the labels are exchanged at random first, and the check keeps the questions that the model then
+  answers "right". Again no neuron supports truth, but in every question that is kept the label is the model's choice.
+- power: on the null, an effect is added to five random MLP neurons, as a fraction of the largest D of each question.
 
 Writes calibration.json and docs/calibration.png.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,19 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from tn_lens import Attribution, NeuronSet, attribute, build_prompts, load_model, load_questions, manipulation_check
-from tn_lens import select_neurons as select
-from tn_lens.attribution.result import Scores
+from tn_lens import (
+    Attribution,
+    NeuronSet,
+    PromptSet,
+    Selection,
+    attribute,
+    build_prompts,
+    load_model,
+    load_questions,
+    manipulation_check,
+    select_neurons,
+)
 from tn_lens.core.seeds import generator
-from tn_lens.inference.manipulation import is_right
-from tn_lens.neurons.neuron import NeuronSpace, Site
-from tn_lens.prompts import by_question
 
 RESULTS = Path(__file__).with_suffix(".json")
 FIGURE = Path(__file__).parents[1] / "docs" / "calibration.png"
@@ -40,58 +46,76 @@ N_RUNS = 250
 N_POWER_RUNS = 25
 ALPHA = 0.05
 SETTINGS = ((0.01, 0.4), (0.01, 0.2), (0.05, 0.2), (0.2, 0.1))
-"""Thresholds (t, p) of the null: lower ones let more candidates through to the test."""
+"""Thresholds (t, p) of the null experiment; lower thresholds give more candidates to test."""
 EFFECTS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 N_PLANTED = 5
 
 
-@dataclass
-class Signed:
-    """Scores whose signs are flipped per question, with effects added."""
+@dataclass(frozen=True, kw_only=True)
+class ToyScores:
+    """The scores of the embedded model, and the questions that it answers right or wrong in both orders."""
 
-    base: list[tuple[int, Scores]]
-    space: NeuronSpace
-    signs: Mapping[int, float]
-    effects: Mapping[Site, Tensor] = field(default_factory=dict)
-    """Added to every question, in units of its largest D at that site."""
-
-    @property
-    def categories(self) -> dict[int, str]:
-        return dict.fromkeys(self.signs, "")
-
-    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
-        for question, scores in self.base:
-            if question in self.signs and (questions is None or question in questions):
-                signed: dict[Site, Tensor] = {site: self.signs[question] * values for site, values in scores.items()}
-                for site, effect in self.effects.items():
-                    signed[site] = signed[site] + effect * scores[site].max()
-                yield question, signed
+    scores: Attribution
+    """D with one row per question, the mean over its orders; without categories."""
+    right: tuple[str, ...]
+    wrong: tuple[str, ...]
 
 
-def toy_scores() -> tuple[Attribution, set[int], set[int]]:
-    """D of every question, and the questions answered right, and wrong, in both orders."""
+def toy_scores() -> ToyScores:
+    """Ask the embedded model the questions of its part "find", and attribute its answers."""
     model = load_model("toy")
     check = manipulation_check(model, build_prompts(model, load_questions("toy").part("find"), order="both"))
-    answered = is_right(check.probabilities, check.asked).tolist()
-    verdicts: dict[int, list[bool]] = {}
-    start = 0
-    for question, group in by_question(check.asked):
-        verdicts[question] = answered[start : start + len(group)]
-        start += len(group)
-    right = {q for q, v in verdicts.items() if all(v)}
-    wrong = {q for q, v in verdicts.items() if not any(v)}
-    return attribute(model, check.asked), right, wrong
+    by_prompt = attribute(model, check.asked)
+    means = [scores for _, scores in by_prompt.per_question()]
+    starts = [rows.start for rows in check.asked.groups.values()]
+    scores = replace(
+        by_prompt,
+        prompts=PromptSet(tuple(replace(check.asked[row], category="") for row in starts)),
+        difference={site: torch.stack([mean[site] for mean in means]) for site in by_prompt.difference},
+        change={site: change[starts] for site, change in by_prompt.change.items()},
+    )
+    wrong = [question for question, rows in check.asked.groups.items() if not check.right[list(rows)].any()]
+    return ToyScores(scores=scores, right=tuple(check.questions), wrong=tuple(wrong))
 
 
-def null(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[int]) -> list[dict[str, Any]]:
-    """False alarms with the labels exchanged after the check."""
+def signed(scores: Attribution, signs: Mapping[str, float], effects: Mapping[str, Tensor] | None = None) -> Attribution:
+    """The scores of some questions with their signs flipped, and with effects added.
+
+    Args:
+        scores: D with one row per question.
+        signs: question id -> 1 or -1.
+        effects: for each site [layer, neuron]; added to every question, in units of its largest D at that site.
+    """
+    rows = [row for row, prompt in enumerate(scores.prompts) if prompt.question in signs]
+    prompts = PromptSet(tuple(scores.prompts[row] for row in rows))
+    sign = torch.tensor([signs[prompt.question] for prompt in prompts])[:, None, None]
+    difference: dict[str, Tensor] = {}
+    for site, values in scores.difference.items():
+        difference[site] = sign * values[rows]  # [question, layer, neuron]
+        if effects and site in effects:
+            difference[site] += effects[site] * values[rows].amax((1, 2), keepdim=True)
+    change = {site: values[rows] for site, values in scores.change.items()}
+    return replace(scores, prompts=prompts, difference=difference, change=change)
+
+
+def select(scores: Attribution, t: float, p: float, run: int) -> Selection:
+    """Select with the significance level of this benchmark and the split of a run."""
+    return select_neurons(scores, adaptive_threshold=t, share_threshold=p, alpha=ALPHA, seed=run)
+
+
+def flips(questions: tuple[str, ...], coins: np.random.Generator) -> dict[str, float]:
+    """A random sign for every question."""
+    return {question: float(coins.choice((-1.0, 1.0))) for question in questions}
+
+
+def null(toy: ToyScores) -> list[dict[str, Any]]:
+    """False alarms if the labels are exchanged after the check."""
     rows = []
     for t, p in SETTINGS:
         sizes, candidates, single = [], [], []
         for run in range(N_RUNS):
-            coins = generator(run, 10)
-            signs = {q: float(coins.choice((-1.0, 1.0))) for q in sorted(right)}
-            selection = select(Signed(scores, space, signs), t=t, p=p, alpha=ALPHA, seed=run)
+            signs = flips(toy.right, generator(run, 10))
+            selection = select(signed(toy.scores, signs), t, p, run)
             sizes.append(len(selection.neurons))
             candidates.append(len(selection.candidates))
             single.append(float((selection.p_value < ALPHA).mean()) if len(selection.candidates) else 0.0)
@@ -111,20 +135,20 @@ def null(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[int]) 
     return rows
 
 
-def exchange(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[int], wrong: set[int]) -> dict[str, Any]:
-    """What the check alone makes significant: labels exchanged before it."""
-    sizes, questions = [], []
+def exchange(toy: ToyScores) -> dict[str, Any]:
+    """Neurons that are significant only because of the check: the labels are exchanged before it."""
+    sizes, n_questions = [], []
+    answered = tuple(q for q in toy.scores.prompts.groups if q in {*toy.right, *toy.wrong})
     for run in range(100):
-        coins = generator(run, 11)
-        flips = {q: float(coins.choice((-1.0, 1.0))) for q in sorted(right | wrong)}
-        signs = {q: sign for q, sign in flips.items() if (sign > 0) == (q in right)}
-        sizes.append(len(select(Signed(scores, space, signs), t=0.01, p=0.4, alpha=ALPHA, seed=run).neurons))
-        questions.append(len(signs))
+        drawn = flips(answered, generator(run, 11))
+        signs = {question: sign for question, sign in drawn.items() if (sign > 0) == (question in toy.right)}
+        sizes.append(len(select(signed(toy.scores, signs), 0.01, 0.4, run).neurons))
+        n_questions.append(len(signs))
     row = {
         "t": 0.01,
         "p": 0.4,
         "n_runs": len(sizes),
-        "mean_questions_kept": round(float(np.mean(questions)), 1),
+        "mean_questions_kept": round(float(np.mean(n_questions)), 1),
         "share_of_runs_that_find_a_neuron": float(np.mean([size > 0 for size in sizes])),
         "mean_found": round(float(np.mean(sizes)), 1),
     }
@@ -132,28 +156,29 @@ def exchange(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[in
     return row
 
 
-def power(scores: list[tuple[int, Scores]], space: NeuronSpace, right: set[int]) -> list[dict[str, Any]]:
-    """How many of five planted neurons are found, by the size of their effect."""
+def power(toy: ToyScores) -> list[dict[str, Any]]:
+    """The fraction of five planted neurons that is found, by the size of their effect."""
+    space = toy.scores.space
     rows = []
     for t in (0.01, 0.05, 0.2):
         for effect in EFFECTS:
             hits = []
             for run in range(N_POWER_RUNS):
                 coins = generator(run, 12)
-                signs = {q: float(coins.choice((-1.0, 1.0))) for q in sorted(right)}
+                signs = flips(toy.right, coins)
                 flat = coins.choice(space.n_layers * space.d_mlp, N_PLANTED, replace=False).tolist()
                 added = torch.zeros(space.n_layers, space.d_mlp)
                 added.view(-1)[flat] = effect
-                planted = NeuronSet(space.neuron("mlp", *divmod(i, space.d_mlp)) for i in flat)
-                found = select(Signed(scores, space, signs, {"mlp": added}), t=t, p=0.4, alpha=ALPHA, seed=run).neurons
-                hits.append(len(found & planted) / N_PLANTED)
+                planted = NeuronSet(space.neuron("mlp", *divmod(place, space.d_mlp)) for place in flat)
+                selection = select(signed(toy.scores, signs, {"mlp": added}), t, 0.4, run)
+                hits.append(len(selection.neurons & planted) / N_PLANTED)
             rows.append({"t": t, "p": 0.4, "effect": effect, "power": round(float(np.mean(hits)), 3)})
             print(rows[-1], flush=True)
     return rows
 
 
 def figure(results: dict[str, Any]) -> go.Figure:
-    """All three, side by side."""
+    """Plot the three experiments side by side."""
     blue, orange, grey = "#0b5394", "#c55a11", "#5b6b7a"
     shown = make_subplots(
         cols=3,
@@ -178,20 +203,20 @@ def figure(results: dict[str, Any]) -> go.Figure:
         col=2,
     )
     for t, colour, dash in ((0.01, blue, "solid"), (0.05, orange, "dash"), (0.2, grey, "dot")):
-        of_t = [r for r in results["power"] if r["t"] == t]
+        points = [r for r in results["power"] if r["t"] == t]
         shown.add_scatter(
-            x=[r["effect"] for r in of_t],
-            y=[r["power"] for r in of_t],
+            x=[r["effect"] for r in points],
+            y=[r["power"] for r in points],
             name=f"t = {t:.0%}",
             line={"color": colour, "dash": dash, "width": 3},
             row=1,
             col=3,
         )
-    shown.update_xaxes(type="log", title="effect, share of the largest D", tickformat=".1%", row=1, col=3)
+    shown.update_xaxes(type="log", title="effect, fraction of the largest D", tickformat=".1%", row=1, col=3)
     for column, title, top in (
         (1, "runs that find a neuron", 0.12),
         (2, "runs that find a neuron", 1.05),
-        (3, "share found", 1.05),
+        (3, "fraction found", 1.05),
     ):
         shown.update_yaxes(title=title, range=[0, top], tickformat=".0%", row=1, col=column)
     shown.update_traces(showlegend=False, selector={"type": "bar"})
@@ -206,17 +231,16 @@ def figure(results: dict[str, Any]) -> go.Figure:
 
 
 def main() -> None:
-    """Run all three, write the numbers and the figure."""
+    """Run the three experiments, and write the numbers and the figure."""
     torch.set_num_threads(1)
-    attribution, right, wrong = toy_scores()
-    scores = list(attribution.per_question())
+    toy = toy_scores()
     results = {
-        "n_right": len(right),
-        "n_wrong": len(wrong),
+        "n_right": len(toy.right),
+        "n_wrong": len(toy.wrong),
         "alpha": ALPHA,
-        "null": null(scores, attribution.space, right),
-        "exchange_before_check": exchange(scores, attribution.space, right, wrong),
-        "power": power(scores, attribution.space, right),
+        "null": null(toy),
+        "exchange_before_check": exchange(toy),
+        "power": power(toy),
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     FIGURE.parent.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""Peak memory of `load_model` against the weights it loads: `python benchmarks/loading.py`.
+"""Compare the peak memory of `load_model` with the size of the weights: `python benchmarks/loading.py`.
 
-Writes a random bfloat16 Llama of about 0.5 billion parameters to a temporary folder, loads it in fresh processes in its own
-dtype and in float32, and samples their memory: all of it, and the anonymous part (pages of the mapped checkpoint can be
-dropped at any time).
+Writes a random bfloat16 Llama of about 0.5 billion parameters to a temporary folder, loads it in new processes in bfloat16 and in
+float32, and samples the memory of the processes: the total, and the anonymous part (the operating system can drop pages of the
+mapped checkpoint at any time).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 
 
 def memory() -> dict[str, int]:
-    """Resident bytes of this process: "VmRSS" in all, "RssAnon" without mapped files."""
+    """Resident memory of this process in bytes: in total ("VmRSS"), and without mapped files ("RssAnon")."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "RssAnon:")}
 
 
 def load(folder: str, dtype: str) -> None:
-    """Load and print the peaks above the start, and the size of the weights, as JSON."""
+    """Load the model and print, as JSON, the peak memory above that at the start and the size of the weights."""
     from tn_lens import load_model
 
-    load_model("toy")  # everything that is imported lazily
+    load_model("toy")  # so that lazy imports are not measured
     start, done = memory(), threading.Event()
     peak = dict.fromkeys(start, 0)
 
     def sample() -> None:
         while not done.is_set():
-            for kind, held in memory().items():
-                peak[kind] = max(peak[kind], held - start[kind])
+            for kind, resident in memory().items():
+                peak[kind] = max(peak[kind], resident - start[kind])
             time.sleep(0.002)
 
     thread = threading.Thread(target=sample)
@@ -46,14 +46,14 @@ def load(folder: str, dtype: str) -> None:
 
 
 def main() -> None:
-    """Make the checkpoint, load it in a process of its own, print the ratio."""
+    """Write the checkpoint, load it in a separate process for each dtype, and print the ratios."""
     if len(sys.argv) > 1:
         load(*sys.argv[1:])
         return
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from tn_lens.toy.train import build_tokenizer
+    from scripts.train_toy import build_tokenizer
 
     config = LlamaConfig(
         hidden_size=1536,
@@ -69,11 +69,11 @@ def main() -> None:
         for dtype in ("bfloat16", "float32"):
             command = [sys.executable, "-W", "ignore", __file__, folder, dtype]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-            ratios = {kind: found[kind] / found["weights"] for kind in ("VmRSS", "RssAnon")}
+            measured = json.loads(done.stdout.strip().splitlines()[-1])
+            ratios = {kind: measured[kind] / measured["weights"] for kind in ("VmRSS", "RssAnon")}
             print(
-                f"{dtype}: weights {found['weights'] / 2**20:.0f} MiB; peak above the start {ratios['VmRSS']:.2f} times "
-                f"the weights, {ratios['RssAnon']:.2f} without the mapped file"
+                f"{dtype}: weights {measured['weights'] / 2**20:.0f} MiB; peak above the start: {ratios['VmRSS']:.2f} times "
+                f"the weights, {ratios['RssAnon']:.2f} times without the mapped file"
             )
 
 

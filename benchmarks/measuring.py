@@ -1,4 +1,4 @@
-"""How the benchmarks take time and memory, and random models of a size."""
+"""Measurement of time and memory, and random models and prompts, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ VOCABULARY = 32000
 
 
 def machine() -> str:
-    """The name that rows carry."""
+    """Name of the machine in the results."""
     cpu = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """A result, and the seconds it took."""
+    """Call the function, and return its result and the seconds it took."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -41,12 +41,12 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes above the start, at their highest."""
+    """Peak memory above that at the start, in bytes."""
 
     allocated: int
-    """Handed out by the allocator: of the device on CUDA, else of the C library (of the process where that does not tell)."""
+    """Allocated memory: of the device on CUDA, otherwise of the C library (of the process if the C library does not report it)."""
     resident: int
-    """Held by the process: what is allocated, and what the C library keeps for later."""
+    """Resident memory of the process, which includes freed memory that the C library keeps for reuse."""
 
 
 class _HeapCounts(ctypes.Structure):
@@ -70,7 +70,7 @@ class _HeapCounts(ctypes.Structure):
 
 
 def heap() -> int:
-    """Bytes that the C library has handed out, or that the process holds where it does not tell."""
+    """Bytes allocated by the C library, or the resident memory of the process if the C library does not report them."""
     try:
         count = ctypes.CDLL("libc.so.6").mallinfo2
     except (OSError, AttributeError):
@@ -81,7 +81,7 @@ def heap() -> int:
 
 
 def with_peak(function: Callable[[], Any]) -> tuple[Any, Peak]:
-    """A result, and the most memory that was held while it was made."""
+    """Call the function, and return its result and the peak memory during the call."""
     process, done = psutil.Process(), threading.Event()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -107,7 +107,7 @@ def with_peak(function: Callable[[], Any]) -> tuple[Any, Peak]:
 
 
 def random_model(d_model: int, n_layers: int, **options: Any) -> HookedTransformer:
-    """A Llama-shaped model with random weights, in the order TransformerLens makes them."""
+    """A model of the shape of Llama with random weights, in the memory layout that TransformerLens gives them."""
     config: dict[str, Any] = {
         "n_layers": n_layers,
         "d_model": d_model,
@@ -128,7 +128,7 @@ def random_model(d_model: int, n_layers: int, **options: Any) -> HookedTransform
 
 @torch.no_grad()
 def bridge_of(model: HookedTransformer) -> Model:
-    """Hugging Face's Llama with the weights of a random model, in a bridge."""
+    """Hugging Face's Llama with the weights of a random model, in a TransformerBridge."""
     cfg = model.cfg
     with torch.device("meta"):
         llama = LlamaForCausalLM(
@@ -146,19 +146,20 @@ def bridge_of(model: HookedTransformer) -> Model:
     llama.model.rotary_emb = LlamaRotaryEmbedding(llama.config).to(cfg.device)
     weights = {"model.embed_tokens": model.embed.W_E, "model.norm": model.ln_final.w, "lm_head": model.unembed.W_U.T}
     for layer, block in enumerate(model.blocks):
-        at = f"model.layers.{layer}."
-        weights |= {at + "input_layernorm": block.ln1.w, at + "post_attention_layernorm": block.ln2.w}
+        prefix = f"model.layers.{layer}."
+        weights |= {prefix + "input_layernorm": block.ln1.w, prefix + "post_attention_layernorm": block.ln2.w}
         for name in "QKV":
-            own = getattr(block.attn, f"W_{name}")
-            weights[f"{at}self_attn.{name.lower()}_proj"] = own.permute(0, 2, 1).reshape(-1, cfg.d_model)
-        weights[at + "self_attn.o_proj"] = block.attn.W_O.reshape(-1, cfg.d_model).T
-        for name, own in (("up", block.mlp.W_in), ("gate", block.mlp.W_gate), ("down", block.mlp.W_out)):
-            weights[f"{at}mlp.{name}_proj"] = own.T
+            weight = getattr(block.attn, f"W_{name}")
+            # [head, d_model, d_head] -> [head * d_head, d_model]
+            weights[f"{prefix}self_attn.{name.lower()}_proj"] = weight.permute(0, 2, 1).reshape(-1, cfg.d_model)
+        weights[prefix + "self_attn.o_proj"] = block.attn.W_O.reshape(-1, cfg.d_model).T
+        for name, weight in (("up", block.mlp.W_in), ("gate", block.mlp.W_gate), ("down", block.mlp.W_out)):
+            weights[f"{prefix}mlp.{name}_proj"] = weight.T
     llama.load_state_dict({f"{name}.weight": value for name, value in weights.items()})
     return load_model("random", hf_model=llama.eval(), backend="bridge", device=str(cfg.device))
 
 
 def random_prompt(n_tokens: int, seed: int = 0) -> Prompt:
-    """Random tokens and two answer labels."""
+    """A prompt of random tokens with two labels."""
     tokens = torch.randint(10, VOCABULARY, (n_tokens,), generator=torch.Generator().manual_seed(seed))
-    return Prompt(token_ids=tuple(tokens.tolist()), label_ids=((4, 5), (6, 7)), right=0, question=seed)
+    return Prompt(token_ids=tuple(tokens.tolist()), label_ids=((4, 5), (6, 7)), right=0, question=str(seed))

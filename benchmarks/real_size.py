@@ -1,9 +1,9 @@
-"""A prompt at a real size, with random weights: `python benchmarks/real_size.py [MODEL ...] [--captum] [--dtype float32]`.
+"""Measure attribution at the size of real models: `python benchmarks/real_size.py [MODEL ...] [--captum] [--dtype float32]`.
 
-Builds a Hugging Face model of the named shape, hands its weights to `load_model`, and attributes one prompt of
-TruthfulQA's length for every neuron of both sites; with --prompts also several together, as a run does. With --captum two
-layers are also measured with captum, and scaled; fewer steps (--captum-steps) are scaled too, and compared with our scores of
-as many. Adds a row to real_size.json.
+Builds a Hugging Face model of the named shape with random weights, passes it to `load_model`, and attributes one prompt of the
+length of a TruthfulQA prompt to every neuron of both sites; with --prompts also several prompts together, as a run does. With
+--captum, two layers are measured with captum and scaled to all layers. A smaller number of steps (--captum-steps) is scaled as
+well, and its scores are compared with our scores for the same number of steps. Adds a row to real_size.json.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from measuring import machine, random_prompt, timed, with_peak
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, Qwen2Config
 
 from tn_lens import load_model
-from tn_lens.neurons.neuron import SITES, Site
+from tn_lens.neurons import NEURON_SITES, SiteName
 
 RESULTS = Path(__file__).with_suffix(".json")
 N_TOKENS = 110
-"""Figure 9's system prompt, a question and two answers, with a chat template."""
+"""Length of the system prompt of figure 9, a question and two answers in a chat template."""
 SHAPES: dict[str, Any] = {
     "Qwen2.5-3B-Instruct": partial(
         Qwen2Config,
@@ -86,11 +86,11 @@ SHAPES: dict[str, Any] = {
         vocab_size=100352,
     ),
 }
-"""The paper's models, as their config.json has them."""
+"""Configurations of the paper's models, from their config.json."""
 
 
 def random_weights(config: Any, dtype: torch.dtype) -> Any:
-    """A Hugging Face model with random weights, cut from one pool: drawing them all would take minutes."""
+    """A Hugging Face model with random weights. They are taken from one pool, since drawing all of them would take minutes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device="cpu").tie_weights()
@@ -110,26 +110,27 @@ def random_weights(config: Any, dtype: torch.dtype) -> Any:
 
 
 def measure(name: str, dtype: torch.dtype, *, n_prompts: int, captum_steps: int | None) -> dict[str, Any]:
-    """One model's row."""
+    """Measure one model, and return its row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(name, hf_model=random_weights(SHAPES[name](), dtype), dtype=dtype, device=device)
     weights = sum({p.data_ptr(): p.numel() * p.itemsize for p in model.parameters()}.values())
     prompt = random_prompt(N_TOKENS)
-    ours(model, random_prompt(4), n_steps=1)  # whatever is set up once
+    ours(model, random_prompt(4), n_steps=1)  # excludes one-time setup from the measurement
     if device == "cuda":
         ours(model, prompt)
-    (found, seconds), peak = with_peak(lambda: timed(lambda: ours(model, prompt)))
-    assert all(found.difference[site].abs().max() > 0 for site in SITES)
+    (scores, seconds), peak = with_peak(lambda: timed(lambda: ours(model, prompt)))
+    assert all(scores.difference[site].abs().max() > 0 for site in NEURON_SITES)
+    _, rows_per_pass = scores.pass_size
     row = {
         "model": name,
         "n_layers": model.cfg.n_layers,
-        "n_neurons": found.space.n_neurons,
+        "n_neurons": scores.space.n_neurons,
         "n_tokens": N_TOKENS,
         "n_steps": N_STEPS,
         "dtype": str(dtype).removeprefix("torch."),
         "weights_bytes": weights,
         "seconds": round(seconds, 3),
-        "rows_per_pass": found.pass_size.n_rows,
+        "rows_per_pass": rows_per_pass,
         "peak_memory_bytes_above_weights": peak.allocated,
         "machine": machine(),
         "n_threads": torch.get_num_threads(),
@@ -137,43 +138,47 @@ def measure(name: str, dtype: torch.dtype, *, n_prompts: int, captum_steps: int 
     print(row, flush=True)
     if n_prompts > 1:
         prompts = [random_prompt(N_TOKENS - seed, seed) for seed in range(n_prompts)]
-        (many, together), peak = with_peak(lambda: timed(lambda: ours(model, prompts)))
+        (scores_of_several, together), peak = with_peak(lambda: timed(lambda: ours(model, prompts)))
         row |= {
             "n_prompts": n_prompts,
             "seconds_a_prompt_together": round(together / n_prompts, 3),
-            "prompts_per_pass": many.pass_size.n_prompts,
+            "prompts_per_pass": scores_of_several.pass_size[0],
             "peak_memory_bytes_together": peak.allocated,
         }
     if captum_steps:
         middle = model.cfg.n_layers // 2
-        places: list[tuple[Site, int]] = [("mlp", middle - 2), ("attn", middle + 1)]
-        one = partial(by_captum, internal_batch_size=captum_steps, n_steps=captum_steps)
+        places: list[tuple[SiteName, int]] = [("mlp", middle - 2), ("attn", middle + 1)]
+        score = partial(by_captum, internal_batch_size=captum_steps, n_steps=captum_steps)
         if device == "cuda":
-            per_place(one, model, prompt, places)  # whatever a card sets up once
-        scores, captum = per_place(one, model, prompt, places)
+            per_place(score, model, prompt, places)  # excludes one-time setup of the GPU from the measurement
+        captum_scores, captum = per_place(score, model, prompt, places)
         captum *= N_STEPS / captum_steps
         row |= {
             "captum_steps": captum_steps,
             "captum_seconds_extrapolated": round(captum, 1),
             "ratio": round(captum / seconds, 1),
         }
-        found = found if captum_steps == N_STEPS else ours(model, prompt, n_steps=captum_steps)
-        for (site, layer), expected in scores.items():
-            score, other = found.difference[site][0, layer], expected.float().cpu()
-            row[f"correlation_{site}"] = round(float(torch.corrcoef(torch.stack([score, other]))[0, 1]), 5)
+        if captum_steps != N_STEPS:
+            scores = ours(model, prompt, n_steps=captum_steps)
+        for (site, layer), expected in captum_scores.items():
+            pair = torch.stack([scores.difference[site][0, layer], expected.float().cpu()])
+            row[f"correlation_{site}"] = round(float(torch.corrcoef(pair)[0, 1]), 5)
     print(row, flush=True)
     return row
 
 
 def main() -> None:
-    """Measure the models and replace their rows."""
+    """Measure the models, and replace their rows in real_size.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["Qwen2.5-3B-Instruct"], metavar="MODEL", help=", ".join(SHAPES))
-    parser.add_argument("--prompts", type=int, default=1, metavar="N", help="also so many of them together")
+    parser.add_argument("--prompts", type=int, default=1, metavar="N", help="also attribute N prompts together")
     parser.add_argument("--captum", action="store_true")
     parser.add_argument("--captum-steps", type=int, default=N_STEPS, metavar="N")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="bfloat16 crawls on CPUs without AVX-512"
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="bfloat16 is very slow on CPUs without AVX-512",
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - SHAPES.keys():
@@ -185,9 +190,9 @@ def main() -> None:
             n_prompts=arguments.prompts,
             captum_steps=arguments.captum_steps if arguments.captum else None,
         )
-        there = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        there = [r for r in there if any(r[k] != row[k] for k in ("model", "dtype", "machine"))]
-        RESULTS.write_text(json.dumps([*there, row], indent=1) + "\n")
+        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        others = [r for r in stored if any(r[k] != row[k] for k in ("model", "dtype", "machine"))]
+        RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Selecting again from the stored scores of a large run: `python benchmarks/reselection.py`.
+"""Measure a new selection from the stored scores of a large run: `python benchmarks/reselection.py`.
 
-Writes 790 prompts x 757,760 neurons (OLMo-2-13B's size) of random scores to a temporary run folder, and runs
-`tn-lens select` on it in fresh processes. Writes reselection.json.
+Writes random scores for 790 prompts and 757,760 neurons (the size of OLMo-2-13B) to a temporary run folder, and runs
+`tn-lens select` on it in new processes. Writes reselection.json.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from measuring import machine
 
-from tn_lens import Prompt
-from tn_lens.neurons.neuron import NeuronSpace, Site
-from tn_lens.runs.folder import RunFolder
-from tn_lens.runs.units import cut_prompts
+from tn_lens import Prompt, PromptSet, Settings
+from tn_lens.neurons import NeuronSpace
+from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, chunk_key
+from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.selection.stored import StoredScores
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -29,30 +30,33 @@ N_PROMPTS = 790
 
 
 def write_run(path: Path) -> int:
-    """Heavy-tailed noise with a few neurons that are always salient; the bytes it takes."""
-    folder = RunFolder.open(path, {"model": "random"})
-    prompts = [
-        Prompt(token_ids=(), label_ids=(), right=q % 2, question=q, category=str(q % 38)) for q in range(N_PROMPTS)
-    ]
-    stored = StoredScores(folder, SPACE, cut_prompts(prompts))
-    stored.save_index()
+    """Write heavy-tailed noise with a few neurons that are salient in every question, and return the size in bytes."""
+    prompts = PromptSet(
+        tuple(
+            Prompt(token_ids=(), label_ids=(), right=number % 2, question=str(number), category=str(number % 38))
+            for number in range(N_PROMPTS)
+        )
+    )
+    chunks = prompts.chunks(PROMPTS_ATTRIBUTED)
+    keys = tuple(chunk_key(index) for index in range(len(chunks)))
     torch.manual_seed(0)
-    sites: tuple[Site, ...] = ("mlp", "attn")
-    for index, shard in enumerate(stored.shards):
-        tensors: dict[str, torch.Tensor] = {}
-        for site in sites:
-            scores = torch.randn(len(shard), SPACE.n_layers, SPACE.width(site)).pow_(3) / 100
-            scores[:, 20, :50] = 0.5 + 0.2 * torch.randn(len(shard), 50)
-            tensors[site] = scores.clamp_(-1, 1).half()
-            tensors[f"{site}.scale"] = torch.full((len(shard),), 0.1)
-            tensors[f"{site}.gap"] = tensors[f"{site}.change"] = torch.zeros(len(shard), SPACE.n_layers)
-            tensors[f"{site}.change"] = tensors[f"{site}.change"].clone()
-        folder.write_unit("scores", index, tensors)
-    return sum(file.stat().st_size for file in (path / "scores").iterdir())
+    with RunFolder.open(path, {"model": "random", **asdict(Settings())}) as folder:
+        StoredScores(folder, SPACE, chunks, keys).save_index()
+        for index, (chunk, key) in enumerate(zip(chunks, keys, strict=True)):
+            tensors: dict[str, torch.Tensor] = {}
+            for site in SPACE.sites:
+                scores = torch.randn(len(chunk), SPACE.n_layers, SPACE.width(site)).pow_(3) / 100
+                scores[:, 20, :50] = 0.5 + 0.2 * torch.randn(len(chunk), 50)
+                tensors[site] = scores.clamp_(-1, 1).half()
+                tensors[f"{site}.scale"] = torch.full((len(chunk),), 0.1)
+                tensors[f"{site}.gap"] = torch.zeros(len(chunk), SPACE.n_layers)
+                tensors[f"{site}.change"] = torch.zeros(len(chunk), SPACE.n_layers)
+            folder.write_chunk(SCORES, index, tensors, key)
+    return sum(file.stat().st_size for file in (path / SCORES).iterdir())
 
 
 def measured(*arguments: str) -> tuple[float, int]:
-    """Seconds and peak bytes of a fresh process."""
+    """Run `tn-lens select` in a new process, and return its seconds and its peak memory in bytes."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "tn_lens", "select", *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -61,12 +65,12 @@ def measured(*arguments: str) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the results."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "run"
         size = write_run(path)
-        print(f"{size / 2**30:.2f} GiB, {size / N_PROMPTS / SPACE.n_neurons:.3f} bytes a score", flush=True)
+        print(f"{size / 2**30:.2f} GiB, {size / N_PROMPTS / SPACE.n_neurons:.3f} bytes per score", flush=True)
         for options in (("--t", "0.1"), ("--t", "0.2", "--correction", "holm"), ("--t", "0.1", "--sweep")):
             seconds, peak = measured(str(path), *options)
             rows.append({"options": " ".join(options), "seconds": round(seconds, 1), "peak_mib": round(peak / 2**20)})

@@ -1,7 +1,8 @@
-"""How much faster several workers are: the same run on the embedded model with one worker and with two, in turns.
+"""Compare runs with one worker and with two: `python benchmarks/workers.py`.
 
-Times are those of the run's own log: from the first unit to the last, so that loading and figures do not count. What other
-processes took of the processors meanwhile stands beside them.
+The same run on the embedded model is made alternately with one worker and with two. The times are those of the run's log, from the
+first chunk to the last, so that loading and figures do not count. The rows also contain the load of the processors by other
+processes during the run. Writes workers.json.
 """
 
 from __future__ import annotations
@@ -37,18 +38,20 @@ OPTIONS = [
 
 
 def measured(n_workers: int, out: Path) -> dict[str, Any]:
-    """Seconds of one run."""
+    """Make one run, and return its times in seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_workers)]
-    before, own = psutil.cpu_times(), os.times()
+    cpu_before, times_before = psutil.cpu_times(), os.times()
     subprocess.run([*command, "-m", "tn_lens", "run", *OPTIONS, "--out", out], check=True, capture_output=True)
-    after, now = psutil.cpu_times(), os.times()
-    busy = sum(getattr(after, kind) - getattr(before, kind) for kind in ("user", "nice", "system"))
-    ours = now.children_user - own.children_user + now.children_system - own.children_system
+    cpu_after, times_after = psutil.cpu_times(), os.times()
+    busy = sum(getattr(cpu_after, kind) - getattr(cpu_before, kind) for kind in ("user", "nice", "system"))
+    ours = sum(
+        getattr(times_after, kind) - getattr(times_before, kind) for kind in ("children_user", "children_system")
+    )
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    units = [(datetime.fromisoformat(e["time"]).timestamp(), e) for e in events if e["what"] == "unit"]
+    chunks = [(datetime.fromisoformat(e["time"]).timestamp(), e) for e in events if e["what"] == "chunk"]
 
     def seconds(*names: str) -> float:
-        chosen = [(end, unit["seconds"]) for end, unit in units if not names or unit["name"] in names]
+        chosen = [(end, chunk["seconds"]) for end, chunk in chunks if not names or chunk["name"] in names]
         return round(max(end for end, _ in chosen) - min(end - taken for end, taken in chosen), 2)
 
     return {
@@ -56,14 +59,14 @@ def measured(n_workers: int, out: Path) -> dict[str, Any]:
         "seconds": seconds(),
         "attribution": seconds("scores"),
         "evaluation": seconds("work/evaluation/answers"),
-        "others": round((busy - ours) / (now.elapsed - own.elapsed), 2),
+        "others": round((busy - ours) / (times_after.elapsed - times_before.elapsed), 2),
     }
 
 
 def main() -> None:
-    """Measure in turns, so that whatever else the machine does meets both."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    """Measure alternately, so that other load on the machine affects both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="number of runs with each number of workers")
     rounds = parser.parse_args().rounds
     rows = []
     with tempfile.TemporaryDirectory() as folder:

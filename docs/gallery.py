@@ -1,4 +1,4 @@
-"""Every figure once, from a run of the embedded model: `python docs/gallery.py FOLDER [--form png] [--theme dark]`."""
+"""Write every figure for the embedded model: `python docs/gallery.py FOLDER [--form png] [--theme dark]`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import numpy as np
 
 import tn_lens as tn
 from tn_lens import figures
-from tn_lens.evaluation import dose_response
-from tn_lens.inference.manipulation import is_right
 from tn_lens.results.comparison import overlap_of, spread_over_depth
-from tn_lens.selection.stability import sweep
 
-T, P = 0.01, 0.4
+ADAPTIVE_THRESHOLD, SHARE_THRESHOLD = 0.01, 0.4
 
 
 def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
@@ -23,15 +20,19 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
     prompts = tn.build_prompts(model, questions.part("find"), order="both")
     check = tn.manipulation_check(model, prompts)
     scores = tn.attribute(model, check.prompts)
-    right = is_right(check.probabilities, check.asked).tolist()
-    mistaken = tn.attribute(model, [p for p, passed in zip(check.asked, right, strict=True) if not passed])
-    selection = tn.select_neurons(scores, t=T, p=P)
-    stricter = tn.select_neurons(scores, t=0.1, p=P)
+    mistakes = [prompt for prompt, right in zip(check.asked, check.right.tolist(), strict=True) if not right]
+    mistaken = tn.attribute(model, mistakes)
+    selection, stricter = (
+        tn.select_neurons(scores, adaptive_threshold=t, share_threshold=SHARE_THRESHOLD)
+        for t in (ADAPTIVE_THRESHOLD, 0.1)
+    )
     reporting = questions.part("report")
     evaluation = tn.evaluate(model, reporting, selection.neurons)
-    elsewhere = [tn.evaluate(model, tn.load_questions(name), selection.neurons) for name in ("toy_four_choice",)]
-    spread = [spread_over_depth(one.neurons, one.space.n_layers) for one in (selection, stricter)]
+    elsewhere = tn.evaluate(model, tn.load_questions("toy_four_choice"), selection.neurons)
+    spread = [spread_over_depth(each.neurons, each.space.n_layers) for each in (selection, stricter)]
     overlap = np.array([[overlap_of(a, b) for b in spread] for a in spread])
+    chosen = (ADAPTIVE_THRESHOLD, SHARE_THRESHOLD)
+    doses = tn.dose_response(model, reporting, selection.neurons)
     strongest = selection.candidates[int(selection.mean_difference.argmax())]
     return {
         "layers": figures.plot_layers({"toy": selection}, theme=theme),
@@ -43,11 +44,11 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
             theme=theme,
         ),
         "accuracies": figures.plot_accuracies(evaluation, theme=theme),
-        "accuracies_elsewhere": figures.plot_accuracies([evaluation, *elsewhere], theme=theme),
-        "probability_change": figures.plot_probability_change([evaluation, *elsewhere], theme=theme),
+        "accuracies_elsewhere": figures.plot_accuracies([evaluation, elsewhere], theme=theme),
+        "probability_change": figures.plot_probability_change([evaluation, elsewhere], theme=theme),
         "categories": figures.plot_categories(evaluation, theme=theme),
-        "dose_response": figures.plot_dose_response(dose_response(model, reporting, selection.neurons), theme=theme),
-        "sweep": figures.plot_sweep(sweep(scores), chosen=(T, P), theme=theme),
+        "dose_response": figures.plot_dose_response(doses, theme=theme),
+        "sweep": figures.plot_sweep(tn.sweep(scores), chosen=chosen, theme=theme),
         "candidates": figures.plot_candidates(selection, theme=theme),
         "difference": figures.plot_difference(scores, strongest, mistaken=mistaken, theme=theme),
         "attribution": figures.plot_attribution(scores, 0, theme=theme),
@@ -56,17 +57,17 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
 
 
 def main() -> None:
-    """Write them."""
+    """Write the figures to files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--form", choices=("html", "png", "svg", "pdf"), default="html")
-    parser.add_argument("--theme", choices=("light", "dark"), default="light")
+    parser.add_argument("folder", type=Path, help="folder to write; created if it does not exist")
+    parser.add_argument("--form", choices=("html", "png", "svg", "pdf"), default="html", help="file format")
+    parser.add_argument("--theme", choices=("light", "dark"), default="light", help="theme of the figures")
     parser.add_argument("--only", nargs="*", help="names of figures; all by default")
-    asked = parser.parse_args()
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in gallery(asked.theme).items():
-        if not asked.only or name in asked.only:
-            figures.save_figure(figure, asked.folder / f"{name}.{asked.form}")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in gallery(arguments.theme).items():
+        if not arguments.only or name in arguments.only:
+            figures.save_figure(figure, arguments.folder / f"{name}.{arguments.form}")
 
 
 if __name__ == "__main__":

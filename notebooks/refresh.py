@@ -1,6 +1,6 @@
-"""Run the notebooks and keep their outputs: `make notebooks`. What is kept is small and the same every time.
+"""Execute the notebooks and store their outputs: `make notebooks`. The stored outputs are small and reproducible.
 
-Plots are kept as data, without plotly itself; progress bars and warnings on standard error are not kept.
+Plots are stored as data, without plotly's JavaScript. Progress bars and standard error are not stored.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(path: Path) -> Any:
-    """The notebook with fresh outputs, cleaned."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # numbers differ in their last bits between numbers of threads
+    """Execute a notebook, and return it with cleaned outputs."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of the results depend on the number of threads
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
@@ -29,7 +29,7 @@ def run(path: Path) -> Any:
 
 
 def clean(notebook: Any) -> Any:
-    """Drop what differs from run to run."""
+    """Remove everything that differs from run to run."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -37,23 +37,23 @@ def clean(notebook: Any) -> Any:
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = joined([kept for kept in map(clean_output, cell.outputs) if kept is not None])
+            cell.outputs = joined([output for output in map(clean_output, cell.outputs) if output is not None])
     return notebook
 
 
 def joined(outputs: list[Any]) -> list[Any]:
-    """Printed text in one piece: how it arrives is a matter of timing."""
-    kept: list[Any] = []
+    """Join consecutive pieces of printed text, whose boundaries depend on timing."""
+    merged: list[Any] = []
     for output in outputs:
-        if kept and output.output_type == kept[-1].output_type == "stream":
-            kept[-1].text += output.text
+        if merged and output.output_type == merged[-1].output_type == "stream":
+            merged[-1].text += output.text
         else:
-            kept.append(output)
-    return kept
+            merged.append(output)
+    return merged
 
 
 def clean_output(output: Any) -> Any:
-    """An output without what is too large or too fleeting; None for progress bars and standard error."""
+    """Return the output without its large and varying parts; None for progress bars and standard error."""
     if output.output_type == "stream":
         return output if output.name == "stdout" else None
     if output.output_type in ("display_data", "execute_result"):
@@ -66,7 +66,7 @@ def clean_output(output: Any) -> Any:
 
 
 def main() -> None:
-    """Run those that are named, or all."""
+    """Execute the notebooks named on the command line, or all."""
     for path in [HERE / name for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
         nbformat.write(run(path), path)
 

@@ -15,10 +15,9 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
 
+from scripts.train_toy import build_tokenizer
 from tn_lens import QuestionSet, load_model, load_questions
-from tn_lens.cli import main as cli
 from tn_lens.models import HAS_HOOKED, Model
-from tn_lens.toy.train import build_tokenizer
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -211,6 +210,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Call the command as a shell would: exit code, output, errors."""
+
+    from tn_lens import cli
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tn-lens", *map(str, arguments)])

@@ -15,11 +15,11 @@ from tn_lens.attribution import post_norm_warning, quadrature_rule, right_probab
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.target import TARGETS, probability_difference
 from tn_lens.models import Model, last_logits
-from tn_lens.neurons.neuron import SITES, Site, hook_name
+from tn_lens.neurons import NEURON_SITES, SiteName, hook_name
 from tn_lens.questions.toy import binary
 
 
-@pytest.mark.parametrize("method", ["riemann_right", "riemann_middle", "riemann_trapezoid", "gauss_legendre", "graded"])
+@pytest.mark.parametrize("method", ["riemann_right", "riemann_middle", "riemann_trapezoid", "gausslegendre", "graded"])
 @pytest.mark.parametrize("n_steps", [5, 20])
 def test_weights_integrate_a_constant(method: str, n_steps: int) -> None:
     rule = quadrature_rule(method, n_steps)  # pyright: ignore[reportArgumentType]
@@ -31,7 +31,7 @@ def test_weights_integrate_a_constant(method: str, n_steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "degree"), [("riemann_right", 0), ("riemann_middle", 1), ("riemann_trapezoid", 1), ("gauss_legendre", 9)]
+    ("method", "degree"), [("riemann_right", 0), ("riemann_middle", 1), ("riemann_trapezoid", 1), ("gausslegendre", 9)]
 )
 def test_rules_are_exact_to_their_degree_and_no_further(method: str, degree: int) -> None:
     rule = quadrature_rule(method, 5)  # pyright: ignore[reportArgumentType]
@@ -65,9 +65,9 @@ def prompts(tiny: Callable[..., Model]) -> list[Prompt]:
 def test_completeness_of_pre_norm_models(engine: str, name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
     prompts = build_prompts(model, binary()[:2])
-    found = attribute(model, prompts, method="gauss_legendre", n_steps=64, engine=engine)
+    found = attribute(model, prompts, method="gausslegendre", n_steps=64, engine=engine)
     assert found.completeness_gap < 1e-5
-    assert all(found.change[site].abs().max() > 1e-4 for site in SITES)
+    assert all(found.change[site].abs().max() > 1e-4 for site in NEURON_SITES)
 
 
 @pytest.mark.parametrize("name", POST_NORM)
@@ -80,7 +80,7 @@ def test_completeness_of_post_norm_models_needs_another_path(
     assert attribute(model, prompts, n_steps=20, engine=engine).completeness_gap > 0.5, "the paper's rule misses it"
     assert attribute(model, prompts, n_steps=40, method="graded", engine=engine).completeness_gap < 0.05
     others = mean_activations(model, build_prompts(model, binary()[10:30]))
-    from_mean = attribute(model, prompts, n_steps=20, method="gauss_legendre", baseline=others, engine=engine)
+    from_mean = attribute(model, prompts, n_steps=20, method="gausslegendre", baseline=others, engine=engine)
     assert from_mean.completeness_gap < 0.05
     assert "normalises" in (post_norm_warning(model, "riemann_right", "zero") or "")
     assert post_norm_warning(model, "graded", "zero") is None
@@ -100,7 +100,7 @@ def test_post_norm_scores_are_gradient_times_activation_times_the_harmonic_numbe
     torch.testing.assert_close(twenty, harmonic * one, rtol=2e-2, atol=1e-2 * float(twenty.abs().max()))
 
 
-def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Callable[[Tensor], Tensor]:
+def hooked_function(model: Model, prompt: Prompt, site: SiteName, layer: int) -> Callable[[Tensor], Tensor]:
     """f_t - f_f as a function of one layer's activation at the last position, written independently of the engine."""
     tokens = torch.tensor([prompt.token_ids])
     right, wrong = list(prompt.label_ids[prompt.right]), list(prompt.label_ids[1 - prompt.right])
@@ -123,10 +123,9 @@ def hooked_function(model: Model, prompt: Prompt, site: Site, layer: int) -> Cal
 def test_scores_equal_captum(engine: str, name: str, captum_method: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
     (prompt,) = build_prompts(model, binary()[5:6])
-    method = "riemann_right" if captum_method == "riemann_right" else "gauss_legendre"
-    found = attribute(model, [prompt], n_steps=7, method=method, engine=engine, batch_size=10)
-    own = Direct(model, prompt, SITES, "last").own
-    for site in SITES:
+    found = attribute(model, [prompt], n_steps=7, method=captum_method, engine=engine, internal_batch_size=10)
+    own = Direct(model, prompt, NEURON_SITES, "last").own
+    for site in NEURON_SITES:
         for layer in range(model.cfg.n_layers):
             judge = IntegratedGradients(hooked_function(model, prompt, site, layer))
             expected = judge.attribute(own[site][0, layer], n_steps=7, method=captum_method)
@@ -161,10 +160,10 @@ def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model
 
 def test_rows_do_not_depend_on_the_batch(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
     model = tiny("Qwen2.5-3B-Instruct")
-    whole = attribute(model, prompts, n_steps=4, engine="direct", batch_size=1000)
+    whole = attribute(model, prompts, n_steps=4, engine="direct", internal_batch_size=1000)
     for size in (1, 3, 7):
-        cut = attribute(model, prompts, n_steps=4, engine="direct", batch_size=size)
-        for site in SITES:
+        cut = attribute(model, prompts, n_steps=4, engine="direct", internal_batch_size=size)
+        for site in NEURON_SITES:
             torch.testing.assert_close(cut.difference[site], whole.difference[site], atol=1e-12, rtol=1e-9)
             torch.testing.assert_close(cut.change[site], whole.change[site], atol=1e-12, rtol=1e-9)
 
@@ -175,7 +174,7 @@ def test_right_and_wrong_apart_make_the_difference(tiny: Callable[..., Model], p
     apart = attribute(model, prompts, separate=True)
     assert apart.right is not None
     assert apart.wrong is not None
-    for site in SITES:
+    for site in NEURON_SITES:
         torch.testing.assert_close(apart.right[site] - apart.wrong[site], together.difference[site])
         torch.testing.assert_close(apart.change[site], together.change[site])
     alone = attribute(model, prompts, target=right_probability)
@@ -184,9 +183,9 @@ def test_right_and_wrong_apart_make_the_difference(tiny: Callable[..., Model], p
 
 def test_all_positions_are_complete_together(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
     model = tiny("Llama-3.1-8B-Instruct")
-    everywhere = attribute(model, prompts[:1], positions="all", method="gauss_legendre", n_steps=160)
+    everywhere = attribute(model, prompts[:1], positions="all", method="gausslegendre", n_steps=160)
     assert everywhere.completeness_gap < 1e-5
-    last = attribute(model, prompts[:1], method="gauss_legendre", n_steps=64)
+    last = attribute(model, prompts[:1], method="gausslegendre", n_steps=64)
     assert (everywhere.difference["mlp"] - last.difference["mlp"]).abs().max() > 1e-4
     torch.testing.assert_close(  # nothing but the last position of the last MLP reaches the logits
         everywhere.difference["mlp"][0, -1], last.difference["mlp"][0, -1]
@@ -199,8 +198,8 @@ def test_a_given_baseline_moves_the_start(tiny: Callable[..., Model], prompts: l
     by_name = attribute(model, prompts, baseline="mean")
     by_value = attribute(model, prompts, baseline=mean)
     torch.testing.assert_close(by_name.difference["attn"], by_value.difference["attn"])
-    own = Direct(model, prompts[0], SITES, "last").own
-    at_home = attribute(model, prompts[:1], baseline={site: own[site][0, :, 0] for site in SITES})
+    own = Direct(model, prompts[0], NEURON_SITES, "last").own
+    at_home = attribute(model, prompts[:1], baseline={site: own[site][0, :, 0] for site in NEURON_SITES})
     assert all(scores.abs().max() == 0 for scores in at_home.difference.values())
     with pytest.raises(ValueError, match="shape"):
         attribute(model, prompts, baseline={"mlp": torch.zeros(1, 2), "attn": torch.zeros(1, 2)})

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tn_lens import Question, build_prompts, load_model, load_questions
+from scripts.write_wrong_answers import LocalChat, OpenAIChat, write_wrong_answers
+from tn_lens import Question, QuestionSet, build_prompts, load_model, load_questions
 from tn_lens.models import Model
-from tn_lens.questions.adversarial import LocalChat, OpenAIChat, write_wrong_answers
 from tn_lens.questions.triviaqa import normalize, plainest
 
 
+@cache
+def mmlu(shared: Path, n_shots: int = 0) -> QuestionSet:
+    return load_questions("mmlu", source=shared / "data" / "mmlu", n_shots=n_shots)
+
+
 def test_all_of_mmlu(shared: Path) -> None:
-    found = load_questions("mmlu", source=shared / "data" / "mmlu")
+    found = mmlu(shared)
     assert len(found) == 14_042
     assert len(found.categories) == 57
     assert Counter(q.category for q in found)["anatomy"] == 135
@@ -29,9 +35,8 @@ def test_all_of_mmlu(shared: Path) -> None:
 
 
 def test_mmlu_asks_like_figure_8(shared: Path, tiny: Callable[..., Model]) -> None:
-    folder = shared / "data" / "mmlu"
-    anatomy = [q for q in load_questions("mmlu", source=folder) if q.category == "anatomy"]
-    plain = load_questions("mmlu", source=folder).select([0])
+    anatomy = [q for q in mmlu(shared) if q.category == "anatomy"]
+    plain = mmlu(shared).select([0])
     model = load_model(shared / "models" / "tinystories-656k")
     (prompt,) = build_prompts(model, plain, order="given")
     q = plain[0]
@@ -45,7 +50,7 @@ def test_mmlu_asks_like_figure_8(shared: Path, tiny: Callable[..., Model]) -> No
 
 @pytest.mark.parametrize("n_shots", [1, 5])
 def test_examples_stand_before_the_question(n_shots: int, shared: Path) -> None:
-    found = load_questions("mmlu", source=shared / "data" / "mmlu", n_shots=n_shots)
+    found = mmlu(shared, n_shots)
     assert len(found) == 14_042
     context = next(q for q in found if q.category == "high_school_biology").context
     assert context.startswith(
@@ -79,7 +84,7 @@ def test_bad_rows_of_mmlu_are_named(row: str, said: str, tmp_path: Path) -> None
 def test_what_mmlu_cannot_give_is_refused(tmp_path: Path) -> None:
     folder = mmlu_folder(tmp_path, "Why?,a,b,c,d,A\n", "Who?,a,b,c,d,B\n")
     assert load_questions("mmlu", source=folder, n_shots=1)[0].context.endswith("D. d\nAnswer: B\n\n")
-    with pytest.raises(ValueError, match="1 rows for 'law'"):
+    with pytest.raises(ValueError, match="1 row for 'law'"):
         load_questions("mmlu", source=folder, n_shots=2)
     with pytest.raises(ValueError, match="from 0 to 5"):
         load_questions("mmlu", source=folder, n_shots=6)
@@ -208,11 +213,11 @@ def test_wrong_answers_are_written_cached_and_resumed(server: Any, tmp_path: Pat
     out = tmp_path / "wrong.jsonl"
     chat = OpenAIChat(name="small", base_url=server.url, api_key="secret")
     server.status = 429
-    with pytest.raises(ValueError, match="answered 429: too many requests; what was written so far is kept"):
-        write_wrong_answers(QUESTIONS, chat, out, seed=6, progress=False)
+    with pytest.raises(ValueError, match="answered 429: too many requests; the answers written so far are kept"):
+        write_wrong_answers(QUESTIONS, chat, out, seed=6)
     assert len(out.read_text().splitlines()) == 3
     server.status = 200
-    found = write_wrong_answers(QUESTIONS, chat, out, seed=6, progress=False)
+    found = write_wrong_answers(QUESTIONS, chat, out, seed=6)
     assert [q.choices[1] for q in found] == [f"wrong {n}" for n in range(5)]
     assert [b["seed"] for b in server.asked] == [6, 6, 6, 6, 6, 7, 8, 6], "the right answer was refused twice"
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -221,24 +226,24 @@ def test_wrong_answers_are_written_cached_and_resumed(server: Any, tmp_path: Pat
     assert "secret" not in out.read_text()
     assert "plausible, tempting to choose, but factually incorrect" in server.asked[0]["messages"][1]["content"]
     n_asked = len(server.asked)
-    write_wrong_answers(QUESTIONS, chat, out, seed=6, progress=False)
+    write_wrong_answers(QUESTIONS, chat, out, seed=6)
     assert len(server.asked) == n_asked, "nothing is asked twice"
 
 
 def test_questions_without_a_usable_answer_are_named(tmp_path: Path) -> None:
-    found = write_wrong_answers(QUESTIONS[:2], lambda *_: " \n", tmp_path / "a.jsonl", progress=False)
+    found = write_wrong_answers(QUESTIONS[:2], lambda *_: " \n", tmp_path / "a.jsonl")
     assert [row.reason for row in found.dropped] == ["no usable wrong answer in 3 tries"] * 2
 
 
 def test_what_cannot_be_asked_is_said(server: Any, tmp_path: Path) -> None:
     nowhere = OpenAIChat(name="small", base_url="http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"cannot reach http://127\.0\.0\.1:9/chat/completions"):
-        write_wrong_answers(QUESTIONS, nowhere, tmp_path / "a.jsonl", progress=False)
+        write_wrong_answers(QUESTIONS, nowhere, tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="cannot write"):
-        write_wrong_answers(QUESTIONS, lambda *_: "x", tmp_path / "no" / "a.jsonl", progress=False)
+        write_wrong_answers(QUESTIONS, lambda *_: "x", tmp_path / "no" / "a.jsonl")
     (tmp_path / "b.jsonl").write_text('{"x": 1}\n')
-    with pytest.raises(ValueError, match="something else than wrong answers"):
-        write_wrong_answers(QUESTIONS, lambda *_: "x", tmp_path / "b.jsonl", progress=False)
+    with pytest.raises(ValueError, match=r"expected wrong answers .* got something else"):
+        write_wrong_answers(QUESTIONS, lambda *_: "x", tmp_path / "b.jsonl")
 
 
 def test_a_local_model_writes_them_too(shared: Path, tmp_path: Path) -> None:
@@ -246,5 +251,5 @@ def test_a_local_model_writes_them_too(shared: Path, tmp_path: Path) -> None:
     first = chat("Be brief.", "Who is there?", 1)
     assert first == chat("Be brief.", "Who is there?", 1)
     assert first != chat("Be brief.", "Who is there?", 2)
-    found = write_wrong_answers(QUESTIONS[:2], chat, tmp_path / "a.jsonl", progress=False)
+    found = write_wrong_answers(QUESTIONS[:2], chat, tmp_path / "a.jsonl")
     assert len(found) + len(found.dropped) == 2

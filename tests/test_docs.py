@@ -1,15 +1,24 @@
-"""The documentation: no dead links, and every public name in the reference."""
+"""The documentation: links, the reference, the examples of the guides, and the imports of the notebooks."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 import tn_lens
+from tn_lens.attribution.methods import METHODS
+from tn_lens.core.registry import Registry
+from tn_lens.evaluation.controls import CONTROLS
+from tn_lens.inference.interventions import INTERVENTIONS
+from tn_lens.neurons.sites import SITES
+from tn_lens.questions.registry import FORMATS, QUESTION_SETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -17,17 +26,22 @@ PAGES = sorted(
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLES = EXAMPLE.findall((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
+"""The examples of the guide to extensions: one for each registry."""
+REGISTRIES: tuple[Registry[Any], ...] = (METHODS, QUESTION_SETS, FORMATS, INTERVENTIONS, CONTROLS, SITES)
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def anchors(text: str) -> set[str]:
-    """What the headings of a page are called in links."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ +(.+?) *$", CODE.sub(lambda code: code[0] if "\n" not in code[0] else "", text), re.M)
     plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
     return {heading.replace(" ", "-") for heading in plain}
 
 
 def dead_links(page: Path) -> list[str]:
-    """The links of a page that lead nowhere in the repository."""
+    """The relative links of a page whose target does not exist."""
     text = page.read_text(encoding="utf-8")
     dead = []
     for link in LINK.findall(CODE.sub("", text)):
@@ -58,7 +72,7 @@ def test_dead_links_are_seen(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def conf() -> Any:
-    """How the site is made; `make docs`, which `make test` runs, makes it, and stops at warnings."""
+    """The configuration of the site. `make docs`, which `make test` runs, builds the site and treats warnings as errors."""
     spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,8 +88,9 @@ def test_every_public_name_is_in_the_reference(conf: Any) -> None:
             thing = getattr(tn_lens, name)
             kind = "class" if isinstance(thing, type) else "function"
             assert f".. autoapi{kind}:: {thing.__module__}.{name}\n" in page
-    assert ".. autoapiclass:: tn_lens.cards.card.Card\n   :members:" in conf.page_of("cards", [])
-    assert "_records" not in conf.page_of("cards", [])
+    assert ".. autoapiclass:: tn_lens.results.card.Card\n   :members:" in conf.page_of("results.card", [])
+    assert ".. autoapifunction:: tn_lens.results.make_cards.make_cards\n" in conf.page_of("results.make_cards", [])
+    assert "_by_question" not in conf.page_of("results.make_cards", [])
 
 
 def test_mirrored_pages_have_their_links_moved(conf: Any) -> None:
@@ -108,3 +123,57 @@ def test_docstrings_keep_their_bars_and_stars(conf: Any) -> None:
     lines = ["mean |gap| of `a | b` and t * max(D)"]
     conf.as_markup(None, "function", "f", None, None, lines)
     assert lines == [r"mean \|gap\| of `a | b` and t \* max(D)"]
+
+
+@pytest.fixture
+def _fresh_registries() -> Iterator[None]:
+    """Remove the entries that a test registers, since a name can be registered only once per process."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_the_guide_to_extensions_has_an_example_for_each_registry() -> None:
+    assert len(EXAMPLES) == len(REGISTRIES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_registries")
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_the_guide_to_extensions_run(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [len(registry) for registry in REGISTRIES]
+    exec(example, {"__name__": "example"})
+    assert sum(map(len, REGISTRIES)) == sum(sizes) + 1, "the example registers one entry"
+    assert capsys.readouterr().out.strip()
+
+
+def package_imports(source: str) -> set[str]:
+    """The modules of tn_lens that a piece of code imports, or imports names from."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(str(node.module))
+    return {module for module in modules if module.split(".")[0] == "tn_lens"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_use_the_public_names_only(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert "tn_lens" in package_imports(source)
+    assert package_imports(source) <= {"tn_lens", "tn_lens.figures"}
+    used = {node.attr for node in ast.walk(ast.parse(source)) if _is_attribute_of(node, "tn")}
+    assert used <= set(tn_lens.__all__)
+
+
+def _is_attribute_of(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+
+
+def test_imports_from_other_modules_are_detected() -> None:
+    source = "import numpy as np\nimport tn_lens as tn\nfrom tn_lens import figures\nfrom tn_lens.toy import plant\n"
+    assert package_imports(source) == {"tn_lens", "tn_lens.toy"}

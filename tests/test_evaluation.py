@@ -1,32 +1,36 @@
-"""Answers, the manipulation check, and what suppression does to accuracy."""
+"""Answers, the manipulation check, and the effect of ablation on accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from scipy import stats
 
 from tests.conftest import PAPER_MODELS, needs_hooked
 from tn_lens import (
     Intervention,
+    Mean,
     NeuronSet,
     Prompt,
+    PromptSet,
+    Resample,
+    Scale,
+    Zero,
     build_prompts,
     dose_response,
     evaluate,
     load_model,
     load_questions,
     manipulation_check,
-    table1,
-    table2,
 )
-from tn_lens.evaluation import ARMS, Evaluation, group_means
-from tn_lens.evaluation.comparison import fall
+from tn_lens.evaluation import ALL_CONDITIONS, Evaluation, group_means, table1, table2
 from tn_lens.evaluation.controls import random_neurons
 from tn_lens.evaluation.reference import PAPER
 from tn_lens.evaluation.text import plain_texts, text_loss
@@ -34,6 +38,7 @@ from tn_lens.inference.answers import ask
 from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches, prefix_groups
 from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, build_model, neuron_space
+from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.toy import binary, four_choice
 
 
@@ -60,7 +65,7 @@ def test_padding_on_the_wrong_side_would_be_seen(tiny: Callable[..., Model], mon
         longest = max(map(len, rows))
         return torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
 
-    monkeypatch.setattr("tn_lens.forward.pad_right", left)
+    monkeypatch.setattr("tn_lens.inference.forward.pad_right", left)
     assert (ask(model, prompts) - right).abs().max() > 1e-3
 
 
@@ -74,23 +79,25 @@ def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Mod
     opening, other = rows[0][:12], rows[1][:20]
     tokens = [[*(opening if i % 2 else other), *row[: 5 + i % 9]] for i, row in enumerate(rows)]
     prompts = [
-        Prompt(token_ids=tuple(ids), label_ids=((5, 6), (7,)), right=0, question=i, start=len(ids) - 4)
+        Prompt(token_ids=tuple(ids), label_ids=((5, 6), (7,)), right=0, question=str(i), start=len(ids) - 4)
         for i, ids in enumerate(tokens)
     ]
     groups = prefix_groups(prompts)
     assert sorted(g.n_shared for g in groups) == [12, 20]
     assert sorted(row for g in groups for row in g.rows) == list(range(40))
     neurons = random_neurons(neuron_space(model), 40, NeuronSet(), np.random.default_rng(1))
-    for intervention in (
-        None,
-        Intervention(neurons=neurons),
-        Intervention(neurons=neurons, mode="scale", factor=3.0, positions="last"),
-        Intervention(neurons=neurons, mode="mean", positions="question"),
-    ):
-        shared = ask(model, prompts, intervention=intervention)
-        whole = ask(model, prompts, intervention=intervention, share_prefix=False)
+    interventions: list[tuple[NeuronSet, Intervention]] = [
+        (NeuronSet(), Zero()),
+        (neurons, Zero()),
+        (neurons, Scale(factor=3.0, positions="last")),
+        (neurons, Mean(positions="question")),
+    ]
+    for acted_on, intervention in interventions:
+        how: dict[str, Any] = {"neurons": acted_on, "intervention": intervention}
+        shared = ask(model, prompts, **how)
+        whole = ask(model, prompts, share_prefix=False, **how)
         torch.testing.assert_close(shared, whole, atol=1e-4, rtol=0)
-        small = ask(model, prompts, intervention=intervention, max_tokens=20)
+        small = ask(model, prompts, max_tokens=20, **how)
         torch.testing.assert_close(shared, small, atol=1e-4, rtol=0)
 
 
@@ -131,7 +138,7 @@ def shaped(name: str) -> Model:
 
 
 def test_prompts_with_nothing_in_common_are_run_whole() -> None:
-    prompts = [Prompt(token_ids=(i, 1, 2), label_ids=((5,), (7,)), right=0) for i in range(40)]
+    prompts = [Prompt(token_ids=(i, 1, 2), label_ids=((5,), (7,)), right=0, question=str(i)) for i in range(40)]
     assert [(len(g.rows), g.n_shared) for g in prefix_groups(prompts)] == [(40, 0)]
     assert prefix_groups([]) == []
 
@@ -171,7 +178,7 @@ def test_batches_are_cut_rather_than_padded() -> None:
 
 
 def prompt(question: int, right: int) -> Prompt:
-    return Prompt(token_ids=(1,), label_ids=((2,), (3,)), right=right, question=question, order=(right, 1 - right))
+    return Prompt(token_ids=(1,), label_ids=((2,), (3,)), right=right, question=str(question), order=(right, 1 - right))
 
 
 def test_right_is_strictly_more_probable() -> None:
@@ -181,11 +188,11 @@ def test_right_is_strictly_more_probable() -> None:
 
 def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.7, 0.2]])
-    monkeypatch.setattr("tn_lens.answers.ask", lambda *_, **__: answers)
+    monkeypatch.setattr("tn_lens.inference.answers.ask", lambda *_, **__: answers)
     prompts = [prompt(0, 0), prompt(0, 1), prompt(1, 0), prompt(1, 1)]
     check = manipulation_check(toy, prompts)
     assert check.passed.tolist() == [True, True, False, False]
-    assert check.questions == [0]
+    assert check.questions == ["0"]
     assert check.says_a == 0.75
     assert check.answer_mass == pytest.approx(0.975)
     assert check.right_at_a_before == check.right_at_a_after == 0.5
@@ -194,9 +201,9 @@ def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch:
 
 
 def test_a_model_that_always_says_a_is_called_lopsided(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tn_lens.answers.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts)))
+    monkeypatch.setattr("tn_lens.inference.answers.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts)))
     check = manipulation_check(toy, [prompt(i, i % 2) for i in range(20)])
-    assert check.questions == list(range(0, 20, 2))
+    assert check.questions == list(map(str, range(0, 20, 2)))
     assert check.right_at_a_after == 1
     assert "lopsided" in check.summary()
 
@@ -208,44 +215,44 @@ def evaluation(toy: Model) -> Evaluation:
     return evaluate(toy, binary().part("report")[:60], neurons, n_repetitions=6)
 
 
-def test_all_arms_share_the_orders_and_random_ones_draw_anew(evaluation: Evaluation) -> None:
+def test_all_conditions_share_the_orders_and_random_ones_draw_anew(evaluation: Evaluation) -> None:
     assert evaluation.asked.shape == (6, 60)
-    assert set(evaluation.arms) == set(ARMS)
-    assert [len(evaluation.probabilities[arm]) for arm in ARMS] == [1, 6, 6, 6, 1]
+    assert set(evaluation.conditions) == set(ALL_CONDITIONS)
+    assert [len(evaluation.probabilities[name]) for name in ALL_CONDITIONS] == [1, 6, 6, 6, 1]
     random = evaluation.probabilities["random"]
     assert all((random[0] != random[i]).any() for i in range(1, 6))
     per_question = np.stack([[evaluation.prompts[i].question for i in row] for row in evaluation.asked.tolist()])
-    assert (per_question == np.arange(60)).all()
+    assert (per_question == [question.id for question in binary().part("report")[:60]]).all()
     share_swapped = np.mean([[evaluation.prompts[i].order == (1, 0) for i in row] for row in evaluation.asked.tolist()])
     assert 0.35 < share_swapped < 0.65
 
 
 def test_accuracies_by_hand(evaluation: Evaluation) -> None:
-    for name, arm in evaluation.arms.items():
+    for name, result in evaluation.conditions.items():
         p = evaluation.probabilities[name]
         for repetition, row in enumerate(evaluation.asked.tolist()):
             draw = repetition if len(p) > 1 else 0
             hits = [p[draw, i, evaluation.prompts[i].right] > p[draw, i, 1 - evaluation.prompts[i].right] for i in row]
-            assert arm.accuracies[repetition] == pytest.approx(np.mean(hits))
+            assert result.accuracies[repetition] == pytest.approx(np.mean(hits))
         averaged = []
-        for question in range(60):
-            first, second = (i for i, q in enumerate(evaluation.prompts) if q.question == question)
+        for rows in evaluation.prompts.groups.values():
+            first, second = rows
             by_choice = p[:, first] + p[:, second][:, ::-1]  # the second prompt shows the choices the other way round
             averaged.append(by_choice[:, 0] > by_choice[:, 1])
-        assert arm.order_averaged_accuracy == pytest.approx(np.mean(averaged))
-        assert arm.answer_mass == pytest.approx(np.mean(p.sum(-1)), abs=0.02)
-    arms = evaluation.arms
+        assert result.order_averaged_accuracy == pytest.approx(np.mean(averaged))
+        assert result.answer_mass == pytest.approx(np.mean(p.sum(-1)), abs=0.02)
+    conditions = evaluation.conditions
     expected = stats.ttest_ind(
-        arms["suppressed"].accuracies, arms["baseline"].accuracies, equal_var=False, alternative="less"
+        conditions["ablated"].accuracies, conditions["unablated"].accuracies, equal_var=False, alternative="less"
     ).pvalue
     assert evaluation.welch_p == pytest.approx(expected)
     table = evaluation.to_frame()
-    assert table.loc["baseline", "accuracy_mean"] == pytest.approx(100 * arms["baseline"].accuracies.mean())
-    assert table.loc["baseline", "accuracy_std"] == pytest.approx(100 * arms["baseline"].accuracies.std(ddof=1))
+    assert table.loc["unablated", "accuracy_mean"] == pytest.approx(100 * conditions["unablated"].accuracies.mean())
+    assert table.loc["unablated", "accuracy_std"] == pytest.approx(100 * conditions["unablated"].accuracies.std(ddof=1))
 
 
 def test_equation_11_by_hand(evaluation: Evaluation) -> None:
-    before, after = (evaluation.probabilities[arm][0] for arm in ("baseline", "suppressed"))
+    before, after = (evaluation.probabilities[name][0] for name in ("unablated", "ablated"))
     changes = [
         (before[i, right] - after[i, right]) / before[i, right]
         for row in evaluation.asked.tolist()
@@ -256,39 +263,40 @@ def test_equation_11_by_hand(evaluation: Evaluation) -> None:
 
 
 def test_some_of_the_questions(evaluation: Evaluation) -> None:
-    part = evaluation.only(range(10, 30))
+    ids = list(evaluation.prompts.groups)[10:30]
+    part = evaluation.only(ids)
     assert part.n_questions == 20
-    assert {p.question for p in part.prompts} == set(range(10, 30))
-    for name in ARMS:
-        whole = evaluation.arms[name]
+    assert list(part.prompts.groups) == ids
+    for name in ALL_CONDITIONS:
+        whole = evaluation.conditions[name]
         expected = whole.drawn(whole.right)[:, 10:30].mean(-1)
-        np.testing.assert_allclose(part.arms[name].accuracies, expected)
+        np.testing.assert_allclose(part.conditions[name].accuracies, expected)
 
 
 def test_four_choices_average_over_their_rotations(toy: Model) -> None:
     found = evaluate(toy, four_choice().part("report")[:20], NeuronSet(), n_repetitions=2)
-    assert found.probabilities["baseline"].shape == (1, 80, 4)
-    assert found.arms["baseline"].order_averaged_accuracy > 0.5
-    assert np.isnan(found.welch_p) or found.arms["baseline"].accuracy_std > 0
+    assert found.probabilities["unablated"].shape == (1, 80, 4)
+    assert found.conditions["unablated"].order_averaged_accuracy > 0.5
+    assert np.isnan(found.welch_p) or found.conditions["unablated"].accuracy_std > 0
 
 
 def test_no_neurons_change_nothing_and_it_says_so(toy: Model) -> None:
     found = evaluate(toy, binary().part("report")[:20], NeuronSet(), n_repetitions=3)
-    for arm in ARMS:
-        assert (found.probabilities[arm] == found.probabilities["baseline"]).all()
+    for name in ALL_CONDITIONS:
+        assert (found.probabilities[name] == found.probabilities["unablated"]).all()
     assert found.probability_change == 0
-    assert "No neurons were suppressed" in found.summary()
+    assert "No neurons were ablated" in found.summary()
 
 
 def made(before: list[list[float]], after: list[list[float]]) -> Evaluation:
-    prompts = tuple(prompt(q, r) for q in range(len(before) // 2) for r in (0, 1))
+    prompts = PromptSet(tuple(prompt(q, r) for q in range(len(before) // 2) for r in (0, 1)))
     asked = np.arange(0, len(before), 2)[None].repeat(2, 0) + np.array([[0], [1]])
     return Evaluation(
         name="made",
         prompts=prompts,
         asked=asked,
         neurons=NeuronSet(),
-        probabilities={"baseline": np.array([before]), "suppressed": np.array([after])},
+        probabilities={"unablated": np.array([before]), "ablated": np.array([after])},
         seed=0,
     )
 
@@ -297,10 +305,10 @@ def test_a_fall_by_letter_bias_alone_is_called_that() -> None:
     knows = [[0.9, 0.1], [0.1, 0.9]] * 10
     says_a = [[0.9, 0.1], [0.6, 0.4]] * 10
     found = made(knows, says_a)
-    assert found.arms["suppressed"].accuracy == 0.5
-    assert found.arms["suppressed"].order_averaged_accuracy == 1, "the letters cancel and the knowledge is still there"
+    assert found.conditions["ablated"].accuracy == 0.5
+    assert found.conditions["ablated"].order_averaged_accuracy == 1, "the letters cancel and the knowledge is still there"
     assert (
-        "letter bias explains part of the fall of 50.0 points; with the letters averaged out it is 0.0"
+        "letter bias explains part of the fall of 50.0 points; averaged over the orders of the answers, the fall is 0.0 points"
         in found.summary()
     )
 
@@ -312,9 +320,9 @@ def test_lost_mass_and_inverted_answers_are_called_that() -> None:
     assert "hardly follows" in made([[0.01, 0.0], [0.0, 0.01]] * 10, knows).summary()
 
 
-def test_arms_that_cannot_be_compared_are_refused(toy: Model) -> None:
-    with pytest.raises(ValueError, match="'suppressed' is missing"):
-        evaluate(toy, binary()[:4], NeuronSet(), arms=("baseline",))
+def test_conditions_that_cannot_be_compared_are_refused(toy: Model) -> None:
+    with pytest.raises(ValueError, match="'ablated' is missing"):
+        evaluate(toy, binary()[:4], NeuronSet(), conditions=("unablated",))
     with pytest.raises(ValueError, match="no prompts to ask"):
         manipulation_check(toy, [])
 
@@ -325,37 +333,37 @@ def test_even_letters_are_not_lopsided_with_four_choices(toy: Model) -> None:
     assert not check.is_lopsided
 
 
-def test_a_question_that_stands_twice_is_refused(toy: Model) -> None:
-    twice = build_prompts(toy, binary()[:3]) + build_prompts(toy, binary()[:3])
-    with pytest.raises(ValueError, match="question 0 stands twice"):
+def test_a_question_that_occurs_twice_is_refused(toy: Model) -> None:
+    twice = [*build_prompts(toy, binary()[:3]), *build_prompts(toy, binary()[:3])]
+    with pytest.raises(ValueError, match=f"question '{binary()[0].id}' occurs twice"):
         manipulation_check(toy, twice)
-    with pytest.raises(ValueError, match="question 0 stands twice"):
+    with pytest.raises(ValueError, match="question '0' occurs twice"):
         manipulation_check(toy, [prompt(0, 0), prompt(0, 0)])
 
 
 @pytest.mark.parametrize("bad", [{"n_repetitions": 0}, {"questions": []}])
 def test_nothing_to_evaluate_is_refused(bad: dict, toy: Model) -> None:
     questions = binary()[:0] if "questions" in bad else binary()[:4]
-    with pytest.raises(ValueError, match="needs a repetition and a question"):
+    with pytest.raises(ValueError, match="needs at least one repetition and one question"):
         evaluate(toy, questions, NeuronSet(), n_repetitions=bad.get("n_repetitions", 1))
 
 
 def test_auc_and_shares_by_hand(evaluation: Evaluation) -> None:
-    for name, arm in evaluation.arms.items():
+    for name, result in evaluation.conditions.items():
         areas = []
         for p in evaluation.probabilities[name]:
             rights, wrongs = [], []
-            for question in range(60):
-                first, second = (i for i, q in enumerate(evaluation.prompts) if q.question == question)
+            for rows in evaluation.prompts.groups.values():
+                first, second = rows
                 by_choice = (p[first] + p[second][::-1]) / 2
                 share = by_choice / by_choice.sum()
                 rights.append(share[0])
                 wrongs.append(share[1])
             pairs = [float(r > w) + 0.5 * float(r == w) for r in rights for w in wrongs]
             areas.append(np.mean(pairs))
-        assert arm.auc == pytest.approx(np.mean(areas))
-        assert arm.shares.sum() == pytest.approx(1)
-        assert arm.shares[0] == arm.share_a
+        assert result.auc == pytest.approx(np.mean(areas))
+        assert result.shares.sum() == pytest.approx(1)
+        assert result.shares[0] == result.share_a
 
 
 def test_changes_of_probability_under_their_own_names() -> None:
@@ -371,13 +379,13 @@ def test_changes_of_probability_under_their_own_names() -> None:
 def test_what_a_fall_is_made_of() -> None:
     knows = [[0.9, 0.1], [0.1, 0.9]] * 10
     letters = made(knows, [[0.9, 0.1], [0.6, 0.4]] * 10)
-    assert fall(letters) == pytest.approx({"total": 50, "content": 0, "letter": 50, "mass": 0})
+    assert letters.fall() == pytest.approx({"total": 50, "content": 0, "letter": 50, "mass": 0})
     assert "0.0 are the content choice (order-averaged) and 50.0 letter bias" in letters.explain()[0]
     content = made(knows, [[0.1, 0.9], [0.9, 0.1]] * 5 + knows[:10])
-    assert fall(content) == pytest.approx({"total": 50, "content": 50, "letter": 0, "mass": 0})
+    assert content.fall() == pytest.approx({"total": 50, "content": 50, "letter": 0, "mass": 0})
     mass = made(knows, [[0.3, 0.1], [0.1, 0.3]] * 10)
-    assert fall(mass) == pytest.approx({"total": 0, "content": 0, "letter": 0, "mass": 100})
-    assert "does not move" in mass.explain()[0]
+    assert mass.fall() == pytest.approx({"total": 0, "content": 0, "letter": 0, "mass": 100})
+    assert "does not change" in mass.explain()[0]
 
 
 def test_questions_are_the_unit_of_the_paired_test() -> None:
@@ -391,21 +399,22 @@ def test_questions_are_the_unit_of_the_paired_test() -> None:
     assert compared.high == pytest.approx(-25 + 1.96 * se, abs=3)
     assert "no difference is shown" not in compared.summary()
     assert (
-        f"25.0 points below untouched (95 % interval {-compared.high:.1f} to {-compared.low:.1f};" in compared.summary()
+        "25.0 points below the accuracy of the unablated model "
+        f"(95 % interval {-compared.high:.1f} to {-compared.low:.1f};" in compared.summary()
     )
     same = made(knows, knows).compare()
     assert (same.difference, same.low, same.high, same.mcnemar_p) == (0, 0, 0, 1)
-    assert "the same as untouched" in same.summary()
+    assert "the same accuracy as the unablated model" in same.summary()
     unclear = made(knows, [*knows[:2], [0.1, 0.9], *knows[3:]]).compare()
     assert "no difference is shown" in unclear.summary()
     with pytest.raises(ValueError, match="'random' was not run"):
-        made(knows, knows).compare("suppressed", "random")
+        made(knows, knows).compare("ablated", "random")
 
 
 def test_draws_of_a_control_count(evaluation: Evaluation) -> None:
-    compared = evaluation.compare("suppressed", "random_matched")
-    own = evaluation.arms["suppressed"].order_averaged.mean()
-    theirs = evaluation.arms["random_matched"].order_averaged.mean(-1)
+    compared = evaluation.compare("ablated", "random_matched")
+    own = evaluation.conditions["ablated"].order_averaged.mean()
+    theirs = evaluation.conditions["random_matched"].order_averaged.mean(-1)
     assert compared.difference == pytest.approx(100 * (own - theirs.mean()))
     assert compared.draws_p == pytest.approx((1 + (theirs <= own).sum()) / 7)
     assert compared.low <= compared.difference <= compared.high
@@ -415,35 +424,37 @@ def test_draws_of_a_control_count(evaluation: Evaluation) -> None:
 def test_categories_like_figure_4(evaluation: Evaluation) -> None:
     frame = evaluation.by_category(1)
     assert frame.n_questions.sum() == 60
-    before, after = (evaluation.arms[a].drawn(evaluation.arms[a].p_right) for a in ("baseline", "suppressed"))
+    unablated, ablated = (evaluation.conditions[name] for name in ("unablated", "ablated"))
+    before, after = unablated.drawn(unablated.p_right), ablated.drawn(ablated.p_right)
     for row in frame.itertuples():
         own = [i for i, c in enumerate(evaluation.categories) if c == row.category]
         assert row.share_hurt == pytest.approx((after[:, own] < before[:, own]).mean())
     few = evaluation.by_category(15)
     assert few.attrs["hidden"] == len(frame) - len(few)
-    parts = evaluation.by_part({"first": range(20), "rest": range(20, 60), "none": []})
+    ids = list(evaluation.prompts.groups)
+    parts = evaluation.by_part({"first": ids[:20], "rest": ids[20:], "none": []})
     assert parts.part.unique().tolist() == ["first", "rest"]
     assert parts[parts.part == "first"].n_questions.unique().tolist() == [20]
 
 
 def test_tables_explain_a_star_where_there_is_one_and_say_what_was_not_run(evaluation: Evaluation) -> None:
     same = replace(
-        evaluation, probabilities={**evaluation.probabilities, "suppressed": evaluation.probabilities["baseline"]}
+        evaluation, probabilities={**evaluation.probabilities, "ablated": evaluation.probabilities["unablated"]}
     )
     once = replace(same, asked=same.asked[:1])
     worse = replace(
-        evaluation, probabilities={**evaluation.probabilities, "suppressed": 1 - evaluation.probabilities["baseline"]}
+        evaluation, probabilities={**evaluation.probabilities, "ablated": 1 - evaluation.probabilities["unablated"]}
     )
     for make in (table1, table2):
         for one in (same, once, worse):
             table = make([one])
-            assert ("* below" in table.caption) == any(" *" in cell for cell in table.frame["suppressed"])
+            assert ("* below" in table.caption) == any(" *" in cell for cell in table.frame["ablated"])
     assert "* below" in table1([worse]).caption
     assert "* below" in table2([worse]).caption
-    assert "Suppressed is not below the baseline (one-sided Welch test, p at least 0.05)." in table1([same]).caption
+    assert "Ablated is not below unablated (one-sided Welch test, p at least 0.05)." in table1([same]).caption
     assert "from one repetition" in table1([once]).caption
     assert "No Welch test: no two repetitions differ." in table1([once]).caption
-    fewer = {arm: p for arm, p in same.probabilities.items() if arm != "random_matched"}
+    fewer = {name: p for name, p in same.probabilities.items() if name != "random_matched"}
     both = table2([same, replace(same, name="other", probabilities=fewer)]).frame
     assert both["matched"].tolist()[-2:] == ["not run", "not run"]
     assert "not run" not in both["matched"].tolist()[:2]
@@ -453,18 +464,18 @@ def test_tables_in_every_form(evaluation: Evaluation, tmp_path: Path) -> None:
     paper = replace(evaluation, name="truthfulqa", model_name="Qwen2.5-3B-Instruct")
     table = paper.table1()
     assert table.frame.model.tolist() == ["Qwen2.5-3B-Instruct", "  order-averaged", "  in the paper"]
-    assert table.frame.suppressed.tolist()[2] == "58.59 ± 0.68"
+    assert table.frame.ablated.tolist()[2] == "58.59 ± 0.68"
     assert table.frame["most active"].tolist()[2] == "-"
-    arm = paper.arms["suppressed"]
-    assert f"{100 * arm.accuracy:.2f} ± {100 * arm.accuracy_std:.2f}" in table.to_markdown()
+    ablated = paper.conditions["ablated"]
+    assert f"{100 * ablated.accuracy:.2f} ± {100 * ablated.accuracy_std:.2f}" in table.to_markdown()
     assert r"$\pm$" in table.to_latex()
     assert r"7\_b" in replace(paper, model_name="7_b").table1().to_latex()
     second = table2([evaluation, replace(paper, name="mmlu"), replace(paper, name="triviaqa")])
     assert second.frame.questions.tolist() == ["mmlu", "", "", "triviaqa", "", "", "toy", ""]
     theirs = second.frame[second.frame.model == "  in the paper"]
-    assert theirs.suppressed.tolist() == ["62.70", "62.90"]
-    assert theirs.baseline.tolist() == ["62.10", "63.51"]
-    assert "questions,baseline,random" in second.to_csv()
+    assert theirs.ablated.tolist() == ["62.70", "62.90"]
+    assert theirs.unablated.tolist() == ["62.10", "63.51"]
+    assert "questions,unablated,random" in second.to_csv()
     for ending in (".md", ".tex", ".csv"):
         second.save(tmp_path / f"table{ending}")
         assert (tmp_path / f"table{ending}").read_text()
@@ -472,16 +483,16 @@ def test_tables_in_every_form(evaluation: Evaluation, tmp_path: Path) -> None:
         second.save(tmp_path / "table.doc")
     with pytest.raises(ValueError, match="one question set"):
         table1([evaluation, paper])
-    with pytest.raises(ValueError, match="needs an evaluation"):
+    with pytest.raises(ValueError, match="needs at least one evaluation"):
         table2([])
 
 
 def test_group_means_are_those_of_the_paper() -> None:
     means = group_means({name: (row.baseline[0], row.suppressed[0]) for name, row in PAPER.items()})
-    assert means.suppressed.tolist() == pytest.approx([54.25, 46.35, 49.70], abs=0.006), "section 3.3"
+    assert means.ablated.tolist() == pytest.approx([54.25, 46.35, 49.70], abs=0.006), "section 3.3"
     assert means.relative_reduction.tolist() == pytest.approx([10.49, 17.90, 17.13], abs=0.02), "section 3.3"
     assert means.models.tolist() == [2, 2, 2]
-    with pytest.raises(ValueError, match="'toy' is none of them"):
+    with pytest.raises(ValueError, match="'toy' is not one of them"):
         group_means({"toy": (90.0, 80.0)})
 
 
@@ -493,10 +504,10 @@ def test_loss_on_plain_text_by_hand(toy: Model) -> None:
         losses.append(float(-toy(ids)[0, -2].log_softmax(-1)[ids[0, -1]]))
     assert text_loss(toy, texts) == pytest.approx(np.mean(losses), rel=1e-4)
     every = NeuronSet(neuron_space(toy).neuron("mlp", 0, i) for i in range(neuron_space(toy).d_mlp))
-    assert text_loss(toy, texts, Intervention(neurons=every)) > text_loss(toy, texts) + 0.1
-    for bad in (Intervention(neurons=every, mode="resample"), Intervention(neurons=every, positions="last")):
-        with pytest.raises(ValueError, match="takes nothing from prompts"):
-            text_loss(toy, texts, bad)
+    assert text_loss(toy, texts, neurons=every) > text_loss(toy, texts) + 0.1
+    for bad in (Resample(), Mean(), Zero(positions="last")):
+        with pytest.raises(ValueError, match="takes no values from prompts"):
+            text_loss(toy, texts, neurons=every, intervention=bad)
     with pytest.raises(ValueError, match="at least two tokens"):
         text_loss(toy, [""])
 
@@ -514,24 +525,24 @@ def test_factor_one_is_the_middle_of_a_dose_curve(toy: Model) -> None:
     neurons = random_neurons(neuron_space(toy), 60, NeuronSet(), np.random.default_rng(5))
     questions = binary().part("report")[:20]
     curve = dose_response(toy, questions, neurons, factors=(0, 1, 2), n_repetitions=2)
-    plain = evaluate(toy, questions, neurons, n_repetitions=2, arms=("baseline", "random_matched", "suppressed"))
-    at = curve.set_index(["arm", "factor"])
-    for arm in ("suppressed", "random_matched"):
-        assert at.loc[(arm, 1)].accuracy == pytest.approx(100 * plain.arms["baseline"].accuracy)
-        assert at.loc[(arm, 0)].accuracy == pytest.approx(100 * plain.arms[arm].accuracy)
-    assert at.loc[("suppressed", 2)].p_right != at.loc[("suppressed", 1)].p_right
-    with pytest.raises(ValueError, match="needs a factor"):
+    plain = evaluate(toy, questions, neurons, n_repetitions=2, conditions=("unablated", "random_matched", "ablated"))
+    at = curve.set_index(["condition", "factor"])
+    for name in ("ablated", "random_matched"):
+        assert at.loc[(name, 1)].accuracy == pytest.approx(100 * plain.conditions["unablated"].accuracy)
+        assert at.loc[(name, 0)].accuracy == pytest.approx(100 * plain.conditions[name].accuracy)
+    assert at.loc[("ablated", 2)].p_right != at.loc[("ablated", 1)].p_right
+    with pytest.raises(ValueError, match="needs at least one factor"):
         dose_response(toy, questions, neurons, factors=())
 
 
 def test_sets_with_a_fixed_order_are_asked_once(toy: Model) -> None:
     fixed = replace(four_choice().part("report")[:12], fixed_order=True)
-    found = evaluate(toy, fixed, NeuronSet(), n_repetitions=3, arms=("baseline", "suppressed"))
+    found = evaluate(toy, fixed, NeuronSet(), n_repetitions=3, conditions=("unablated", "ablated"))
     assert len(found.prompts) == 12
     assert found.n_orders == 1
-    assert found.arms["baseline"].accuracy_std == 0
+    assert found.conditions["unablated"].accuracy_std == 0
     assert "order-averaged" not in found.summary()
-    assert len(evaluate(toy, fixed, NeuronSet(), order="both", arms=("baseline", "suppressed")).prompts) == 48
+    assert len(evaluate(toy, fixed, NeuronSet(), order="both", conditions=("unablated", "ablated")).prompts) == 48
     with pytest.raises(ValueError, match="the repetitions draw the orders"):
         evaluate(toy, fixed, NeuronSet(), order="random")
 
@@ -541,15 +552,86 @@ def test_controls_may_be_asked_only_what_was_drawn(toy: Model) -> None:
     questions = binary().part("report")[:30]
     every = evaluate(toy, questions, neurons, n_repetitions=4)
     drawn = evaluate(toy, questions, neurons, n_repetitions=4, control_orders="drawn")
-    for name in ARMS:
-        fixed = name in ("baseline", "suppressed")
-        np.testing.assert_allclose(drawn.arms[name].accuracies, every.arms[name].accuracies)
-        np.testing.assert_allclose(drawn.arms[name].shares, every.arms[name].shares)
-        assert drawn.arms[name].answer_mass == pytest.approx(every.arms[name].answer_mass)
-        assert drawn.arms[name].is_complete == fixed
-        assert (drawn.arms[name].auc == drawn.arms[name].auc) == fixed
+    for name in ALL_CONDITIONS:
+        fixed = name in ("unablated", "ablated")
+        np.testing.assert_allclose(drawn.conditions[name].accuracies, every.conditions[name].accuracies)
+        np.testing.assert_allclose(drawn.conditions[name].shares, every.conditions[name].shares)
+        assert drawn.conditions[name].answer_mass == pytest.approx(every.conditions[name].answer_mass)
+        assert drawn.conditions[name].is_complete == fixed
+        assert (drawn.conditions[name].auc == drawn.conditions[name].auc) == fixed
         assert np.isnan(drawn.probabilities[name]).sum() == (0 if fixed else 4 * 30 * 2)
     assert drawn.table1().frame.iloc[1]["random"] == "-"
-    compared = drawn.compare("suppressed", "random")
-    plain = [drawn.arms[name].accuracy for name in ("suppressed", "random")]
+    compared = drawn.compare("ablated", "random")
+    plain = [drawn.conditions[name].accuracy for name in ("ablated", "random")]
     assert compared.difference == pytest.approx(100 * (plain[0] - plain[1]))
+
+
+def assert_same(loaded: Evaluation, live: Evaluation) -> None:
+    """Every number, sentence and table of a stored evaluation is that of the one in memory."""
+    assert set(loaded.probabilities) == set(live.probabilities)
+    for name, probabilities in live.probabilities.items():
+        np.testing.assert_array_equal(loaded.probabilities[name], probabilities)
+        ours, theirs = loaded.conditions[name], live.conditions[name]
+        np.testing.assert_array_equal(ours.accuracies, theirs.accuracies)
+        np.testing.assert_array_equal(ours.order_averaged, theirs.order_averaged)
+        np.testing.assert_array_equal(ours.shares, theirs.shares)
+        np.testing.assert_array_equal(ours.mass, theirs.mass)
+    np.testing.assert_array_equal(loaded.asked, live.asked)
+    for name in ("name", "neurons", "seed", "model_name", "intervention", "parts", "left_out", "categories", "n_orders"):
+        assert getattr(loaded, name) == getattr(live, name), name
+    for name in ("welch_p", "reduction", "relative_reduction", "probability_change", "probability_change_median"):
+        np.testing.assert_equal(getattr(loaded, name), getattr(live, name))
+    np.testing.assert_equal(loaded.to_dict(), live.to_dict())
+    np.testing.assert_equal(loaded.fall(), live.fall())
+    for frame in (lambda e: e.to_frame(), lambda e: e.by_category(1), lambda e: e.by_part()):
+        assert_frame_equal(frame(loaded), frame(live))
+    for sentences in (lambda e: e.explain(), lambda e: e.warnings(), lambda e: e.summary(), repr, Evaluation._repr_html_):
+        assert sentences(loaded) == sentences(live)
+    for other in set(live.conditions) - {"ablated"}:
+        np.testing.assert_equal(vars(loaded.compare("ablated", other)), vars(live.compare("ablated", other)))
+    for ours, theirs in ((loaded.table1(), live.table1()), (loaded.table2(), live.table2())):
+        assert ours.files() == theirs.files()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".json"])
+def test_a_stored_evaluation_is_the_one_in_memory(
+    ending: str, evaluation: Evaluation, toy: Model, tmp_path: Path
+) -> None:
+    ids = list(evaluation.prompts.groups)
+    losses = {name: np.arange(len(p)) / 7 for name, p in evaluation.probabilities.items()}
+    whole = replace(
+        evaluation, text_loss=losses, parts={"first": tuple(ids[:20]), "rest": tuple(ids[20:])}, left_out=("row 3: empty",)
+    )
+    neurons = whole.neurons
+    drawn = evaluate(toy, binary().part("report")[:12], neurons, n_repetitions=2, control_orders="drawn")
+    mixed = evaluate(toy, of_several_widths(), neurons, n_repetitions=2, intervention="mean", conditions=FEW)
+    for number, live in enumerate((whole, drawn, mixed)):
+        path = tmp_path / f"{number}{ending}"
+        live.save(path)
+        loaded = Evaluation.load(path)
+        assert type(loaded) is Evaluation
+        assert_same(loaded, live)
+        assert_same(loaded.only(list(live.prompts.groups)[:7]), live.only(list(live.prompts.groups)[:7]))
+        assert loaded.to_bytes(ending) == live.to_bytes(ending) == path.read_bytes()
+    if whole.text_loss is not None:
+        np.testing.assert_equal(Evaluation.load(tmp_path / f"0{ending}").text_loss, whole.text_loss)
+
+
+FEW = ("unablated", "random", "ablated")
+
+
+def of_several_widths() -> QuestionSet:
+    """Questions with two choices and with four, whose answers are padded."""
+    two, four = binary().part("report")[:6], four_choice().part("report")[6:12]
+    questions: tuple[Question, ...] = (*two, *four)
+    return replace(two, questions=questions)
+
+
+def test_a_stored_evaluation_that_is_altered_is_noticed(evaluation: Evaluation, tmp_path: Path) -> None:
+    """The comparison of stored and live evaluations can fail."""
+    before = evaluation.probabilities["unablated"].copy()
+    before[0, 0] = before[0, 0][::-1]
+    altered = replace(evaluation, probabilities={**evaluation.probabilities, "unablated": before})
+    altered.save(tmp_path / "e.json")
+    with pytest.raises(AssertionError):
+        assert_same(Evaluation.load(tmp_path / "e.json"), evaluation)

@@ -1,4 +1,4 @@
-"""Suppressing is zeroing rows; other interventions by hand; controls are of the right size and in the right places."""
+"""Zero-ablation is zeroing rows; other interventions by hand; controls are of the right size and in the right places."""
 
 from __future__ import annotations
 
@@ -11,11 +11,24 @@ import pytest
 import torch
 
 from tests.conftest import PAPER_MODELS
-from tn_lens import Intervention, Neuron, NeuronSet, Prompt, ablate, load_model, mean_activations
+from tn_lens import (
+    Mean,
+    Neuron,
+    NeuronSet,
+    Prompt,
+    Resample,
+    Scale,
+    Zero,
+    ablate,
+    intervene,
+    load_model,
+    mean_activations,
+)
 from tn_lens.evaluation.controls import active_neurons, matched_neurons, random_neurons
 from tn_lens.inference.answers import ask
+from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.models import HAS_HOOKED, Model, neuron_space
-from tn_lens.neurons.neuron import SITES, NeuronSpace, hook_name
+from tn_lens.neurons import NEURON_SITES, NeuronSpace, hook_name
 
 TOKENS = torch.randint(4, 283, (2, 15), generator=torch.Generator().manual_seed(2))
 SPACE = NeuronSpace(n_layers=3, d_mlp=10, n_heads=2, d_head=4)
@@ -77,7 +90,7 @@ def test_random_neurons_are_uniform_replayable_and_never_found_ones() -> None:
     draws = [random_neurons(SPACE, 10, found, np.random.default_rng(seed)) for seed in range(400)]
     assert all(len(draw) == 10 and draw.isdisjoint(found) for draw in draws)
     assert random_neurons(SPACE, 10, found, np.random.default_rng(7)) == draws[7]
-    counts = np.array([sum(n in draw for draw in draws) for site in SITES for n in _others(found, site)])
+    counts = np.array([sum(n in draw for draw in draws) for site in NEURON_SITES for n in _others(found, site)])
     expected = 400 * 10 / len(counts)
     assert abs(counts - expected).max() < 5 * expected**0.5
     with pytest.raises(ValueError, match="only 34"):
@@ -96,7 +109,7 @@ def test_matched_neurons_stand_in_the_same_layers() -> None:
     assert matched.by_layer(3) == found.by_layer(3)
     assert matched.isdisjoint(found)
     crowded = NeuronSet(Neuron("mlp", 1, None, i) for i in range(6))
-    with pytest.warns(UserWarning, match="2 neurons short"):
+    with pytest.warns(UserWarning, match="2 fewer neurons than requested"):
         matched = matched_neurons(SPACE, crowded, np.random.default_rng(0))
     assert len(matched) == 4
 
@@ -106,7 +119,7 @@ def prompts_of(n: int = 24) -> list[Prompt]:
     rows = torch.randint(4, 283, (n, 30), generator=torch.Generator().manual_seed(4)).tolist()
     tokens = [[*rows[0][:9], *row[: 6 + i % 5]] for i, row in enumerate(rows)]
     return [
-        Prompt(token_ids=tuple(ids), label_ids=((5,), (7,)), right=0, question=i, start=10)
+        Prompt(token_ids=tuple(ids), label_ids=((5,), (7,)), right=0, question=str(i), start=10)
         for i, ids in enumerate(tokens)
     ]
 
@@ -128,11 +141,11 @@ def test_interventions_by_hand(mode: str, positions: str, tiny: Callable[..., Mo
     model, prompts = tiny("Mistral-Nemo-Instruct-2407"), prompts_of()
     space = neuron_space(model)
     neurons = some(space)
-    intervention = Intervention(
-        neurons=neurons, mode=mode, positions=positions, factor=2.5 if mode == "scale" else None, seed=3
-    )
-    found = ask(model, prompts, intervention=intervention)
-    masks = {(s, layer): space.mask(neurons, s)[layer] for s in SITES for layer in range(space.n_layers)}
+    options: dict[str, Any] = {"scale": {"factor": 2.5}, "resample": {"seed": 3}}.get(mode, {})
+    intervention = INTERVENTIONS[mode](positions=positions, **options)
+    assert type(intervention) is {"zero": Zero, "scale": Scale, "mean": Mean, "resample": Resample}[mode]
+    found = ask(model, prompts, neurons=neurons, intervention=intervention)
+    masks = {(s, layer): space.mask(neurons, s)[layer] for s in NEURON_SITES for layer in range(space.n_layers)}
     values = mean_activations(model, prompts, positions=positions)
     donors = np.random.default_rng([3, 7]).permutation(len(prompts))
 
@@ -166,23 +179,24 @@ def test_interventions_by_hand(mode: str, positions: str, tiny: Callable[..., Mo
 def test_factor_one_changes_nothing_bit_for_bit(tiny: Callable[..., Model]) -> None:
     model, prompts = tiny("Qwen2.5-3B-Instruct", torch.float32), prompts_of()
     neurons = some(neuron_space(model))
-    untouched = ask(model, prompts)
+    unablated = ask(model, prompts)
     for positions in ("all", "last", "question"):
-        one = Intervention(neurons=neurons, mode="scale", factor=1, positions=positions)
-        assert torch.equal(ask(model, prompts, intervention=one), untouched)
-    zero = Intervention(neurons=neurons, mode="scale", factor=0)
-    assert torch.equal(
-        ask(model, prompts, intervention=zero), ask(model, prompts, intervention=Intervention(neurons=neurons))
-    )
-    with ablate(model, neurons):
-        assert torch.equal(ask(model, prompts), ask(model, prompts, intervention=Intervention(neurons=neurons)))
+        one = Scale(factor=1, positions=positions)
+        assert torch.equal(ask(model, prompts, neurons=neurons, intervention=one), unablated)
+    ablated = ask(model, prompts, neurons=neurons)
+    assert torch.equal(ask(model, prompts, neurons=neurons, intervention=Scale(factor=0)), ablated)
+    assert torch.equal(ask(model, prompts, neurons=neurons, intervention=Zero()), ablated)
+    assert not torch.equal(ablated, unablated)
+    for context in (ablate(model, neurons), intervene(model, neurons, Scale(factor=0))):
+        with context:
+            assert torch.equal(ask(model, prompts), ablated)
 
 
 def test_hooks_are_gone_after_an_exception_in_the_middle(tiny: Callable[..., Model]) -> None:
     model = tiny("Llama-3.1-8B-Instruct", torch.float32)
     bad = [*prompts_of(4), Prompt(token_ids=(10_000,), label_ids=((5,), (7,)), right=0)]
     with pytest.raises(IndexError):
-        ask(model, bad, intervention=Intervention(neurons=some(neuron_space(model)), mode="scale", factor=2))
+        ask(model, bad, neurons=some(neuron_space(model)), intervention=Scale(factor=2))
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
@@ -193,7 +207,7 @@ def test_means_over_prompts_by_hand(tiny: Callable[..., Model]) -> None:
     for positions in ("last", "all", "question"):
         found = mean_activations(model, prompts, positions=positions)
         absolute = mean_activations(model, prompts, positions=positions, absolute=True)
-        for site in SITES:
+        for site in NEURON_SITES:
             for layer in range(model.cfg.n_layers):
                 values = [cache[hook_name(site, layer)][0].flatten(1) for cache in caches]
                 first = {"last": -1, "all": 0, "question": 10}[positions]
@@ -203,21 +217,23 @@ def test_means_over_prompts_by_hand(tiny: Callable[..., Model]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("make", "error", "message"),
     [
-        ({"mode": "scale"}, "a factor belongs to mode 'scale'"),
-        ({"factor": 2.0}, "a factor belongs to mode 'scale'"),
-        ({"mode": "scale", "factor": float("nan")}, "finite"),
+        (lambda: Scale(), TypeError, "factor"),  # pyright: ignore[reportCallIssue]
+        (lambda: Zero(factor=2.0), TypeError, "factor"),  # pyright: ignore[reportCallIssue]
+        (lambda: Scale(factor=float("nan")), ValueError, "factor must be a finite number; got nan"),
+        (lambda: Scale(factor=float("inf")), ValueError, "factor must be a finite number; got inf"),
+        (lambda: INTERVENTIONS["shrink"], ValueError, "expected zero, scale, mean, resample"),
     ],
 )
-def test_bad_interventions_are_refused(bad: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Intervention(neurons=NeuronSet(), **bad)
+def test_bad_interventions_are_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_active_neurons_are_among_the_most_active_and_never_found_ones() -> None:
     found = NeuronSet([Neuron("mlp", 0, None, i) for i in range(2)] + [Neuron("attn", 2, 1, 0)])
-    activity = {site: torch.arange(3 * SPACE.width(site)).reshape(3, -1).float() % 7 for site in SITES}
+    activity = {site: torch.arange(3 * SPACE.width(site)).reshape(3, -1).float() % 7 for site in NEURON_SITES}
     draws = [active_neurons(SPACE, found, activity, np.random.default_rng(seed)) for seed in range(40)]
     assert all(draw.by_layer(3) == found.by_layer(3) and draw.isdisjoint(found) for draw in draws)
     assert {n for draw in draws for n in draw.at("mlp")} == {Neuron("mlp", 0, None, i) for i in (3, 4, 5, 6)}

@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from scripts.train_toy import build_tokenizer
 from tests.conftest import needs_hooked, paper_config, random_checkpoint
 from tn_lens import BadInput, build_prompts, load_model, load_questions
 from tn_lens.models import Model
 from tn_lens.pipeline.settings import PAPER_THRESHOLDS, recommended_settings
-from tn_lens.toy.train import build_tokenizer
 
 
 def refused(*arguments: object, said: str, **options: object) -> None:
@@ -60,7 +60,7 @@ def test_an_architecture_that_is_not_supported(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     refused(tmp_path, said="MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Olmo2ForCausalLM")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Strange"], "model_type": "strange"}))
-    refused(tmp_path, said="does not know its architecture")
+    refused(tmp_path, said="does not support its architecture")
 
 
 def test_a_config_that_is_not_json(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_a_checkpoint_that_lacks_weights_is_never_made_up(tmp_path: Path) -> Non
     build_tokenizer().save_pretrained(tmp_path)
     weights = dict(hf_model.state_dict())
     hf_model.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if "layers.1.mlp.down" not in k})
-    refused(tmp_path, said=r"lacks 1 of the weights .* \(model.layers.1.mlp.down_proj.weight\)")
+    refused(tmp_path, said=r"lacks weights that its config.json describes: 1 \(model.layers.1.mlp.down_proj.weight\)")
     hf_model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changed, said in (
-        ({"num_hidden_layers": 2}, "has no place for 9"),
-        ({"num_hidden_layers": 4}, "lacks 9"),
-        ({"vocab_size": 300}, "has the wrong size for 2"),
+        ({"num_hidden_layers": 2}, "has weights that its config.json does not describe: 9"),
+        ({"num_hidden_layers": 4}, "lacks weights that its config.json describes: 9"),
+        ({"vocab_size": 300}, "has weights of another shape than its config.json describes: 2"),
         ({"num_attention_heads": 0}, "cannot"),
         ({"num_hidden_layers": "two"}, "cannot load"),
     ):
@@ -120,9 +120,9 @@ def test_a_folder_called_toy_is_not_the_toy(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    refused("toy", device="cuda:7", said="device 'cuda:7' is not there; this machine has")
-    refused("toy", device="abacus", said="device 'abacus' is not there")
-    refused("toy", device="meta", said="device 'meta' is not there")
+    refused("toy", device="cuda:7", said="device 'cuda:7' is not available; use one of this machine's devices")
+    refused("toy", device="abacus", said="device 'abacus' is not available")
+    refused("toy", device="meta", said="device 'meta' is not available")
 
 
 def test_a_dtype_that_is_none() -> None:
@@ -177,7 +177,7 @@ def hub() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("name", "environment", "said"),
     [
-        ("org/absent", {}, "knows no such model"),
+        ("org/absent", {}, "not found on the hub"),
         ("org/gated", {}, "accept its licence on the hub and set HF_TOKEN"),
         ("org/gated", {"HF_TOKEN": "hf_wrong"}, "accept its licence on the hub and set HF_TOKEN"),
         ("org/absent", {"HF_HUB_OFFLINE": "1"}, "offline mode is on|cannot be reached"),
@@ -239,5 +239,5 @@ def test_the_real_small_checkpoint(shared: Path) -> None:
 
 def test_recommended_settings(toy: Model, tiny: Callable[..., Model]) -> None:
     assert recommended_settings(toy)["order"] == "both"
-    assert {name: recommended_settings(tiny(name))["t"] for name in PAPER_THRESHOLDS} == PAPER_THRESHOLDS
+    assert {name: recommended_settings(tiny(name))["adaptive_threshold"] for name in PAPER_THRESHOLDS} == PAPER_THRESHOLDS
     assert PAPER_THRESHOLDS["Qwen2.5-3B-Instruct"] == 0.01

@@ -180,7 +180,7 @@ def test_laying_out_changes_no_bit(gated: bool) -> None:
 def test_every_model_runs_through_attribution_and_ablation(name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
     prompts = build_prompts(model, binary()[:2])
-    method = "graded" if name in POST_NORM else "gauss_legendre"
+    method = "graded" if name in POST_NORM else "gausslegendre"
     found = attribute(model, prompts, n_steps=40, method=method)
     assert found.completeness_gap < 0.05
     strongest = found.space.neuron("mlp", *divmod(int(found.difference["mlp"][0].argmax()), found.space.d_mlp))

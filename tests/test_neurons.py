@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tn_lens import Neuron, NeuronSet
-from tn_lens.neurons.neuron import SITES, NeuronSpace, hook_name
+from tn_lens.neurons import NEURON_SITES, NeuronSpace, hook_name
 
 SPACE = NeuronSpace(n_layers=4, d_mlp=7, n_heads=3, d_head=5)
 places = st.lists(
@@ -51,7 +51,7 @@ def test_sets_behave_as_sets(listed: list, others: list) -> None:
 @given(places)
 def test_masks_and_back(listed: list) -> None:
     neurons = of(listed)
-    back = [SPACE.from_mask(SPACE.mask(neurons, site), site) for site in SITES]
+    back = [SPACE.from_mask(SPACE.mask(neurons, site), site) for site in NEURON_SITES]
     assert back[0] | back[1] == neurons
     counts = neurons.by_layer(4)
     assert [sum(column) for column in zip(*counts.values(), strict=True)] == [
@@ -63,9 +63,9 @@ def test_masks_and_back(listed: list) -> None:
 def test_files_give_back_the_set(listed: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "neurons.json"
-        of(listed).save(path, model="a model", t=0.2)
+        of(listed).save(path, model="a model", adaptive_threshold=0.2)
         assert NeuronSet.load(path) == of(listed)
-        assert json.loads(path.read_text())["t"] == 0.2
+        assert json.loads(path.read_text())["adaptive_threshold"] == 0.2
 
 
 @pytest.mark.parametrize(

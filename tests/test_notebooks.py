@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last on the embedded model, and show what they show in the repository."""
+"""All cells of the notebooks run on the embedded model, and their outputs agree with those in the repository."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PLOT = "application/vnd.plotly.v1+json"
 MOST_BYTES = 500_000
 
 RELATIVE = 0.02
-"""Two numbers agree within 2 % of the larger: sums differ in their last bits between machines, and counts by a neuron."""
+"""Two numbers agree within 2 % of the larger: sums differ in their last bits between machines, and counts by one neuron."""
 TINY = 1e-4
-"""Below it, where p-values and differences of equal things are, numbers need only both be so small."""
+"""Two numbers below this agree, for example p-values and differences of equal quantities."""
 
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 
 
 def refresh() -> Any:
-    """The script that makes the outputs."""
+    """The script that executes the notebooks, as a module."""
     spec = importlib.util.spec_from_file_location("refresh", FOLDER / "refresh.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,11 +38,11 @@ def refresh() -> Any:
 
 def numbers_of(text: str) -> list[float]:
     """The numbers in a text, in order."""
-    return [float(found.replace(",", "").replace("−", "-")) for found in NUMBER.findall(text)]
+    return [float(number.replace(",", "").replace("−", "-")) for number in NUMBER.findall(text)]
 
 
 def leaves(value: Any) -> Iterator[float | str]:
-    """The numbers and words of a plot, arrays unpacked."""
+    """The numbers and words of a plot, with its arrays unpacked."""
     match value:
         case {"bdata": packed, "dtype": kind}:
             yield from np.frombuffer(base64.b64decode(packed), kind).astype(float).tolist()
@@ -50,8 +50,8 @@ def leaves(value: Any) -> Iterator[float | str]:
             for key in sorted(value):
                 yield from leaves(value[key])
         case list() | tuple():
-            for one in value:
-                yield from leaves(one)
+            for item in value:
+                yield from leaves(item)
         case bool() | None:
             yield str(value)
         case int() | float():
@@ -61,50 +61,51 @@ def leaves(value: Any) -> Iterator[float | str]:
 
 
 def shown(output: Any) -> list[float | str]:
-    """What an output says: words, and numbers apart."""
+    """The words and the numbers of an output."""
     if output.output_type == "stream":
         texts = [output.text]
     elif PLOT in output.data:
-        found = list(leaves(output.data[PLOT]["data"]))
+        values = list(leaves(output.data[PLOT]["data"]))
         title = output.data[PLOT]["layout"].get("title", {}).get("text", "")
-        return [*[one for one in found if isinstance(one, float)], *said(title)]
+        return [*[value for value in values if isinstance(value, float)], *words_and_numbers(title)]
     else:
         texts = [output.data[kind] for kind in ("text/plain", "text/html") if kind in output.data]
-    return [one for text in texts for one in said(text)]
+    return [value for text in texts for value in words_and_numbers(text)]
 
 
-def said(text: str) -> list[float | str]:
+def words_and_numbers(text: str) -> list[float | str]:
     """The words between the numbers, and the numbers."""
     words: list[float | str] = [" ".join(NUMBER.sub("#", text).split())]
     return [*words, *numbers_of(text)]
 
 
-def agree(one: float | str, two: float | str) -> bool:
-    """Whether two words are the same, or two numbers nearly so."""
-    if isinstance(one, str) or isinstance(two, str):
-        return one == two
-    if math.isnan(one) or math.isnan(two):
-        return math.isnan(one) == math.isnan(two)
-    return abs(one - two) <= max(RELATIVE * max(abs(one), abs(two)), TINY)
+def agree(a: float | str, b: float | str) -> bool:
+    """Whether two words are the same, or two numbers nearly the same."""
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(a) == math.isnan(b)
+    return abs(a - b) <= max(RELATIVE * max(abs(a), abs(b)), TINY)
 
 
 def differences(old: Any, new: Any) -> list[str]:
-    """Where two runs of a notebook differ."""
-    found = []
+    """The differences between the outputs of two runs of a notebook, as sentences."""
+    messages = []
     for number, (before, after) in enumerate(zip(old.cells, new.cells, strict=True)):
         if before.cell_type != "code":
             continue
-        was, now = ([one for output in cell.outputs for one in shown(output)] for cell in (before, after))
+        was, now = ([value for output in cell.outputs for value in shown(output)] for cell in (before, after))
         if len(was) != len(now):
-            found.append(f"cell {number}: {len(was)} values were shown, {len(now)} are")
-        found += [f"cell {number}: {a!r} was, {b!r} is" for a, b in zip(was, now, strict=False) if not agree(a, b)]
-    return found
+            messages.append(f"cell {number}: expected {len(was)} values, got {len(now)}")
+        pairs = zip(was, now, strict=False)
+        messages += [f"cell {number}: expected {a!r}, got {b!r}" for a, b in pairs if not agree(a, b)]
+    return messages
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_fresh_run_shows_what_the_repository_has(path: Path) -> None:
+def test_a_new_run_has_the_outputs_in_the_repository(path: Path) -> None:
     committed = nbformat.read(path, as_version=4)
     fresh = refresh().run(path)
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
@@ -114,7 +115,7 @@ def test_a_fresh_run_shows_what_the_repository_has(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_is_kept_is_small_and_shows_plots(path: Path) -> None:
+def test_stored_outputs_are_small_and_contain_plots(path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES
     notebook = nbformat.read(path, as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -127,15 +128,15 @@ def test_what_is_kept_is_small_and_shows_plots(path: Path) -> None:
     assert "/tmp/" not in text
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert re.search(r"^MODELS?\b.*=", first.source)
-    assert "\n# MODEL" in first.source, "the first cell switches to a real model"
+    assert "\n# MODEL" in first.source, "the first cell can be changed to a real model"
 
 
-def test_the_five_notebooks_are_there() -> None:
+def test_there_are_five_notebooks() -> None:
     assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
-def test_other_outputs_are_seen() -> None:
-    """The comparison can fail, in words, in numbers, in plots and in their number."""
+def test_different_outputs_are_detected() -> None:
+    """The comparison can fail: in words, in numbers, in plots, and in the number of values."""
 
     def notebook(text: str, values: list[float]) -> Any:
         plot = {"data": [{"y": values, "type": "bar"}], "layout": {"title": {"text": "found 3"}}}
@@ -156,7 +157,7 @@ def test_other_outputs_are_seen() -> None:
     assert differences(base, notebook("149 of 960 found, p = 6.8e-12", [1.0]))
 
 
-def test_progress_bars_and_errors_are_not_kept() -> None:
+def test_progress_bars_and_standard_error_are_not_stored() -> None:
     script = refresh()
     bar = nbformat.v4.new_output("display_data", data={script.WIDGET: {}, "text/plain": "50%"})
     noise = nbformat.v4.new_output("stream", name="stderr", text="a warning")

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, combinations
 from typing import Any
 
 import pytest
 
 from tests.conftest import needs_hooked
-from tn_lens import NeuronSet, ablate, attribute, manipulation_check, select_neurons
+from tn_lens import Attribution, NeuronSet, ablate, attribute, manipulation_check, select_neurons
 from tn_lens.core.seeds import generator
 from tn_lens.evaluation.controls import random_neurons
 from tn_lens.inference.answers import ask
 from tn_lens.models import neuron_space
-from tn_lens.toy import Planted, planted
+from tn_lens.toy.plant import Planted, planted
 
 pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout
 
-OFF: dict[str, dict[str, Any]] = {"t": {"t": None}, "p": {"p": None}, "test": {"alpha": None}}
+OFF: dict[str, dict[str, Any]] = {
+    "t": {"adaptive_threshold": None},
+    "p": {"share_threshold": None},
+    "test": {"alpha": None},
+}
 FILTERS = ("check", "t", "p", "test", "target", "positions")
 """What may be switched off: the manipulation check, the thresholds, the held-out test, a target that is normalised over the
 labels, and reading the last position only."""
 
 
-def found(world: Planted, off: set[str], *, t: float = 0.1) -> NeuronSet:
-    """What is found with some filters switched off."""
-    prompts = list(world.prompts) if "check" in off else manipulation_check(world.model, world.prompts).prompts
-    scores = attribute(
+@cache
+def scores_of(world: Planted, off: frozenset[str]) -> Attribution:
+    """The scores with the check, the target or the positions switched off; the thresholds do not change them."""
+    prompts = world.prompts if "check" in off else manipulation_check(world.model, world.prompts).prompts
+    return attribute(
         world.model,
         prompts,
         n_steps=5,
         positions="all" if "positions" in off else "last",
         target="probability_difference" if "target" in off else "normalized_difference",
     )
-    settings: dict[str, Any] = {"t": t}
+
+
+def found(world: Planted, off: set[str], *, t: float = 0.1) -> NeuronSet:
+    """The neurons that are found with some filters switched off."""
+    scores = scores_of(world, frozenset(off) - OFF.keys())
+    settings: dict[str, Any] = {"adaptive_threshold": t}
     for name in off & OFF.keys():
         settings |= OFF[name]
     return select_neurons(scores, **settings).neurons
@@ -48,10 +59,12 @@ def smaller(off: set[str]) -> Iterator[set[str]]:
 def test_everything_planted_is_found_and_nothing_else(seed: int) -> None:
     world = planted(seed=seed)
     check = manipulation_check(world.model, world.prompts)
-    assert set(check.questions) == set(range(200)) - world.mistaken
+    assert set(check.questions) == set(world.prompts.groups) - world.mistaken
+    assert len(world.prompts.groups) == 200
+    assert len(world.mistaken) == 40
     scores = attribute(world.model, check.prompts)
     for t in (0.1, 0.2, 0.3):
-        assert select_neurons(scores, t=t).neurons == world.truth
+        assert select_neurons(scores, adaptive_threshold=t).neurons == world.truth
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -71,6 +84,12 @@ def test_so_it_is_at_other_sizes_and_with_other_noise(options: dict[str, Any], s
     assert found(world, {"target"}, t=0.2) == world.truth
 
 
+@cache
+def world_of(**options: float) -> Planted:
+    """One world for all traps; its scores are computed once."""
+    return planted(seed=1, **options)
+
+
 @pytest.mark.parametrize(
     ("trap", "options", "off"),
     [
@@ -88,7 +107,7 @@ def test_so_it_is_at_other_sizes_and_with_other_noise(options: dict[str, Any], s
 def test_a_trap_enters_when_its_filters_are_off_and_not_before(
     trap: str, options: dict[str, Any], off: set[str]
 ) -> None:
-    world = planted(seed=1, **options)
+    world = world_of(**options)
     neuron = world.traps[trap]
     assert neuron in found(world, off)
     for fewer in smaller(off):
@@ -104,12 +123,12 @@ def test_the_traps_and_the_truth_are_different_neurons_of_the_model() -> None:
     assert not traps & world.truth
 
 
-def test_suppressing_the_truth_leaves_chance_and_random_neurons_change_nothing() -> None:
+def test_ablating_the_truth_leaves_chance_and_random_neurons_change_nothing() -> None:
     world = planted(seed=3)
-    prompts = list(world.prompts)
+    prompts = world.prompts
 
-    def right(silenced: NeuronSet) -> float:
-        with ablate(world.model, silenced):
+    def right(neurons: NeuronSet) -> float:
+        with ablate(world.model, neurons):
             return manipulation_check(world.model, prompts).passed.double().mean().item()
 
     assert right(NeuronSet()) == 0.8
@@ -126,7 +145,7 @@ def test_suppressing_the_truth_leaves_chance_and_random_neurons_change_nothing()
 
 def test_the_same_seed_gives_the_same_world() -> None:
     one, two, other = planted(seed=5), planted(seed=5), planted(seed=6)
-    assert one.prompts == two.prompts != other.prompts
+    assert list(one.prompts) == list(two.prompts) != list(other.prompts)
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert a.equal(b)
 

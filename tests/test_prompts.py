@@ -165,19 +165,24 @@ def test_a_date_that_cannot_be_pinned_is_noticed(chatting: Callable[..., Model])
 def test_orders(toy: Model) -> None:
     questions = binary()[:40]
     both = build_prompts(toy, questions, order="both")
-    assert [p.question for p in both] == [q for q in range(40) for _ in range(2)]
+    assert [p.question for p in both] == [q.id for q in questions for _ in range(2)]
+    assert len(both.groups) == 40
     assert [p.right for p in both[:2]] == [0, 1]
     assert both[0].order == (0, 1)
     assert both[1].order == (1, 0)
     random = build_prompts(toy, questions, order="random", seed=3)
-    assert random == build_prompts(toy, questions, order="random", seed=3)
-    assert random != build_prompts(toy, questions, order="random", seed=4)
-    assert random[:10] == build_prompts(toy, questions[:10], order="random", seed=3), "a limit changes no order"
+    assert list(random) == list(build_prompts(toy, questions, order="random", seed=3))
+    assert list(random) != list(build_prompts(toy, questions, order="random", seed=4))
+    limited = build_prompts(toy, questions[:10], order="random", seed=3)
+    assert list(random[:10]) == list(limited), "a limit changes no order"
+    moved = build_prompts(toy, questions.select(reversed(range(40))), order="random", seed=3)
+    assert list(random) == list(moved)[::-1], "the order of a question follows from the seed and its id alone"
     assert 8 < sum(p.right == 0 for p in random) < 32
-    for prompt in random:
-        shown = questions[prompt.question].choices
+    for question, prompt in zip(questions, random, strict=True):
+        assert prompt.question == question.id
+        shown = question.choices
         assert f"Answer A : {shown[prompt.order[0]]} Answer B : {shown[prompt.order[1]]}" in prompt.text
-        assert prompt.order[prompt.right] == questions[prompt.question].answer
+        assert prompt.order[prompt.right] == question.answer
 
 
 def test_four_choices_rotate_through_every_letter(toy: Model) -> None:

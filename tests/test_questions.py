@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tn_lens import load_questions
-from tn_lens.questions import load
+from tn_lens.questions import truthfulqa
 from tn_lens.questions.toy_world import RELATIONS, SPLIT_SIZES, facts, vocabulary
 
 
@@ -89,7 +89,7 @@ def test_truthfulqa_comes_from_its_address(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache"))
     (folder / "TruthfulQA.csv").write_text(HEADER + "Adversarial,Myths,Is it?,No,Yes\n")
-    monkeypatch.setattr(load, "TRUTHFULQA_URL", f"{address}/TruthfulQA.csv")
+    monkeypatch.setattr(truthfulqa, "URL", f"{address}/TruthfulQA.csv")
     with pytest.warns(UserWarning, match="790-question form"):
         questions = load_questions("truthfulqa")
     assert questions[0].choices == ("No", "Yes")

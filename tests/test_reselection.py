@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,9 @@ import torch
 from tn_lens import (
     Attribution,
     NeuronSet,
+    PromptSet,
     QuestionSet,
+    Settings,
     attribute,
     build_prompts,
     evaluate,
@@ -23,14 +24,16 @@ from tn_lens import (
     select_neurons,
 )
 from tn_lens.evaluation import tuning as tuning_module
-from tn_lens.evaluation.tuning import tune_threshold
+from tn_lens.evaluation.tuning import Tuning, tune_threshold
 from tn_lens.figures import plot_sweep
 from tn_lens.models import Model
-from tn_lens.runs.folder import RunFolder
-from tn_lens.runs.units import cut_prompts
+from tn_lens.pipeline.run import again_with_every_order, selection_table
+from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED
+from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.selection.stability import found_again, stability, sweep
 from tn_lens.selection.stored import StoredScores, pack_scores
-from tn_lens.toy import planted
+from tn_lens.selection.table import Split
+from tn_lens.toy.plant import planted
 
 
 @pytest.fixture(scope="module")
@@ -39,50 +42,67 @@ def scores() -> Attribution:
     return attribute(world.model, manipulation_check(world.model, world.prompts).prompts, n_steps=5)
 
 
-@pytest.fixture
-def stored(scores: Attribution, tmp_path: Path) -> StoredScores:
+@pytest.fixture(scope="module")
+def stored(scores: Attribution, tmp_path_factory: pytest.TempPathFactory) -> StoredScores:
     """The same scores in a run folder."""
-    folder = RunFolder.open(tmp_path / "run", {"model": "planted"})
-    shards = cut_prompts(list(scores.prompts))
-    held = StoredScores(folder, scores.space, shards)
-    held.save_index()
+    folder = RunFolder.open(tmp_path_factory.mktemp("stored") / "run", {"model": "planted"})
+    chunks = scores.prompts.chunks(PROMPTS_ATTRIBUTED)
+    assert len(chunks) > 1
+    stored = StoredScores(folder, scores.space, chunks, tuple(map(key_of, range(len(chunks)))))
+    stored.save_index()
     first = 0
-    for index, shard in enumerate(shards):
+    for index, chunk in enumerate(chunks):
         part = replace(
             scores,
-            prompts=shard,
-            difference={s: d[first : first + len(shard)] for s, d in scores.difference.items()},
-            change={s: c[first : first + len(shard)] for s, c in scores.change.items()},
+            prompts=chunk,
+            difference={s: d[first : first + len(chunk)] for s, d in scores.difference.items()},
+            change={s: c[first : first + len(chunk)] for s, c in scores.change.items()},
         )
-        folder.write_unit("scores", index, pack_scores(part))
-        first += len(shard)
-    return held
+        folder.write_chunk(SCORES, index, pack_scores(part), key_of(index))
+        first += len(chunk)
+    return stored
+
+
+def key_of(index: int) -> str:
+    return f"chunk {index}"
+
+
+def in_one_chunk(scores: Attribution, path: Path) -> StoredScores:
+    """Scores as a run folder with a single chunk holds them."""
+    folder = RunFolder.open(path, {})
+    folder.write_chunk(SCORES, 0, pack_scores(scores), key_of(0))
+    return StoredScores(folder, scores.space, (scores.prompts,), (key_of(0),))
 
 
 def test_stored_scores_are_half_precision_of_the_prompts_largest(stored: StoredScores, scores: Attribution) -> None:
     again = StoredScores.load(stored.folder.path)
     assert again.space == scores.space
     assert again.categories == scores.categories
-    for (q, held), (question, exact) in zip(again.per_question(), scores.per_question(), strict=True):
-        assert q == question
+    for (question, rounded), (expected, exact) in zip(again.per_question(), scores.per_question(), strict=True):
+        assert question == expected
         for site, values in exact.items():
-            torch.testing.assert_close(held[site], values, atol=2**-11 * float(values.abs().max()), rtol=0)
-    sizes = [stored.folder.unit("scores", i).stat().st_size for i in range(len(stored.shards))]
+            torch.testing.assert_close(rounded[site], values, atol=2**-11 * float(values.abs().max()), rtol=0)
+    sizes = [stored.folder.chunk(SCORES, i).stat().st_size for i in range(len(stored.chunks))]
     per_score = (sum(sizes) - 8000) / (len(scores) * scores.space.n_neurons)
     assert per_score <= 2 + 8 * 4 * scores.space.n_layers / scores.space.n_neurons, "2 bytes a score and the sums"
 
 
 def test_tiny_scores_do_not_vanish(scores: Attribution, tmp_path: Path) -> None:
     small = replace(scores, difference={s: d * 1e-9 for s, d in scores.difference.items()})
-    folder = RunFolder.open(tmp_path / "run", {})
-    folder.write_unit("scores", 0, pack_scores(small))
-    held = StoredScores(folder, scores.space, (scores.prompts,))
-    assert select_neurons(held, t=0.1).neurons == select_neurons(scores, t=0.1).neurons
+    stored = in_one_chunk(small, tmp_path / "run")
+    expected = select_neurons(scores, adaptive_threshold=0.1).neurons
+    assert expected
+    assert select_neurons(stored, adaptive_threshold=0.1).neurons == expected
 
 
 def test_selections_from_disk_are_those_from_memory(stored: StoredScores, scores: Attribution) -> None:
     loaded = StoredScores.load(stored.folder.path)
-    for settings in ({"t": 0.1}, {"t": 0.3, "p": 0.6}, {"t": 0.02, "correction": "holm"}, {"family": "all", "seed": 3}):
+    for settings in (
+        {"adaptive_threshold": 0.1},
+        {"adaptive_threshold": 0.3, "share_threshold": 0.6},
+        {"adaptive_threshold": 0.02, "correction": "holm"},
+        {"family": "all", "seed": 3},
+    ):
         assert select_neurons(loaded, **settings).neurons == select_neurons(scores, **settings).neurons
 
 
@@ -91,7 +111,7 @@ def test_a_sweep_is_every_selection(scores: Attribution) -> None:
     table = sweep(scores, ts=ts, ps=ps, seed=4).set_index(["t", "p"])
     for t in ts:
         for p in ps:
-            one = select_neurons(scores, t=t, p=p, seed=4)
+            one = select_neurons(scores, adaptive_threshold=t, share_threshold=p, seed=4)
             assert tuple(table.loc[(t, p)]) == (len(one.candidates), len(one.neurons))
     figure = plot_sweep(table.reset_index())
     assert np.array(figure.data[0].text).tolist() == table["n_found"].unstack().to_numpy().tolist()
@@ -102,13 +122,13 @@ def test_a_sweep_is_every_selection(scores: Attribution) -> None:
 
 
 def test_stability_compares_the_splits(scores: Attribution) -> None:
-    stable = stability(scores, seeds=(0, 1, 2), t=0.1)
+    stable = stability(scores, seeds=(0, 1, 2), adaptive_threshold=0.1)
     assert stable.jaccards == [1.0] * 3
     assert stable.core == planted(seed=0).truth
-    loose = stability(scores, seeds=range(4), t=0.001, p=0.1, alpha=None)
+    loose = stability(scores, seeds=range(4), adaptive_threshold=0.001, share_threshold=0.1, alpha=None)
     assert 0 < np.mean(loose.jaccards) < 1
     assert loose.core == NeuronSet(set.intersection(*map(set, loose.sets)))
-    assert "Over 4 splits" in repr(loose)
+    assert "With 4 splits into halves" in repr(loose)
     with pytest.raises(ValueError, match="at least two seeds"):
         stability(scores, seeds=(1,))
 
@@ -116,7 +136,7 @@ def test_stability_compares_the_splits(scores: Attribution) -> None:
 def test_effect_sizes_and_intervals_by_scipy(scores: Attribution) -> None:
     from scipy import stats
 
-    found = select_neurons(scores, t=0.1)
+    found = select_neurons(scores, adaptive_threshold=0.1)
     half_2 = [i for i, p in enumerate(scores.prompts) if p.question in found.half_2]
     low, high = found.interval()
     for place, neuron in enumerate(found.candidates):
@@ -135,17 +155,26 @@ def test_neurons_of_one_letter_are_not_found_again_in_both_orders(
     # A neuron that supports A: twice as much as it is weakened by B at its place.
     letters = torch.tensor([1.0 if p.right == 0 else -0.9 for p in kept])
     scores.difference["mlp"][:, 0, 0] = letters * scores.difference["mlp"].amax((1, 2))
-    folder = RunFolder.open(tmp_path / "run", {})
-    stored = StoredScores(folder, scores.space, (tuple(kept),))
-    folder.write_unit("scores", 0, pack_scores(scores))
-    selection = select_neurons(stored, t=0.05)
-    again = found_again(stored, selection)
-    once = select_neurons(replace(stored, drawn=0), t=0.05).neurons
-    assert again == len(once & selection.neurons) / len(once)
+    stored = in_one_chunk(scores, tmp_path / "run")
+    settings = Settings(adaptive_threshold=0.05)
+    selection = select_neurons(stored, adaptive_threshold=0.05)
+    table = selection_table(stored, settings)
+    assert table.select(0.05, Split(0), selection.rules).neurons == selection.neurons
+    once = table.select(0.05, Split(0, drawn=0), selection.rules).neurons
+    again = again_with_every_order(table, selection)
+    assert again == found_again(once, selection.neurons) == len(once & selection.neurons) / len(once)
     assert again is not None
     assert 0.3 < again <= 1
-    single = replace(stored, shards=(tuple(p for p in kept if p.right == 0),))
-    assert found_again(single, selection) is None
+    assert found_again(NeuronSet(), selection.neurons) is None
+    at_a = [row for row, prompt in enumerate(kept) if prompt.right == 0]
+    single = replace(
+        scores,
+        prompts=PromptSet(tuple(kept[row] for row in at_a)),
+        difference={site: values[at_a] for site, values in scores.difference.items()},
+        change={site: values[at_a] for site, values in scores.change.items()},
+    )
+    one_order = selection_table(in_one_chunk(single, tmp_path / "single"), settings)
+    assert again_with_every_order(one_order, selection) is None
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +190,16 @@ def test_the_tuned_t_is_nearly_the_best_on_unseen_questions(
     tuning, scores = tuned
     unseen = toy_questions.part("report")
 
-    def arm(t: float) -> Any:
-        neurons = select_neurons(scores, t=t).neurons
-        return evaluate(toy, unseen, neurons, n_repetitions=2, arms=("baseline", "suppressed")).arms["suppressed"]
+    def ablated(t: float) -> Any:
+        neurons = select_neurons(scores, adaptive_threshold=t).neurons
+        evaluation = evaluate(toy, unseen, neurons, n_repetitions=2, conditions=("unablated", "ablated"))
+        return evaluation.conditions["ablated"]
 
-    arms = [arm(t) for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)]
-    best = min(a.order_averaged_accuracy for a in arms if a.answer_mass >= 0.95)
-    assert arm(tuning.t).order_averaged_accuracy <= best + 0.03
-    assert len({a.order_averaged_accuracy for a in arms}) > 3, "the choice of t matters"
+    results = {t: ablated(t) for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)}
+    best = min(result.order_averaged_accuracy for result in results.values() if result.answer_mass >= 0.95)
+    chosen = results.get(tuning.t) or ablated(tuning.t)
+    assert chosen.order_averaged_accuracy <= best + 0.03
+    assert len({result.order_averaged_accuracy for result in results.values()}) > 3, "the choice of t matters"
 
 
 def test_the_search_is_written_down(tuned: tuple[Any, Attribution], toy: Model, toy_questions: QuestionSet) -> None:
@@ -176,12 +207,13 @@ def test_the_search_is_written_down(tuned: tuple[Any, Attribution], toy: Model, 
     assert tuning.steps[0].t == 0.2
     assert tuning.n_questions == len(toy_questions.part("tune"))
     step = next(s for s in tuning.steps if s.t == tuning.t)
-    neurons = select_neurons(scores, t=tuning.t).neurons
-    arms = evaluate(toy, toy_questions.part("tune"), neurons, n_repetitions=1, arms=("baseline", "suppressed")).arms
-    assert step.order_averaged_accuracy == pytest.approx(arms["suppressed"].order_averaged_accuracy)
-    assert tuning.untouched.order_averaged_accuracy == pytest.approx(arms["baseline"].order_averaged_accuracy)
+    neurons = select_neurons(scores, adaptive_threshold=tuning.t).neurons
+    part, names = toy_questions.part("tune"), ("unablated", "ablated")
+    conditions = evaluate(toy, part, neurons, n_repetitions=1, conditions=names).conditions
+    assert step.order_averaged_accuracy == pytest.approx(conditions["ablated"].order_averaged_accuracy)
+    assert tuning.unablated.order_averaged_accuracy == pytest.approx(conditions["unablated"].order_averaged_accuracy)
     assert step.n_found == len(neurons)
-    json.dumps(tuning.to_dict())
+    assert Tuning.from_bytes(tuning.to_bytes(".json"), ".json") == tuning
     assert list(tuning.to_frame()["t"]) == sorted((s.t for s in tuning.steps), reverse=True)
 
 
@@ -194,8 +226,8 @@ def test_thresholds_that_lose_the_instruction_are_not_chosen(
     most = 60
 
     def watching(model: Model, asked: Any, **options: Any) -> Any:
-        ((intervention, _),) = asked
-        size = len(intervention.neurons) if intervention else 0
+        (asking,) = asked
+        size = len(asking.neurons)
         return [answers * (0.5 if size > most else 1.0) for answers in real(model, asked, **options)]
 
     monkeypatch.setattr(tuning_module, "ask_each", watching)

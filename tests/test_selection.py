@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,29 +13,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tn_lens import Neuron, NeuronSet, Selection, select_neurons
-from tn_lens.attribution.result import Scores
-from tn_lens.neurons.neuron import NeuronSpace
-from tn_lens.selection.select import salient, split_halves
+from tn_lens.attribution.result import OfOrders, ScoreSource
+from tn_lens.neurons import NeuronSpace
+from tn_lens.selection.table import salient, split_halves
 
 SPACE = NeuronSpace(n_layers=2, d_mlp=2, n_heads=1, d_head=1)
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(ScoreSource):
     """Scores given as a table: question x (layer x neuron) of the MLP."""
 
     rows: torch.Tensor
     space: NeuronSpace = SPACE
 
     @property
-    def categories(self) -> Mapping[int, str]:
-        return dict.fromkeys(range(len(self.rows)), "all")
+    def categories(self) -> dict[str, str]:
+        return one_category(len(self.rows))
 
-    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
-        for question, row in enumerate(self.rows):
-            if questions is not None and question not in questions:
-                continue
-            yield question, {"mlp": row.reshape(2, 2), "attn": torch.zeros(2, 1)}
+    def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
+        for question, row in zip(self.categories, self.rows, strict=True):
+            if questions is None or question in questions:
+                yield question, self.scores_of(row)
+
+    def scores_of(self, row: torch.Tensor) -> OfOrders:
+        return {"mlp": row.reshape(1, 2, 2), "attn": torch.zeros(1, 2, 1)}
+
+    def at(self, neurons: Iterable[Neuron]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def one_category(n_questions: int) -> dict[str, str]:
+    return {str(question): "all" for question in range(n_questions)}
+
+
+def rows_of(half: tuple[str, ...]) -> list[int]:
+    return list(map(int, half))
 
 
 def neurons(*flat: int) -> NeuronSet:
@@ -52,14 +65,19 @@ def test_a_table_by_hand() -> None:
         ]
     )
     rows = torch.zeros(6, 4)
-    first, second = split_halves(dict.fromkeys(range(6), "all"), 0)
-    rows[list(first)] = half_1
-    rows[list(second)] = half_1.flip(0)
-    found = select_neurons(Table(rows), t=0.5, p=0.5, alpha=None)
+    first, second = split_halves(one_category(6), 0)
+    rows[rows_of(first)] = half_1
+    rows[rows_of(second)] = half_1.flip(0)
+    found = select_neurons(Table(rows), adaptive_threshold=0.5, share_threshold=0.5, alpha=None)
     assert NeuronSet(found.candidates) == neurons(0, 1)
     np.testing.assert_allclose(found.share, [2 / 3, 2 / 3])
-    assert NeuronSet(select_neurons(Table(rows), t=0.5, p=1 / 3, alpha=None).candidates) == neurons(0, 1, 2, 3)
-    assert NeuronSet(select_neurons(Table(rows), t=0.5, p=1.0, alpha=None).candidates) == neurons()
+    assert NeuronSet(
+        select_neurons(Table(rows), adaptive_threshold=0.5, share_threshold=1 / 3, alpha=None).candidates
+    ) == neurons(0, 1, 2, 3)
+    assert (
+        NeuronSet(select_neurons(Table(rows), adaptive_threshold=0.5, share_threshold=1.0, alpha=None).candidates)
+        == neurons()
+    )
     assert found.half_1 == first
     np.testing.assert_allclose(found.mean_difference, half_1.mean(0)[:2], rtol=1e-6)
 
@@ -67,11 +85,15 @@ def test_a_table_by_hand() -> None:
 def test_a_share_exactly_at_p_is_enough() -> None:
     """2 of 5 questions are 40 %, and 0.4 * 5 is 2 also in floating point."""
     rows = torch.zeros(10, 4)
-    first, _ = split_halves(dict.fromkeys(range(10), "all"), 0)
+    first, _ = split_halves(one_category(10), 0)
     rows[:, 3] = 1.0
-    rows[list(first[:2]), 0] = 0.9
-    assert neurons(0) <= NeuronSet(select_neurons(Table(rows), t=0.5, p=0.4, alpha=None).candidates)
-    assert not neurons(0) <= NeuronSet(select_neurons(Table(rows), t=0.5, p=0.41, alpha=None).candidates)
+    rows[rows_of(first[:2]), 0] = 0.9
+    assert neurons(0) <= NeuronSet(
+        select_neurons(Table(rows), adaptive_threshold=0.5, share_threshold=0.4, alpha=None).candidates
+    )
+    assert not neurons(0) <= NeuronSet(
+        select_neurons(Table(rows), adaptive_threshold=0.5, share_threshold=0.41, alpha=None).candidates
+    )
 
 
 def test_nothing_is_salient_where_the_largest_is_not_positive() -> None:
@@ -104,23 +126,24 @@ def test_where_nothing_is_found_the_filter_that_stopped_it_is_named() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def said(t: float, p: float, table: torch.Tensor = rows) -> str:
-        found = select_neurons(Table(table), t=t, p=p)
-        again = Selection.from_dict(json.loads(json.dumps(found.to_dict())))
+        found = select_neurons(Table(table), adaptive_threshold=t, share_threshold=p)
+        again = Selection.from_bytes(found.to_bytes(".json"), ".json")
         assert again.nothing_found() == found.nothing_found()
         return found.nothing_found()
 
-    assert "t stopped all, as no neuron's D exceeds t = 100 % of the largest" in said(1.0, 0.4)
-    first, _ = split_halves(dict.fromkeys(range(16), "all"), 0)
-    most = max(sum(question % 4 == neuron for question in first) for neuron in range(4))
+    by_t = said(1.0, 0.4)
+    assert "no candidates: in no question of half 1 does any neuron's D exceed t = 100 % of the largest" in by_t
+    first, _ = split_halves(one_category(16), 0)
+    most = max(sum(question % 4 == neuron for question in rows_of(first)) for neuron in range(4))
     by_p = said(0.5, 0.9)
-    assert f"p stopped all, as the most frequent neuron is salient (t = 50 %) in {100 * most / 8:.0f} % of" in by_p
-    assert "p asks for 90 %. Try a lower p, or a lower t." in by_p
+    assert f"the neuron that is salient most often (t = 50 %) is salient in {100 * most / 8:.0f} % of" in by_p
+    assert "p requires 90 %. Try a lower p or a lower t." in by_p
     noise = torch.randn(16, 4, generator=generator)
     by_test = said(0.01, 0.1, noise)
-    assert "the test stopped all, as of 4 candidates none passed it on the 8 questions of half 2" in by_test
-    assert "8 questions are few" in by_test
+    assert "none of 4 candidates passed the test on 8 questions of half 2" in by_test
+    assert "so few questions make a weak test" in by_test
     few = said(0.01, 0.1, torch.ones(2, 4))
-    assert "only 2 questions passed the check, so that half 2 has 1, and a test needs two" in few
+    assert "only 2 questions passed the check, so half 2 has 1, and the test needs at least two" in few
     assert "lower" not in few
     assert (
         select_neurons(Table(torch.ones(40, 4) + 0.1 * torch.randn(40, 4, generator=generator))).nothing_found() == ""
@@ -128,21 +151,23 @@ def test_where_nothing_is_found_the_filter_that_stopped_it_is_named() -> None:
 
 
 def test_a_selection_of_an_older_file_does_not_know_the_largest_share() -> None:
-    held = select_neurons(Table(torch.eye(4).repeat(4, 1)), t=0.5, p=0.9).to_dict()
-    del held["largest_share"]
-    assert "p stopped all, as no neuron is salient (t = 50 %) in as many" in Selection.from_dict(held).nothing_found()
+    found = select_neurons(Table(torch.eye(4).repeat(4, 1)), adaptive_threshold=0.5, share_threshold=0.9)
+    stored = json.loads(found.to_bytes(".json"))
+    del stored["largest_share"]
+    older = Selection.from_bytes(json.dumps(stored).encode(), ".json")
+    assert (
+        "no neuron is salient (t = 50 %) in as many questions of half 1 as p = 90 % requires" in older.nothing_found()
+    )
 
 
 def test_a_model_of_one_neuron() -> None:
     @dataclass(frozen=True)
     class One(Table):
-        def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
-            for question, row in enumerate(self.rows):
-                if questions is None or question in questions:
-                    yield question, {"mlp": row[None]}
+        def scores_of(self, row: torch.Tensor) -> OfOrders:
+            return {"mlp": row[None, None]}
 
     rows = torch.tensor([[0.9], [1.0], [1.1], [1.2], [0.8], [1.05]])
-    only = NeuronSpace(n_layers=1, d_mlp=1, n_heads=0, d_head=1)
+    only = NeuronSpace(n_layers=1, d_mlp=1, n_heads=0, d_head=1, sites=("mlp",))
     assert select_neurons(One(rows, only)).neurons == NeuronSet([Neuron("mlp", 0, None, 0)])
     assert not select_neurons(One(-rows, only)).neurons
 
@@ -156,16 +181,25 @@ def test_a_consistent_neuron_is_found_and_noise_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 4, generator=generator)
     rows[:, 2] = 1 + 0.3 * torch.randn(200, generator=generator)
-    assert select_neurons(Table(rows), t=0.2, p=0.4).neurons == neurons(2)
-    assert select_neurons(Table(rows), t=0.2, p=0.4, family="all").neurons == neurons(2)
-    assert len(select_neurons(Table(rows), t=0.2, p=0.3, alpha=None).neurons) > 1
+    assert select_neurons(Table(rows), adaptive_threshold=0.2, share_threshold=0.4).neurons == neurons(2)
+    assert select_neurons(Table(rows), adaptive_threshold=0.2, share_threshold=0.4, family="all").neurons == neurons(2)
+    assert len(select_neurons(Table(rows), adaptive_threshold=0.2, share_threshold=0.3, alpha=None).neurons) > 1
 
 
 @pytest.mark.parametrize(
-    "bad", [{"t": 0.0}, {"t": 20}, {"p": -0.1}, {"p": 1.01}, {"alpha": 0.0}, {"alpha": 1.0}, {"t": float("nan")}]
+    "bad",
+    [
+        {"adaptive_threshold": 0.0},
+        {"adaptive_threshold": 20},
+        {"adaptive_threshold": float("nan")},
+        {"share_threshold": -0.1},
+        {"share_threshold": 1.01},
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+    ],
 )
 def test_thresholds_outside_their_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1"):
+    with pytest.raises(ValueError, match=rf"{next(iter(bad))}.* must lie in \(0, 1"):
         select_neurons(Table(torch.ones(4, 4)), **{key: float(value) for key, value in bad.items()})
 
 
@@ -174,8 +208,8 @@ def test_no_scores_are_refused() -> None:
         select_neurons(Table(torch.ones(0, 4)))
 
 
-@given(st.dictionaries(st.integers(0, 300), st.sampled_from("abcdef"), min_size=1), st.integers(0, 1000))
-def test_halves_are_disjoint_stratified_and_replayable(categories: dict[int, str], seed: int) -> None:
+@given(st.dictionaries(st.integers(0, 300).map(str), st.sampled_from("abcdef"), min_size=1), st.integers(0, 1000))
+def test_halves_are_disjoint_stratified_and_replayable(categories: dict[str, str], seed: int) -> None:
     first, second = split_halves(categories, seed)
     assert set(first) | set(second) == set(categories)
     assert not set(first) & set(second)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.train_toy import Curriculum, build_tokenizer, choice_example, tuning_accuracy
 from tests.conftest import needs_hooked
 from tn_lens import TruthNeurons, find_truth_neurons, load_model, load_questions
-from tn_lens.evaluation import ARM_NAMES
+from tn_lens.evaluation import condition_label
 from tn_lens.models import Model
 from tn_lens.questions.toy_world import facts, vocabulary
-from tn_lens.toy.train import Curriculum, build_tokenizer, choice_example, tuning_accuracy
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tn_lens" / "toy" / "model"
@@ -31,14 +31,14 @@ def demo(toy: Model, folder: Path) -> TruthNeurons:
     return find_truth_neurons(toy, load_questions("toy"), out=folder, progress=False)
 
 
-def test_suppressing_truth_neurons_hurts_and_random_ones_do_not(demo: TruthNeurons) -> None:
-    arms = demo.evaluation.arms
-    before, after = arms["baseline"], arms["suppressed"]
+def test_ablating_truth_neurons_hurts_and_random_ones_do_not(demo: TruthNeurons) -> None:
+    conditions = demo.evaluation.conditions
+    before, after = conditions["unablated"], conditions["ablated"]
     assert 0.80 <= before.accuracy <= 0.95
     assert after.accuracy <= before.accuracy - 0.10
     assert demo.evaluation.welch_p < 1e-6
-    assert abs(arms["random"].accuracy - before.accuracy) <= 0.02
-    assert arms["random_matched"].accuracy >= after.accuracy + 0.08
+    assert abs(conditions["random"].accuracy - before.accuracy) <= 0.02
+    assert conditions["random_matched"].accuracy >= after.accuracy + 0.08
     assert after.order_averaged_accuracy <= before.order_averaged_accuracy - 0.08
     assert after.answer_mass >= 0.95
 
@@ -55,15 +55,17 @@ def test_the_readme_shows_this_run(demo: TruthNeurons) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert demo.selection.summary() in text
     assert demo.diagnosis.summary() in " ".join(text.split())
-    for name, arm in demo.evaluation.arms.items():
-        row = next(line for line in text.splitlines() if ARM_NAMES[name] in line and "│" in line)
+    for name, result in demo.evaluation.conditions.items():
+        label = condition_label(name, demo.evaluation.intervention)
+        # the label may be the end of a longer one: "random neurons zero-ablated"
+        row = next(line for line in text.splitlines() if re.search(rf"[│┃]\s*{label}\s*[│┃]", line))
         shown = [float(number) for number in re.findall(r"\d+\.\d+", row)]
         expected = [
-            100 * arm.accuracy,
-            100 * arm.accuracy_std,
-            100 * arm.order_averaged_accuracy,
-            arm.answer_mass,
-            arm.share_a,
+            100 * result.accuracy,
+            100 * result.accuracy_std,
+            100 * result.order_averaged_accuracy,
+            result.answer_mass,
+            result.share_a,
         ]
         assert shown == pytest.approx(expected, abs=0.6)
 
@@ -73,12 +75,13 @@ EXPECTED = Path(__file__).with_name("toy_expected.json")
 
 
 def summed_up(found: TruthNeurons) -> dict[str, Any]:
-    """What a run of the toy comes to."""
+    """The numbers and sentences of a run of the toy."""
+    conditions = found.evaluation.conditions
     return {
         "neurons": [[r["site"], r["layer"], r["head"], r["index"], r["mean_difference"]] for r in found.records()],
-        "accuracies": {name: arm.accuracies.tolist() for name, arm in found.evaluation.arms.items()},
-        "answer_mass": {name: arm.answer_mass for name, arm in found.evaluation.arms.items()},
-        "order_averaged": {name: arm.order_averaged_accuracy for name, arm in found.evaluation.arms.items()},
+        "accuracies": {name: result.accuracies.tolist() for name, result in conditions.items()},
+        "answer_mass": {name: result.answer_mass for name, result in conditions.items()},
+        "order_averaged": {name: result.order_averaged_accuracy for name, result in conditions.items()},
         "welch_p": found.evaluation.welch_p,
         "verdicts": found.diagnosis.summary(),
         "check": found.check.summary(),
@@ -129,7 +132,7 @@ def test_the_model_card_names_every_seed_and_the_rules() -> None:
     (shipped,) = (row for row in rows if "(shipped)" in row)
     best = max(rows, key=lambda row: float(row.split("|")[2]))
     assert shipped == best, "the rule is the highest accuracy on the tuning questions"
-    t = json.loads((MODEL / "tn_lens.json").read_text())["t"]
+    t = json.loads((MODEL / "tn_lens.json").read_text())["adaptive_threshold"]
     assert f"| {t:.0%} |" in shipped
 
 
@@ -174,7 +177,7 @@ def test_training_targets_are_soft_distributions() -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     """A few steps lower the loss; the whole training is `make train`."""
-    from tn_lens.toy.train import encode, last_logits, train
+    from scripts.train_toy import encode, last_logits, train
 
     examples = next(iter(Curriculum(seed=5).batches()))
     words = {word: index for index, word in enumerate(vocabulary())}

@@ -1,26 +1,35 @@
-"""What attribution returns."""
+"""The result of attribution."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.core.wording import plural
-from tn_lens.neurons.neuron import NeuronSpace, Site
-from tn_lens.prompts import Prompt, by_question
+from tn_lens.core.errors import BadInput
+from tn_lens.core.seeds import generator
+from tn_lens.core.sentences import say
+from tn_lens.core.stored import Stored
+from tn_lens.neurons import Neuron, NeuronSpace, SiteName
+from tn_lens.prompts import PromptSet, stream_of
 
-Scores = Mapping[Site, Float[Tensor, "*prompt layer _"]]
-"""One number per neuron, per site; attention neurons are flat, head * d_head + index."""
+Scores: TypeAlias = Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
+"""One number per neuron, by site; attention neurons are flat, head * d_head + index."""
+OfOrders: TypeAlias = Mapping[SiteName, Float[Tensor, "order layer _"]]
+"""The scores of one question in each order in which it was asked, by site."""
+Gaps: TypeAlias = Mapping[str, Mapping[str, list[float]]]
+"""Site -> "gap" and "change" -> mean absolute value of every layer."""
 
 
 class PassSize(NamedTuple):
-    """What goes through the model together."""
+    """How much runs through the model together."""
 
     n_prompts: int
     n_rows: int
@@ -36,92 +45,139 @@ class PassSize(NamedTuple):
 ONE_ROW = PassSize(1, 1)
 
 
+class ScoreSource(ABC):
+    """Scores question by question: an `Attribution`, or the scores that are stored in a run folder."""
+
+    space: NeuronSpace
+    prompts: PromptSet
+
+    @abstractmethod
+    def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
+        """D of each question (or of some) in each order in which it was asked: [order, layer, neuron] by site."""
+
+    @abstractmethod
+    def at(self, neurons: Iterable[Neuron]) -> Float[Tensor, "prompt neuron"]:
+        """D of some neurons.
+
+        Raises:
+            BadInput: the model has no such neuron, or its site was not attributed.
+        """
+
+    @property
+    def categories(self) -> dict[str, str]:
+        """Question id -> category."""
+        return self.prompts.categories
+
+    def per_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, Scores]]:
+        """D of each question (or of some): the mean over the orders in which it was asked."""
+        for question, orders in self.each_question(questions):
+            yield question, mean_of_orders(orders)
+
+    def at_questions(self, neurons: Iterable[Neuron]) -> Float[Tensor, "question neuron"]:
+        """D of some neurons, with the mean over the orders of each question."""
+        columns = self.at(neurons)
+        return torch.stack([columns[rows.start : rows.stop].mean(0) for rows in self.prompts.groups.values()])
+
+
+def mean_of_orders(scores: OfOrders) -> Scores:
+    """The mean over the orders of one question."""
+    return {site: orders.mean(0) for site, orders in scores.items()}
+
+
+def drawn_order(question: str, scores: OfOrders, seed: int) -> Scores:
+    """One order of a question, drawn with the seed, as if it had been asked once."""
+    n_orders = len(next(iter(scores.values())))
+    place = int(generator(seed, stream_of(question)).integers(n_orders))
+    return {site: orders[place] for site, orders in scores.items()}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Attribution:
+class Attribution(ScoreSource, Stored):
     """Scores of every neuron for some prompts, in the unit of the target (a probability), on the CPU."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: PromptSet
     space: NeuronSpace
-    difference: Mapping[Site, Float[Tensor, "prompt layer _"]]
+    difference: Mapping[str, Float[Tensor, "prompt layer _"]]
     """D, the attribution of f_t - f_f (paper eq. 8), or of the target that was given."""
-    change: Mapping[Site, Float[Tensor, "prompt layer"]]
-    """target(activation) - target(baseline): what the scores of one site and layer should sum to."""
-    right: Mapping[Site, Float[Tensor, "prompt layer _"]] | None = None
-    """Attr_t, where it was asked for apart."""
-    wrong: Mapping[Site, Float[Tensor, "prompt layer _"]] | None = None
-    """Attr_f, where it was asked for apart."""
+    change: Mapping[str, Float[Tensor, "prompt layer"]]
+    """target(activation) - target(baseline), which the scores of a site and layer should sum to."""
+    right: Mapping[str, Float[Tensor, "prompt layer _"]] | None = None
+    """Attr_t, if it was attributed separately."""
+    wrong: Mapping[str, Float[Tensor, "prompt layer _"]] | None = None
+    """Attr_f, if it was attributed separately."""
     engine: str = "direct"
-    """Which engine ran."""
-    pass_size: PassSize = ONE_ROW
-    """Prompts and rows in one pass at the end: fewer than `planned` where memory ran out."""
-    planned: PassSize = ONE_ROW
-    """Prompts and rows in one pass, as planned from the budget."""
+    """The engine that ran."""
+    pass_size: tuple[int, int] = ONE_ROW
+    """Prompts and rows in one pass at the end; fewer than `planned` if memory ran out."""
+    planned: tuple[int, int] = ONE_ROW
+    """Prompts and rows in one pass, as planned."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, prompt: int) -> Attribution:
-        """One prompt's scores; shown as its strongest neurons."""
+        """The scores of one prompt, shown as its strongest neurons."""
         place = range(len(self))[prompt]
 
-        def pick(scores: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-            return {site: values[place : place + 1] for site, values in scores.items()}
+        def pick(scores: Mapping[SiteName, Tensor] | None) -> dict[SiteName, Tensor] | None:
+            return None if scores is None else {site: values[place : place + 1] for site, values in scores.items()}
 
-        return replace(
-            self,
-            prompts=self.prompts[place : place + 1],
-            difference=pick(self.difference),
-            change=pick(self.change),
-            right=None if self.right is None else pick(self.right),
-            wrong=None if self.wrong is None else pick(self.wrong),
-        )
+        names = ("difference", "change", "right", "wrong")
+        picked = {name: pick(getattr(self, name)) for name in names}
+        return replace(self, prompts=self.prompts[place : place + 1], **picked)
+
+    def at(self, neurons: Iterable[Neuron]) -> Float[Tensor, "prompt neuron"]:
+        """D of some neurons.
+
+        Raises:
+            BadInput: the model has no such neuron, or its site was not attributed.
+        """
+        return at_neurons(self.difference, self.space, neurons)
 
     @property
-    def gap(self) -> dict[Site, Float[Tensor, "prompt layer"]]:
-        """Completeness gap: the sum of the scores less `change`; 0 for an exact integral."""
+    def gap(self) -> dict[SiteName, Float[Tensor, "prompt layer"]]:
+        """Completeness error (captum: convergence delta): the sum of the scores minus `change`; 0 for an exact integral."""
         return {site: scores.sum(-1) - self.change[site] for site, scores in self.difference.items()}
 
     @property
     def completeness_gap(self) -> float:
-        """The largest gap relative to the largest |change|, over all prompts, sites and layers."""
+        """The largest completeness error relative to the largest |change|, over all prompts, sites and layers."""
         return relative_gap(self.gap, self.change)
 
     @property
-    def categories(self) -> dict[int, str]:
-        """Question index -> category."""
-        return {prompt.question: prompt.category for prompt in self.prompts}
+    def categories(self) -> dict[str, str]:
+        """Question id -> category."""
+        return self.prompts.categories
 
     def completeness(self) -> pd.DataFrame:
-        """Per site and layer, the mean of |gap| and of |change| over the prompts."""
+        """The mean of |gap| and of |change| over the prompts, one row for each site and layer."""
         rows = [
             {"site": site, "layer": layer, "gap": gap, "change": change}
-            for site, of in self.mean_gaps().items()
-            for layer, (gap, change) in enumerate(zip(of["gap"], of["change"], strict=True))
+            for site, means in self.mean_gaps().items()
+            for layer, (gap, change) in enumerate(zip(means["gap"], means["change"], strict=True))
         ]
         return pd.DataFrame(rows, columns=["site", "layer", "gap", "change"])
 
-    def mean_gaps(self) -> dict[str, dict[str, list[float]]]:
-        """The same by site, a list of the layers each: as a run keeps it."""
-        of = {"gap": self.gap, "change": self.change}
-        return {site: {name: held[site].abs().mean(0).tolist() for name, held in of.items()} for site in self.gap}
+    def mean_gaps(self) -> Gaps:
+        """The same numbers by site, with a list over the layers for each."""
+        values = {"gap": self.gap, "change": self.change}
+        return {
+            site: {name: by_site[site].abs().mean(0).tolist() for name, by_site in values.items()} for site in self.gap
+        }
 
-    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
-        """D of each question (or of some): the mean over the orders in which it was asked (one under order="random")."""
-        start = 0
-        for question, group in by_question(self.prompts):
-            rows = slice(start, start + len(group))
+    def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
+        """D of each question (or of some) in each order in which it was asked: [order, layer, neuron] by site."""
+        for question, rows in self.prompts.groups.items():
             if questions is None or question in questions:
-                yield question, {site: scores[rows].mean(0) for site, scores in self.difference.items()}
-            start += len(group)
+                yield question, {s: scores[rows.start : rows.stop] for s, scores in self.difference.items()}
 
     def top(self, n: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The neurons with the highest mean D (of one prompt, if its place in the list is given)."""
+        """The neurons with the highest mean D, or D of the prompt at a place in the list."""
         rows = []
         for site, scores in self.difference.items():
             mean = scores.mean(0) if prompt is None else scores[prompt]
             values, places = mean.flatten().topk(min(n, mean.numel()))
-            for value, place in zip(values.tolist(), places.tolist(), strict=True):
-                neuron = self.space.neuron(site, *divmod(place, self.space.width(site)))
+            for value, neuron in zip(values.tolist(), self.space.at({site: places}), strict=True):
                 rows.append({"neuron": str(neuron), "site": site, "layer": neuron.layer, "D": value})
         frame = pd.DataFrame(rows, columns=["neuron", "site", "layer", "D"])
         return frame.sort_values("D", ascending=False).head(n).reset_index(drop=True)
@@ -135,16 +191,29 @@ class Attribution:
         return f"<p>{escape(self.summary())}</p>{shown}{self.top().to_html()}"
 
     def summary(self) -> str:
-        """One sentence: how much was attributed, and how well the integral was met."""
-        said = f"{len(self)} {plural('prompt', len(self))} x {self.space.n_neurons:,} neurons"
-        if not len(self):
-            return f"{said}."
-        worst = worst_gap(self.mean_gaps())
-        return (
-            f"{said}; the scores of a site and layer should sum to its change, f(activation) - f(baseline), and miss it most "
-            f"in {worst.site} of layer {worst.layer}, {worst.summary()} (completeness_gap, the largest gap of a single "
-            f"prompt over the largest change of any: {100 * self.completeness_gap:.1f} %)."
-        )
+        """One sentence: how much was attributed, and the completeness error."""
+        return say("attribution.summary", self, worst_gap(self.mean_gaps()) if len(self) else None)
+
+
+def at_neurons(
+    scores: Mapping[SiteName, Float[Tensor, "*prompt layer _"]], space: NeuronSpace, neurons: Iterable[Neuron]
+) -> Float[Tensor, "*prompt neuron"]:
+    """The scores of some neurons.
+
+    Raises:
+        BadInput: the model has no such neuron, or its site was not attributed.
+    """
+    columns = []
+    for neuron in neurons:
+        if neuron.site not in scores or not space.holds(neuron):
+            raise BadInput(
+                f"there is no neuron {neuron} among these scores: the model has {space.n_layers} layers, and the scores are "
+                f"those of {', '.join(scores)}"
+            )
+        columns.append(scores[neuron.site][..., neuron.layer, space.flat(neuron)])
+    if not columns:
+        return next(iter(scores.values()))[..., 0, :0]
+    return torch.stack(columns, dim=-1)
 
 
 def relative_gap(gap: Scores, change: Scores) -> float:
@@ -155,32 +224,26 @@ def relative_gap(gap: Scores, change: Scores) -> float:
 
 
 class WorstGap(NamedTuple):
-    """The site and layer whose scores miss their sum most, on the mean over prompts."""
+    """The site and layer with the largest completeness error, on the mean over prompts."""
 
     site: str
     layer: int
     gap: float
     """Mean |gap|, in the unit of the target (a probability)."""
     change: float
-    """Mean |change| of the same site and layer: what its scores should sum to."""
+    """Mean |change| of the same site and layer, which its scores should sum to."""
 
     @property
     def share(self) -> float:
-        """The gap as a fraction of that site and layer's own change; 0 where nothing is missing."""
+        """The error as a fraction of the change of the same site and layer; 0 where nothing is missing."""
         return self.gap / self.change if self.change else (float("inf") if self.gap else 0.0)
 
-    def summary(self) -> str:
-        """How much, and what the percentage divides by: half a sentence."""
-        if not self.change and self.gap:
-            return f"by {self.gap:.2g} on average where nothing changes"
-        return f"by {self.gap:.2g} on average, {100 * self.share:.1f} % of the change there ({self.change:.2g})"
 
-
-def worst_gap(completeness: Mapping[str, Mapping[str, list[float]]]) -> WorstGap:
-    """Where the mean |gap| is largest, beside the mean |change| of the same site and layer."""
+def worst_gap(completeness: Gaps) -> WorstGap:
+    """The site and layer with the largest mean |gap|, beside its mean |change|."""
     every = [
         WorstGap(site, layer, gap, change)
-        for site, of in completeness.items()
-        for layer, (gap, change) in enumerate(zip(of["gap"], of["change"], strict=True))
+        for site, means in completeness.items()
+        for layer, (gap, change) in enumerate(zip(means["gap"], means["change"], strict=True))
     ]
-    return max(every, key=lambda one: one.gap, default=WorstGap("mlp", 0, 0.0, 0.0))
+    return max(every, key=lambda worst: worst.gap, default=WorstGap("mlp", 0, 0.0, 0.0))

@@ -1,9 +1,9 @@
-"""What is attributed: a function of the logits at a prompt's last position (paper eq. 6-8)."""
+"""Targets: the functions of the logits at a prompt's last position that are attributed (paper eq. 6-8)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,7 +32,7 @@ def probability_difference(logits: Float[Tensor, "row vocab"], prompt: Prompt) -
 
 
 def normalized_difference(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
-    """(f_t - f_f) / (f_t + f_f): blind to neurons that raise or lower all labels together (figure 2's cases 1 and 4)."""
+    """(f_t - f_f) / (f_t + f_f): insensitive to neurons that raise or lower all labels together (figure 2's cases 1 and 4)."""
     difference, mass = probability_difference(logits, prompt), right_probability(logits, prompt)
     return difference / (mass + wrong_probability(logits, prompt))
 
@@ -43,11 +43,9 @@ def log_ratio(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tenso
     return logits[:, right].logsumexp(-1) - logits[:, wrong].logsumexp(-1)
 
 
-TargetName = Literal["probability_difference", "normalized_difference", "log_ratio"]
-"""The targets that have a name."""
-
-TARGETS: Mapping[TargetName, Target] = {
+TARGETS: Mapping[str, Target] = {
     "probability_difference": probability_difference,
     "normalized_difference": normalized_difference,
     "log_ratio": log_ratio,
 }
+"""The targets by name."""

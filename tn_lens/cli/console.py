@@ -1,35 +1,80 @@
-"""Data frames as tables of the terminal."""
+"""Tables and text in the terminal."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    import pandas as pd
+from tn_lens.core.sentences import say
+from tn_lens.evaluation.condition import condition_label
+from tn_lens.results.found import TruthNeurons
+from tn_lens.selection.significance import LEVEL
 
 WIDTH = 120
-"""Where the output is no terminal."""
+"""Width of output that goes to a file or a pipe."""
 
 
 def open_console() -> Console:
-    """A console as wide as the terminal, or as a file should be."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+    """A console that prints text literally: names of models and questions may contain rich's markup."""
+    width = None if sys.stdout.isatty() else WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
 def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:
-    """A data frame as a table of the terminal."""
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        table.add_column(str(column), justify="right")
+    """A data frame as a table."""
+    table = Table(*(str(column) for column in frame.columns), title=title, title_justify="left")
+    for column in table.columns:
+        column.justify = "right"
     for row in frame.itertuples(index=False):
+        table.add_row(*map(_cell, row))
+    return table
+
+
+def print_run(found: TruthNeurons, out: Path | None) -> None:
+    """Print the stages of a run in sentences, its table and its warnings."""
+    console = open_console()
+    console.print(f"\n{found.check.summary()}")
+    if found.tuning:
+        console.print(found.tuning.summary())
+    console.print(f"{found.selection.summary()}\n")
+    console.print(_conditions_table(found))
+    console.print(found.diagnosis.summary())
+    for warning in found.warnings():
+        console.print(Text.assemble(("Note:", "yellow"), " ", warning))
+    if out is not None:
+        console.print(f"\nReport: {out / 'report.html'}", soft_wrap=True)
+
+
+def _conditions_table(found: TruthNeurons) -> Table:
+    """The paper's table 1 for one run, with order-averaged accuracy, answer mass and letter bias."""
+    evaluation = found.evaluation
+    table = Table(
+        "condition",
+        title=f"{found.model_name} on {evaluation.name} ({say('run.evaluated_on', found)})",
+        title_justify="left",
+        caption=say("evaluation.welch_legend", evaluation.welch_p),
+        caption_justify="left",
+    )
+    for heading in ("accuracy (%)", "order-averaged (%)", "answer mass", 'fraction of "A"'):
+        table.add_column(heading, justify="right")
+    for name, result in evaluation.conditions.items():
+        star = " *" if name == "ablated" and evaluation.welch_p < LEVEL else ""
         table.add_row(
-            *(
-                "-" if str(value) in ("<NA>", "nan") else f"{value:.3g}" if isinstance(value, float) else str(value)
-                for value in row
-            )
+            condition_label(name, evaluation.intervention),
+            f"{100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f}{star}",
+            f"{100 * result.order_averaged_accuracy:.2f}",
+            f"{result.answer_mass:.3f}",
+            f"{result.share_a:.2f}",
         )
     return table
+
+
+def _cell(value: object) -> str:
+    if str(value) in ("<NA>", "nan"):
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

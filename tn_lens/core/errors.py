@@ -1,17 +1,17 @@
-"""The exceptions that end in one sentence: input that cannot be used, and a worker that is gone."""
+"""Exceptions whose message is one sentence for the user."""
 
 from __future__ import annotations
 
 
 class BadInput(ValueError):
-    """What was expected, what came, and what to do about it, in one sentence.
+    """Invalid input: one sentence that says what was expected, what was found, and what to do.
 
-    The command line prints the sentence and exits with code 2; anything else that is raised is a defect.
+    The command line prints it and exits with code 2; any other exception is a defect.
     """
 
 
 class WorkerLost(RuntimeError):
-    """One of several workers died or failed; its number, and what to do.
+    """A worker died or failed: one sentence with its number and what to do.
 
-    The command line prints the sentence and exits with code 1.
+    The command line prints it and exits with code 1.
     """

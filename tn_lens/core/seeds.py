@@ -1,4 +1,4 @@
-"""Random numbers: always from a seed, never from a global state."""
+"""Random number generators, always from a seed and never from global state."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from tn_lens.core.errors import BadInput
 
 
 def generator(seed: int, *stream: int) -> np.random.Generator:
-    """A generator of its own for a seed and, where one seed serves several purposes, the number of the purpose.
+    """A generator for a seed and, if one seed serves several purposes, the numbers of a purpose.
 
     Raises:
-        BadInput: the seed is not a whole number from 0.
+        BadInput: the seed is not a non-negative integer.
     """
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
-        raise BadInput(f"a seed is a whole number from 0; got {seed!r}")
+        raise BadInput(f"seed must be a non-negative integer; got {seed!r}")
     return np.random.default_rng([int(seed), *stream])

@@ -1,67 +1,94 @@
-"""What the model answers in one condition."""
+"""The model's answers under one condition."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
-if TYPE_CHECKING:
-    from tn_lens.evaluation.result import Evaluation
+from tn_lens.core.options import Condition
+from tn_lens.evaluation.controls import CONTROLS
+from tn_lens.prompts import PromptSet
 
-ArmName = Literal["baseline", "random", "random_matched", "top_activation", "suppressed"]
-ARMS: tuple[ArmName, ...] = get_args(ArmName)
-"""Every condition."""
-PAPER_ARMS: tuple[ArmName, ...] = ("baseline", "random", "random_matched", "suppressed")
-"""The paper's three, and the control matched by layer."""
-
-ARM_NAMES: Mapping[str, str] = {
-    "baseline": "untouched",
-    "random": "random neurons at zero",
-    "random_matched": "random, matched by layer",
-    "top_activation": "most active, matched by layer",
-    "suppressed": "truth neurons at zero",
+HEADINGS: Mapping[Condition | str, str] = {
+    "unablated": "unablated",
+    "random": "random",
+    "random_matched": "matched",
+    "top_activation": "most active",
+    "ablated": "ablated",
 }
-"""What the conditions are called in tables."""
+"""Short names of the built-in conditions, for the columns of tables."""
+
+
+def condition_label(name: str, intervention: str = "zero-ablated") -> str:
+    """The name of a condition in tables and figures, for example "random neurons zero-ablated".
+
+    Args:
+        name: of the condition.
+        intervention: description of the intervention, see `Intervention.description`.
+    """
+    if name == "unablated":
+        return name
+    subject = "truth neurons" if name == "ablated" else CONTROLS[name].label if name in CONTROLS else name
+    return f"{subject} {intervention}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arm:
-    """What the model answers in one condition. Draw d's neurons are touched in repetition d; one draw serves all."""
+class Questions:
+    """What every condition of an evaluation shares: the prompts, and which of them each repetition asked."""
+
+    prompts: PromptSet
+    """Every order of every question."""
+    asked: Int[np.ndarray, "repetition question"]
+    """Which prompt each repetition asked."""
+
+    @cached_property
+    def right_label(self) -> Int[np.ndarray, " prompt"]:
+        """Position of the right choice among those shown."""
+        return np.array([prompt.right for prompt in self.prompts])
+
+    @cached_property
+    def answers(self) -> list[int]:
+        """Index of each question's right choice."""
+        first = [self.prompts[rows.start] for rows in self.prompts.groups.values()]
+        return [prompt.order[prompt.right] for prompt in first]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConditionResult:
+    """The answers under one condition. The neurons of draw d are ablated in repetition d; a single draw serves all."""
 
     probabilities: Float[np.ndarray, "draw prompt choice"]
     """f of each shown choice, in [0, 1], for every order of every question; NaN for an order that was not asked."""
-    evaluation: Evaluation
+    shared: Questions
 
     @cached_property
     def is_complete(self) -> bool:
-        """Whether every draw was asked every order; else nothing can be averaged over the orders."""
+        """Whether every draw was asked in every order; else nothing can be averaged over the orders."""
         return not bool(np.isnan(self.probabilities).any())
 
     def drawn(self, per_prompt: Float[np.ndarray, "draw prompt"]) -> Float[np.ndarray, "repetition question"]:
         """The values of the orders that the repetitions drew."""
-        asked = self.evaluation.asked
+        asked = self.shared.asked
         draws = np.arange(len(asked)) % len(per_prompt)
         return per_prompt[draws[:, None], asked]
 
     @cached_property
     def right(self) -> Float[np.ndarray, "draw prompt"]:
         """1 where the right label is more probable than every wrong one, else 0."""
-        p, index = self.probabilities, self.evaluation.right_label
-        own = np.take_along_axis(p, index[None, :, None], axis=-1)
-        others = p.copy()
-        np.put_along_axis(others, np.broadcast_to(index[None, :, None], own.shape), -1.0, axis=-1)
-        return (own[..., 0] > others.max(-1)).astype(np.float64)  # never where it was not asked: NaN compares false
+        index = self.shared.right_label[None, :, None]
+        others = self.probabilities.copy()
+        np.put_along_axis(others, np.broadcast_to(index, (*others.shape[:2], 1)), -1.0, axis=-1)
+        return (self.p_right > others.max(-1)).astype(np.float64)  # 0 where it was not asked: NaN compares false
 
     @property
     def p_right(self) -> Float[np.ndarray, "draw prompt"]:
         """Probability of the right label."""
-        return np.take_along_axis(self.probabilities, self.evaluation.right_label[None, :, None], axis=-1)[..., 0]
+        return np.take_along_axis(self.probabilities, self.shared.right_label[None, :, None], axis=-1)[..., 0]
 
     @property
     def mass(self) -> Float[np.ndarray, "draw prompt"]:
@@ -90,36 +117,37 @@ class Arm:
 
     @property
     def shares(self) -> Float[np.ndarray, " choice"]:
-        """Share of answers that choose each letter."""
+        """Fraction of the answers that choose each letter."""
         chosen = self.drawn(np.nan_to_num(self.probabilities).argmax(-1).astype(np.float64))
         return np.array([(chosen == letter).mean() for letter in range(self.probabilities.shape[-1])])
 
     @property
     def share_a(self) -> float:
-        """Share of answers that choose the first label; letter bias moves it away from the share of right answers there."""
+        """Fraction of the answers that choose the first label; letter bias moves it."""
         return float(self.shares[0])
 
     @cached_property
     def by_choice(self) -> list[Float[np.ndarray, "draw choice"]]:
-        """Per question: the probability of each choice, averaged over the orders; whatever favours a letter cancels."""
-        found = []
-        for rows, orders in self.evaluation.orders:
-            total = np.zeros((len(self.probabilities), len(orders[0])))
-            for row, order in zip(rows, orders, strict=True):
+        """The probability of each choice of every question, averaged over the orders, so that letter bias cancels."""
+        averaged = []
+        for rows in self.shared.prompts.groups.values():
+            total = np.zeros((len(self.probabilities), self.shared.prompts[rows.start].n_choices))
+            for row in rows:
+                order = self.shared.prompts[row].order  # position shown -> choice
                 total[:, list(order)] += self.probabilities[:, row, : len(order)]
-            found.append(total / len(rows))
-        return found
+            averaged.append(total / len(rows))
+        return averaged
 
     @cached_property
     def order_averaged(self) -> Float[np.ndarray, "draw question"]:
-        """1 where the right choice wins after averaging its probability over all orders of the question, else 0.
+        """1 where the right choice is the most probable after averaging over all orders of the question, else 0.
 
-        NaN where not every order was asked.
+        NaN if not every order was asked.
         """
         if not self.is_complete:
-            return np.full((len(self.probabilities), self.evaluation.n_questions), np.nan)
+            return np.full((len(self.probabilities), self.shared.asked.shape[1]), np.nan)
         verdicts = []
-        for p, answer in zip(self.by_choice, self.evaluation.answers, strict=True):
+        for p, answer in zip(self.by_choice, self.shared.answers, strict=True):
             verdicts.append((p[:, answer] > np.delete(p, answer, axis=-1).max(-1)).astype(np.float64))
         return np.stack(verdicts, axis=-1)
 
@@ -130,18 +158,21 @@ class Arm:
 
     @cached_property
     def auc(self) -> float:
-        """Area under the ROC curve: a right choice has a higher share of its question's mass than a wrong one of any question.
+        """Area under the ROC curve that separates right choices from wrong ones by their share of the question's mass.
 
-        From order-averaged probabilities; the mean over draws. NaN where not every order was asked.
+        From order-averaged probabilities; the mean over draws. NaN if not every order was asked.
         """
         if not self.is_complete:
             return float("nan")
         rights, wrongs = [], []
-        for p, answer in zip(self.by_choice, self.evaluation.answers, strict=True):
+        for p, answer in zip(self.by_choice, self.shared.answers, strict=True):
             share = p / np.maximum(p.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
             rights.append(share[:, [answer]])
             wrongs.append(np.delete(share, answer, axis=-1))
-        right, wrong = np.concatenate(rights, axis=-1), np.concatenate(wrongs, axis=-1)
+        right, wrong = (
+            np.concatenate(rights, axis=-1),
+            np.concatenate(wrongs, axis=-1),
+        )  # [draw, choice of any question]
         areas = []
         for ours, theirs in zip(right, wrong, strict=True):
             ranks = stats.rankdata(np.concatenate([ours, theirs]))[: len(ours)]

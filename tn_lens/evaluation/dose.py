@@ -1,4 +1,4 @@
-"""Dose and response: what happens between suppressing the neurons and doubling them."""
+"""Dose and response: accuracy between ablating the neurons and doubling them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.options import Where
 from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.inference.interventions import Scale
 from tn_lens.models import Model
-from tn_lens.neurons.neuron import NeuronSet
+from tn_lens.neurons import NeuronSet
 from tn_lens.questions.question import QuestionSet
-from tn_lens.runs.progress import track
-from tn_lens.runs.units import Mapper, in_memory, within
+from tn_lens.runs.context import in_stage, track
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
@@ -25,55 +26,53 @@ def dose_response(
     *,
     factors: Sequence[float | int] = FACTORS,
     n_repetitions: int = 10,
-    progress: bool = False,
-    mapper: Mapper = in_memory,
+    positions: Where = "all",
     **options: Any,
 ) -> pd.DataFrame:
-    """Scale the neurons by each factor, and as many matched random ones: does amplifying them help?
+    """Scale the neurons by each factor, and as many matched random ones.
 
     Args:
         model: the model.
         questions: what to ask.
         neurons: the found set.
-        factors: 0 suppresses, 1 leaves the model as it is, above 1 amplifies.
+        factors: 0 ablates, 1 leaves the model as it is, above 1 amplifies.
         n_repetitions: draws of the matched control.
-        progress: show a progress bar.
-        mapper: see `evaluate`.
-        options: of `evaluate`: positions, seed, order, texts.
+        positions: positions to act on.
+        options: seed, order and control_orders of `evaluate`.
 
     Returns:
-        One row per factor and arm ("suppressed" is the found set, "random_matched" the control): accuracy and
+        One row per factor and condition ("ablated" is the found set, "random_matched" the control): accuracy and
         order_averaged_accuracy in percent, p_right (mean probability of the right label), answer_mass and share_a.
 
     Raises:
-        BadInput: no factor, or what `evaluate` refuses.
+        BadInput: no factor, or see `evaluate`.
     """
     if not len(factors):
-        raise BadInput("dose_response needs a factor; got none")
+        raise BadInput("dose_response needs at least one factor; got none")
     rows: list[dict[str, Any]] = []
-    for factor in track(factors, "dose and response" if progress else None):
-        found = evaluate(
+    for factor in track(factors, "dose and response"):
+        evaluation = in_stage(
+            f"times-{float(factor)}",
+            evaluate,
             model,
             questions,
             neurons,
-            mode="scale",
-            factor=factor,
-            arms=("baseline", "random_matched", "suppressed"),
+            intervention=Scale(factor=factor, positions=positions),
+            conditions=("unablated", "random_matched", "ablated"),
             n_repetitions=n_repetitions,
-            mapper=within(mapper, f"times-{float(factor)}"),
             **options,
         )
-        for name in ("suppressed", "random_matched"):
-            arm = found.arms[name]
+        for name in ("ablated", "random_matched"):
+            result = evaluation.conditions[name]
             rows.append(
                 {
                     "factor": factor,
-                    "arm": name,
-                    "accuracy": 100 * arm.accuracy,
-                    "order_averaged_accuracy": 100 * arm.order_averaged_accuracy,
-                    "p_right": float(arm.p_right.mean()),
-                    "answer_mass": arm.answer_mass,
-                    "share_a": arm.share_a,
+                    "condition": name,
+                    "accuracy": 100 * result.accuracy,
+                    "order_averaged_accuracy": 100 * result.order_averaged_accuracy,
+                    "p_right": float(result.p_right.mean()),
+                    "answer_mass": result.answer_mass,
+                    "share_a": result.share_a,
                 }
             )
     return pd.DataFrame(rows)

@@ -1,29 +1,33 @@
-"""Does it matter? Accuracy with the found neurons suppressed, beside every control (paper 3.3, 3.4)."""
+"""Accuracy with the found neurons ablated, beside every control (paper 3.3, 3.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.options import Condition, Order
 from tn_lens.core.seeds import generator
-from tn_lens.evaluation.condition import ARMS, ArmName
-from tn_lens.evaluation.controls import active_neurons, matched_neurons, random_neurons
+from tn_lens.evaluation.controls import CONTROLS, Activity
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, text_loss
-from tn_lens.inference.answers import ask_each
-from tn_lens.inference.forward import Where
-from tn_lens.inference.interventions import Intervention, Mode, mean_activations
+from tn_lens.inference.answers import ZERO, Asking, ask_each
+from tn_lens.inference.interventions import INTERVENTIONS, Intervention, Mean
+from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, neuron_space
-from tn_lens.neurons.neuron import NeuronSet, NeuronSpace, Site
-from tn_lens.prompts import Order, Prompt, build_prompts, by_question
+from tn_lens.neurons import NeuronSet, usual_sites
+from tn_lens.prompts import PromptSet, build_prompts, stream_of
 from tn_lens.questions.question import QuestionSet
-from tn_lens.runs.units import Mapper, in_memory, unit_key, within
+from tn_lens.runs.chunks import Tensors, chunk_key
+from tn_lens.runs.context import in_stage, map_chunks
+
+ALL_CONDITIONS: tuple[Condition, ...] = ("unablated", "random", "random_matched", "top_activation", "ablated")
 
 
 def evaluate(
@@ -32,159 +36,168 @@ def evaluate(
     neurons: NeuronSet,
     *,
     n_repetitions: int = 10,
-    arms: Sequence[ArmName] = ARMS,
-    mode: Mode = "zero",
-    factor: float | int | None = None,
-    positions: Where = "all",
+    conditions: Sequence[str] = ALL_CONDITIONS,
+    intervention: Intervention | str = ZERO,
     order: Order | None = None,
     control_orders: Literal["both", "drawn"] = "both",
     texts: Sequence[Text] | None = None,
     seed: int = 0,
-    progress: bool = False,
     drop_long: bool = False,
-    mapper: Mapper = in_memory,
 ) -> Evaluation:
-    """Ask the questions untouched, with each control and with the found neurons suppressed (paper 3.3).
+    """Ask the questions without ablation, with each control and with the found neurons ablated (paper 3.3).
 
-    Each repetition draws an order of the choices for every question; all arms share the orders. Control arms draw new
+    Each repetition draws an order of the choices for every question; all conditions share the orders. Controls draw new
     neurons in each repetition, never a found one: `"random"` uniformly (the paper), `"random_matched"` as many in each
-    site and layer as were found there, `"top_activation"` likewise among the most active. Every order of a question is asked
-    once per set of neurons, and the repetitions draw from the answers, so that the letters can be averaged out.
+    site and layer as were found there, `"top_activation"` likewise among the most active. Every order of a question is
+    asked once per set of neurons, and the repetitions draw from the answers, so that letter bias can be averaged out.
 
     Args:
         model: the model.
         questions: what to ask.
         neurons: the found set.
         n_repetitions: draws of orders and of control neurons.
-        arms: conditions to run; `"baseline"` and `"suppressed"` are needed.
-        mode: what is done to the neurons, the same in every arm: `"zero"` (the paper), `"scale"`, `"mean"`, `"resample"`;
-            see `Intervention`.
-        factor: of `"scale"`.
-        positions: where it is done: `"all"` (the paper), `"last"`, or from the `"question"` on.
-        order: `"both"` asks every choice at every letter, `"given"` keeps the choices where they stand; by default what the
-            set's standard evaluation does: `"given"` for MMLU, else `"both"`.
-        control_orders: ask each draw of a control in every order, or only in the one that its repetition drew: half the
-            time, the same accuracies (but for `"resample"`, which draws among what is asked), and no order-averaged ones
-            for the controls.
-        texts: plain texts to measure the loss on, as a sign of how specific the effect is; a pair counts its second part.
-        seed: of orders and control neurons.
-        progress: show a progress bar.
-        drop_long: leave out questions beyond the context window instead of refusing.
-        mapper: computes the answers under each set of neurons, or knows them.
+        conditions: names of the conditions to run, `"unablated"`, `"ablated"` and names of registered controls; the first
+            two are required.
+        intervention: what is done to the neurons, the same in every condition: an `Intervention`, or the name of one that
+            needs no argument; zero-ablation (the paper) by default.
+        order: `"both"` asks every choice at every letter, `"given"` keeps the choices where they stand; by default as in
+            the set's standard evaluation: `"given"` for MMLU, else `"both"`.
+        control_orders: ask each draw of a control in every order, or only in the one that its repetition drew, which takes
+            half the time and gives the same accuracies (except for `Resample`, which draws among what is asked), but no
+            order-averaged ones for the controls.
+        texts: plain texts to measure the loss on, as a sign of how specific the effect is; of a pair the second part counts.
+        seed: seed for orders and control neurons.
+        drop_long: leave out questions beyond the context window instead of raising.
 
     Raises:
-        BadInput: no repetitions, an unknown arm, a set that does not fit the model, or texts with an intervention that needs
-            prompts.
+        BadInput: no repetitions, an unknown condition, a set that does not fit the model, or texts with an intervention that
+            needs prompts.
     """
+    if isinstance(intervention, str):
+        intervention = INTERVENTIONS[intervention]()
+    order = order or ("given" if questions.fixed_order else "both")
+    _check_arguments(model, questions, neurons, n_repetitions, conditions, order)
+    prompts = build_prompts(model, questions, order=order, drop_long=drop_long)
+    acting = intervention
+    if isinstance(acting, Mean) and acting.needs_prompts:  # the means are the same for every set of neurons
+        sites = usual_sites(neurons.sites)
+        means = in_stage("values", mean_activations, model, prompts, positions=acting.positions, sites=sites)
+        acting = replace(acting, values=means)
+    sets = draw_sets(model, prompts, neurons, conditions, n_repetitions, seed)
+    asked = draw_orders(prompts, n_repetitions, seed)
+    rows_of: dict[NeuronSet, set[int]] = {}
+    for drawn in sets.values():
+        for repetition, control in enumerate(drawn):
+            only_drawn = control_orders == "drawn" and len(drawn) > 1
+            rows = asked[repetition].tolist() if only_drawn else range(len(prompts))
+            rows_of.setdefault(control, set()).update(rows)
+    answers = _answers(model, prompts, rows_of, acting)
+    losses = None if texts is None else _losses(model, texts, list(rows_of), acting)
+    return Evaluation(
+        name=questions.name,
+        prompts=prompts,
+        asked=asked,
+        neurons=neurons,
+        probabilities={name: np.stack([answers[control] for control in drawn]) for name, drawn in sets.items()},
+        seed=seed,
+        model_name=backend_of(model).name,
+        intervention=intervention.description,
+        text_loss=losses and {name: np.array([losses[control] for control in drawn]) for name, drawn in sets.items()},
+        left_out=tuple(f"row {row.row}: {row.reason}" for row in questions.dropped),
+    )
+
+
+def _check_arguments(
+    model: Model,
+    questions: QuestionSet,
+    neurons: NeuronSet,
+    n_repetitions: int,
+    conditions: Sequence[str],
+    order: str,
+) -> None:
     if not isinstance(neurons, NeuronSet):
         raise BadInput(
             f"expected a NeuronSet (selection.neurons, or NeuronSet.load(path)), got {type(neurons).__name__}"
         )
-    space = neuron_space(model)
-    space.check(neurons)
-    if missing := {"baseline", "suppressed"} - set(arms):
-        raise BadInput(f"arms must hold 'baseline' and 'suppressed' to be compared; {sorted(missing)[0]!r} is missing")
+    neuron_space(model).check(neurons)
+    if missing := {"unablated", "ablated"} - set(conditions):
+        raise BadInput(
+            f"conditions must include 'unablated' and 'ablated', which are compared; {sorted(missing)[0]!r} is missing"
+        )
     if n_repetitions < 1 or not questions:
-        raise BadInput(f"evaluate needs a repetition and a question; got {n_repetitions} and {len(questions)}")
-    if unknown := set(arms) - set(ARMS):
-        raise BadInput(f"unknown arm {sorted(unknown)[0]!r}: expected {', '.join(ARMS)}")
-    order = order or ("given" if questions.fixed_order else "both")
+        raise BadInput(
+            f"evaluate needs at least one repetition and one question; got {n_repetitions} and {len(questions)}"
+        )
+    if unknown := set(conditions) - {"unablated", "ablated", *CONTROLS}:
+        known = ", ".join(("unablated", *CONTROLS, "ablated"))
+        raise BadInput(f"unknown condition {sorted(unknown)[0]!r}: expected {known}")
     if order not in ("both", "given"):
         raise BadInput(f"expected order 'both' or 'given', got {order!r}; the repetitions draw the orders themselves")
-    whole = Intervention(neurons=neurons, mode=mode, factor=factor, positions=positions, seed=seed)  # refuses early
-    prompts = build_prompts(model, questions, order=order, drop_long=drop_long)
-    values = None
-    if mode == "mean":
-        values = mean_activations(model, prompts, positions=positions, mapper=within(mapper, "values"))
-    activity = None
-    if "top_activation" in arms:
-        activity = mean_activations(model, prompts, positions="last", absolute=True, mapper=within(mapper, "activity"))
-    sets = draw_sets(space, neurons, arms, n_repetitions, activity, seed)
-    asked = draw_orders(prompts, n_repetitions, seed)
-    wanted: dict[NeuronSet, set[int]] = {}
-    for drawn in sets.values():
-        for repetition, one in enumerate(drawn):
-            only = control_orders == "drawn" and len(drawn) > 1
-            wanted.setdefault(one, set()).update(asked[repetition].tolist() if only else range(len(prompts)))
-    done = [
-        Intervention(neurons=touched, mode=mode, factor=factor, positions=positions, values=values, seed=seed)
-        if touched
-        else None
-        for touched in wanted
+
+
+def _answers(
+    model: Model, prompts: PromptSet, rows_of: dict[NeuronSet, set[int]], intervention: Intervention
+) -> dict[NeuronSet, Float[np.ndarray, "prompt choice"]]:
+    """The answers with each set of neurons ablated; NaN for prompts that are not asked."""
+    places = {neurons: tuple(sorted(rows)) for neurons, rows in rows_of.items()}
+    # conditions that ask the same prompts share one set, which is then cut and hashed once
+    subsets = {at: PromptSet(tuple(prompts[row] for row in at)) for at in set(places.values())}
+    askings = [
+        Asking(prompts=subsets[at], neurons=neurons, intervention=intervention) for neurons, at in places.items()
     ]
-    places = [tuple(sorted(rows)) for rows in wanted.values()]
-    chosen = {at: [prompts[row] for row in at] for at in set(places)}
-    text = f"evaluation on {questions.name}" if progress else None
-    asked_each = [(intervention, chosen[at]) for intervention, at in zip(done, places, strict=True)]
-    held = ask_each(model, asked_each, mapper=mapper, progress=text)
     answers: dict[NeuronSet, np.ndarray] = {}
-    for touched, at, found in zip(wanted, places, held, strict=True):
-        answers[touched] = np.full((len(prompts), max(p.n_choices for p in prompts)), np.nan)
-        answers[touched][list(at), : found.shape[1]] = found.double().numpy()
-    losses: dict[NeuronSet, float] = {}
-    if texts is not None:
-        keys = [unit_key("loss", texts, intervention) for intervention in done]
-        measured = mapper(
-            "loss", keys, lambda i: {"loss": torch.tensor(text_loss(model, texts, done[i]), dtype=torch.float64)}, text
-        )
-        losses = {touched: float(one["loss"]) for touched, one in zip(wanted, measured, strict=True)}
-    return Evaluation(
-        name=questions.name,
-        prompts=tuple(prompts),
-        asked=asked,
-        neurons=neurons,
-        probabilities={arm: np.stack([answers[one] for one in drawn]) for arm, drawn in sets.items()},
-        seed=seed,
-        model_name=backend_of(model).name,
-        intervention=describe_intervention(whole),
-        text_loss=None
-        if texts is None
-        else {arm: np.array([losses[one] for one in drawn]) for arm, drawn in sets.items()},
-    )
+    for (neurons, at), probabilities in zip(places.items(), ask_each(model, askings), strict=True):
+        answers[neurons] = np.full((len(prompts), prompts.n_choices), np.nan)
+        answers[neurons][list(at), : probabilities.shape[1]] = probabilities.double().numpy()
+    return answers
 
 
-def draw_orders(prompts: Sequence[Prompt], n_repetitions: int, seed: int) -> np.ndarray:
-    """Which prompt of every question each repetition asks."""
-    n_orders = np.array([len(group) for _, group in by_question(prompts)])
-    first = np.cumsum(n_orders) - n_orders
-    coins = generator(seed, 1)
-    return first + np.stack([coins.integers(0, n_orders) for _ in range(n_repetitions)])
+def _losses(
+    model: Model, texts: Sequence[Text], sets: Sequence[NeuronSet], intervention: Intervention
+) -> dict[NeuronSet, float]:
+    """The loss on plain text with each set of neurons ablated."""
+
+    def compute(index: int) -> Tensors:
+        loss = text_loss(model, texts, neurons=sets[index], intervention=intervention)
+        return {"loss": torch.tensor(loss, dtype=torch.float64)}
+
+    keys = [chunk_key("loss", texts, neurons, intervention) for neurons in sets]
+    computed = map_chunks("loss", keys, compute, "loss on plain text")
+    return {neurons: float(chunk["loss"]) for neurons, chunk in zip(sets, computed, strict=True)}
+
+
+def draw_orders(prompts: PromptSet, n_repetitions: int, seed: int) -> Int[np.ndarray, "repetition question"]:
+    """The prompt of every question that each repetition asks; it depends on the seed and the question's id alone."""
+    columns = [
+        rows.start + generator(seed, 1, stream_of(question)).integers(0, len(rows), size=n_repetitions)
+        for question, rows in prompts.groups.items()
+    ]
+    return np.stack(columns, axis=1)
 
 
 def draw_sets(
-    space: NeuronSpace,
+    model: Model,
+    prompts: PromptSet,
     neurons: NeuronSet,
-    arms: Sequence[ArmName],
+    conditions: Sequence[str],
     n_repetitions: int,
-    activity: Mapping[Site, Float[Tensor, "layer _"]] | None,
     seed: int,
 ) -> dict[str, list[NeuronSet]]:
-    """Per arm the neurons that are touched: one set, or a new one in each repetition."""
-    rng, more = generator(seed, 2), generator(seed, 9)
-    sets: dict[str, list[NeuronSet]] = {}
-    for arm in arms:
-        match arm:
-            case "baseline":
-                sets[arm] = [NeuronSet()]
-            case "random":
-                sets[arm] = [random_neurons(space, len(neurons), neurons, rng) for _ in range(n_repetitions)]
-            case "random_matched":
-                sets[arm] = [matched_neurons(space, neurons, rng) for _ in range(n_repetitions)]
-            case "top_activation":
-                assert activity is not None, "taken when the arm was asked for"
-                sets[arm] = [active_neurons(space, neurons, activity, more) for _ in range(n_repetitions)]
-            case "suppressed":
-                sets[arm] = [neurons]
-    return {arm: sets[arm] for arm in get_args(ArmName) if arm in sets}
+    """The neurons to ablate under each condition: one set, or a new one in each repetition."""
+    space = neuron_space(model, usual_sites(neurons.sites))
 
+    @cache
+    def activity() -> Activity:
+        return in_stage("activity", mean_activations, model, prompts, absolute=True, sites=space.sites)
 
-def describe_intervention(intervention: Intervention) -> str:
-    """What was done, in words that follow "the neurons"."""
-    words = {
-        "zero": "at zero",
-        "mean": "at their mean",
-        "resample": "resampled from other prompts",
-        "scale": f"times {intervention.factor:g}" if intervention.factor is not None else "",
-    }
-    places = {"all": "", "last": " at the last position", "question": " from the question on"}
-    return words[intervention.mode] + places[intervention.positions]
+    streams: dict[int, np.random.Generator] = {}
+    sets: dict[str, list[NeuronSet]] = {"unablated": [NeuronSet()]}
+    for name in conditions:
+        if name in CONTROLS:
+            control = CONTROLS[name]
+            stream = control.stream_of(name)
+            rng = streams.setdefault(stream, generator(seed, stream))
+            sets[name] = [control.draw(space, neurons, activity, rng) for _ in range(n_repetitions)]
+    # in the order of the registry, whatever the order of the arguments
+    ordered = ["unablated", *(name for name in CONTROLS if name in sets)]
+    return {name: sets[name] for name in ordered} | {"ablated": [neurons]}

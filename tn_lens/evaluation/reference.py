@@ -1,4 +1,4 @@
-"""What the paper reports for its six models, to stand beside a user's own numbers. Percent; plus or minus one std."""
+"""The results that the paper reports for its six models, in percent and plus or minus one standard deviation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PaperRow:
     suppressed: tuple[float, float]
     n_neurons: int
     triviaqa: tuple[float, float]
-    """Accuracy untouched and suppressed (table 2)."""
+    """Accuracy unablated and ablated (table 2)."""
     mmlu: tuple[float, float]
     t: float
     """Adaptive threshold, a fraction (table 3)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -12,66 +12,68 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from tn_lens.evaluation.comparison import Comparison, compare, explain, warnings_of
-from tn_lens.evaluation.condition import Arm
-from tn_lens.evaluation.tables import Table, table1
-from tn_lens.neurons.neuron import NeuronSet
-from tn_lens.prompts import Prompt, by_question
-from tn_lens.selection.significance import say_welch, welch
+from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import say, say_each
+from tn_lens.core.stored import Stored
+from tn_lens.evaluation.comparison import LETTER_SHIFT, MASS_KEPT, Comparison, compare, fall
+from tn_lens.evaluation.condition import ConditionResult, Questions
+from tn_lens.evaluation.tables import Table, table1, table2
+from tn_lens.neurons import NeuronSet
+from tn_lens.prompts import PromptSet
+from tn_lens.selection.significance import welch
 
 FLOOR = 0.01
-"""Probability below which the floored form of equation 11 does not divide."""
+"""Smallest divisor in the floored form of equation 11."""
+BELOW_CHANCE = 0.05
+"""Distance below chance from which answers count as inverted."""
 LEAST_QUESTIONS = 15
-"""Questions that a category needs in figure 4 of the paper."""
+"""Minimum number of questions of a category in figure 4 of the paper."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Evaluation:
-    """Every arm on the same questions in the same orders."""
+class Evaluation(Stored):
+    """The answers under every condition to the same questions in the same orders."""
 
     name: str
-    """The question set."""
-    prompts: tuple[Prompt, ...]
+    """Name of the question set."""
+    prompts: PromptSet
     """Every order of every question."""
     asked: Int[np.ndarray, "repetition question"]
-    """Which prompt each repetition asked, shared by all arms."""
+    """Which prompt each repetition asked, shared by all conditions."""
     neurons: NeuronSet
+    """The found neurons."""
     probabilities: Mapping[str, Float[np.ndarray, "draw prompt choice"]]
-    """Per arm."""
+    """f of each shown choice under each condition, in [0, 1]."""
     seed: int
     model_name: str = ""
-    intervention: str = "at zero"
-    """What was done to the neurons, in words."""
+    intervention: str = "zero-ablated"
+    """What was done to the neurons, see `Intervention.description`."""
     text_loss: Mapping[str, Float[np.ndarray, " draw"]] | None = None
-    """Per arm: mean loss on plain text, in nats a token, where text was given."""
+    """Mean loss on plain text under each condition, in nats per token, if texts were given."""
+    parts: Mapping[str, tuple[str, ...]] | None = None
+    """Named parts of the questions (ids) whose accuracies are of interest, for example the halves of a run."""
+    left_out: tuple[str, ...] = ()
+    """Rows of the question set that were dropped when it was loaded, with reasons."""
 
     @cached_property
-    def right_label(self) -> Int[np.ndarray, " prompt"]:
-        """Which shown choice is right."""
-        return np.array([p.right for p in self.prompts])
+    def conditions(self) -> dict[str, ConditionResult]:
+        """The conditions by name."""
+        shared = Questions(prompts=self.prompts, asked=self.asked)
+        return {name: ConditionResult(probabilities=p, shared=shared) for name, p in self.probabilities.items()}
 
-    @cached_property
-    def orders(self) -> list[tuple[list[int], list[tuple[int, ...]]]]:
-        """Per question: the rows of its prompts, and the order of choices in each."""
-        grouped, start = [], 0
-        for _, group in by_question(self.prompts):
-            grouped.append((list(range(start, start + len(group))), [p.order for p in group]))
-            start += len(group)
-        return grouped
-
-    @cached_property
-    def answers(self) -> list[int]:
-        """Per question: the index of the right choice."""
-        return [orders[0][self.right_label[rows[0]]] for rows, orders in self.orders]
+    @property
+    def controls(self) -> list[str]:
+        """Names of the conditions that are controls."""
+        return [name for name in self.probabilities if name not in ("unablated", "ablated")]
 
     @property
     def n_questions(self) -> int:
-        """Questions asked."""
+        """Number of questions."""
         return self.asked.shape[1]
 
     @property
     def n_neurons(self) -> int:
-        """Neurons that were touched."""
+        """Number of found neurons."""
         return len(self.neurons)
 
     @property
@@ -81,49 +83,47 @@ class Evaluation:
 
     @property
     def n_orders(self) -> int:
-        """Orders in which every question was asked; with one, letter bias does not cancel."""
-        return min((len(rows) for rows, _ in self.orders), default=0)
+        """Orders in which every question was asked; with a single one, letter bias does not cancel."""
+        return self.prompts.n_orders
 
-    @cached_property
+    @property
     def categories(self) -> list[str]:
         """The category of every question."""
-        return [self.prompts[rows[0]].category for rows, _ in self.orders]
-
-    @cached_property
-    def arms(self) -> dict[str, Arm]:
-        """The conditions by name."""
-        return {name: Arm(probabilities=p, evaluation=self) for name, p in self.probabilities.items()}
+        return list(self.prompts.categories.values())
 
     @property
     def welch_p(self) -> float:
-        """One-sided Welch t-test over repetitions: suppressed below baseline (paper 3.3)."""
-        return welch(self.arms["suppressed"].accuracies, self.arms["baseline"].accuracies)
+        """One-sided Welch t-test over repetitions: accuracy ablated below unablated (paper 3.3)."""
+        return welch(self.conditions["ablated"].accuracies, self.conditions["unablated"].accuracies)
 
     @property
     def reduction(self) -> float:
-        """Accuracy lost, a fraction of one (times 100: points)."""
-        return self.arms["baseline"].accuracy - self.arms["suppressed"].accuracy
+        """Accuracy lost, as a fraction of one (times 100: percentage points)."""
+        return self.conditions["unablated"].accuracy - self.conditions["ablated"].accuracy
 
     @property
     def relative_reduction(self) -> float:
-        """Accuracy lost, as a fraction of the untouched accuracy (paper 3.3)."""
-        return self.reduction / self.arms["baseline"].accuracy if self.arms["baseline"].accuracy else float("nan")
+        """Accuracy lost, as a fraction of the unablated accuracy (paper 3.3)."""
+        accuracy = self.conditions["unablated"].accuracy
+        return self.reduction / accuracy if accuracy else float("nan")
 
     def _changes(self, floor: float = 0.0) -> Float[np.ndarray, "repetition question"]:
-        before, after = (self.arms[arm].drawn(self.arms[arm].p_right) for arm in ("baseline", "suppressed"))
+        before, after = (
+            self.conditions[name].drawn(self.conditions[name].p_right) for name in ("unablated", "ablated")
+        )
         return (before - after) / np.maximum(before, floor)
 
     @property
     def probability_change(self) -> float:
         """Mean of (f_pre(t) - f_post(t)) / f_pre(t) over questions and repetitions (paper eq. 11), a fraction.
 
-        Questions that the untouched model gives hardly any probability weigh without limit: see the two beside it.
+        Questions to which the unablated model gives hardly any probability have unlimited weight; see the next two.
         """
         return float(np.mean(self._changes()))
 
     @property
     def probability_change_floored(self) -> float:
-        """The same with at least 0.01 under the fraction line."""
+        """The same mean with a divisor of at least 0.01."""
         return float(np.mean(self._changes(FLOOR)))
 
     @property
@@ -131,170 +131,154 @@ class Evaluation:
         """The median instead of the mean."""
         return float(np.median(self._changes()))
 
-    def compare(self, arm: str = "suppressed", other: str = "baseline") -> Comparison:
-        """Order-averaged accuracy of one arm less that of another, with the question as the unit.
+    def compare(self, condition: str = "ablated", other: str = "unablated") -> Comparison:
+        """Order-averaged accuracy under one condition minus that under another, with the question as the unit.
 
         Raises:
-            BadInput: an arm was not run.
+            BadInput: a condition was not run.
         """
-        if (arm, other) not in self._compared:
-            self._compared[arm, other] = compare(self, arm, other)
-        return self._compared[arm, other]
+        if unknown := {condition, other} - set(self.probabilities):
+            raise BadInput(f"condition {sorted(unknown)[0]!r} was not run; expected {', '.join(self.probabilities)}")
+        if (condition, other) not in self._compared:
+            self._compared[condition, other] = compare(self.conditions, condition, other, self.seed)
+        return self._compared[condition, other]
 
     @cached_property
     def _compared(self) -> dict[tuple[str, str], Comparison]:
-        """Comparisons made so far: tables, files and sentences ask for the same ones."""
+        """Comparisons made so far, since tables and sentences ask for the same ones."""
         return {}
 
+    def fall(self) -> dict[str, float]:
+        """The parts of the fall in accuracy (total, content, letter, mass), in percentage points; see `comparison.fall`."""
+        return fall(self.conditions)
+
     def by_category(self, least: int = LEAST_QUESTIONS) -> pd.DataFrame:
-        """Figure 4: per category the share of questions whose right answer loses probability, and the accuracies.
+        """Figure 4: per category the fraction of questions whose right answer loses probability, and the accuracies.
 
         Args:
             least: categories with fewer questions are left out; `attrs["hidden"]` counts them, `attrs["hidden_questions"]`
                 their questions.
 
         Returns:
-            Columns category, n_questions, share_hurt (in [0, 1]) and the accuracy of every arm (percent), sorted by share.
+            Columns category, n_questions, share_hurt (in [0, 1]) and the accuracy under every condition (percent), sorted
+            by share_hurt.
         """
-        hurt = (self._changes() > 0).mean(0)
-        right = {name: arm.drawn(arm.right).mean(0) for name, arm in self.arms.items()}
-        own = np.array(self.categories)
-        rows: list[dict[str, Any]] = []
+        hurt = (self._changes() > 0).mean(0)  # [question]
+        right = {name: result.drawn(result.right).mean(0) for name, result in self.conditions.items()}
+        categories = np.array(self.categories)
+        rows = []
         for category in sorted(set(self.categories)):
-            at = own == category
-            accuracies = {name: 100 * float(of[at].mean()) for name, of in right.items()}
-            rows.append(
-                {"category": category, "n_questions": int(at.sum()), "share_hurt": float(hurt[at].mean())} | accuracies
-            )
+            at = categories == category
+            accuracies = {name: 100 * float(values[at].mean()) for name, values in right.items()}
+            row = {"category": category, "n_questions": int(at.sum()), "share_hurt": float(hurt[at].mean())}
+            rows.append(row | accuracies)
         rows.sort(key=lambda row: -row["share_hurt"])
         frame = pd.DataFrame(rows, columns=["category", "n_questions", "share_hurt", *right])
-        return enough_questions(frame, least)
+        is_large = frame["n_questions"].to_numpy() >= least
+        shown = frame.loc[is_large].reset_index(drop=True)
+        shown.attrs["hidden"] = int((~is_large).sum())
+        shown.attrs["hidden_questions"] = int(frame["n_questions"].to_numpy()[~is_large].sum())
+        return shown
 
-    def by_part(self, parts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-        """The arms on parts of the questions, as `{"half 1": selection.half_1, ...}`; empty parts are left out."""
+    def by_part(self, parts: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:
+        """The conditions on parts of the questions, for example `{"half 1": selection.half_1, ...}`; without empty parts."""
         rows = []
-        for name, questions in parts.items():
+        for name, questions in (parts or self.parts or {}).items():
             part = self.only(questions)
             if part.prompts:
-                for arm, row in part.to_frame().to_dict("index").items():
-                    rows.append({"part": name, "arm": arm, "n_questions": part.n_questions, **row})
+                for condition, row in part.to_frame().to_dict("index").items():
+                    rows.append({"part": name, "condition": condition, "n_questions": part.n_questions, **row})
         return pd.DataFrame(rows)
 
-    def only(self, questions: Sequence[int]) -> Evaluation:
-        """The same evaluation on some of the questions (indices in the set)."""
+    def only(self, questions: Collection[str]) -> Evaluation:
+        """The same evaluation on some of the questions, by their ids."""
         wanted = set(questions)
-        rows = [i for i, p in enumerate(self.prompts) if p.question in wanted]
-        columns = [i for i, (own, _) in enumerate(self.orders) if self.prompts[own[0]].question in wanted]
-        place = np.full(len(self.prompts), -1)
+        rows = [row for row, prompt in enumerate(self.prompts) if prompt.question in wanted]
+        columns = [column for column, question in enumerate(self.prompts.groups) if question in wanted]
+        place = np.full(len(self.prompts), -1)  # old row -> new row
         place[rows] = np.arange(len(rows))
-        return type(self)(
-            name=self.name,
-            prompts=tuple(self.prompts[i] for i in rows),
+        return replace(
+            self,
+            prompts=self.prompts.only(wanted),
             asked=place[self.asked[:, columns]],
-            neurons=self.neurons,
-            probabilities={arm: p[:, rows] for arm, p in self.probabilities.items()},
-            seed=self.seed,
-            model_name=self.model_name,
-            intervention=self.intervention,
+            probabilities={name: p[:, rows] for name, p in self.probabilities.items()},
+            text_loss=None,
+            parts=None,
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per arm: accuracies in percent (std with ddof 1), AUC, answer mass and share of "A" in [0, 1]."""
+        """One row per condition: accuracies in percent (std with ddof 1), AUC, answer mass and fraction of "A" in [0, 1]."""
         rows: dict[str, dict[str, float]] = {}
-        for name, arm in self.arms.items():
+        for name, result in self.conditions.items():
             rows[name] = {
-                "accuracy_mean": 100 * arm.accuracy,
-                "accuracy_std": 100 * arm.accuracy_std,
-                "order_averaged_accuracy": 100 * arm.order_averaged_accuracy,
-                "auc": arm.auc,
-                "answer_mass": arm.answer_mass,
-                "share_a": arm.share_a,
+                "accuracy_mean": 100 * result.accuracy,
+                "accuracy_std": 100 * result.accuracy_std,
+                "order_averaged_accuracy": 100 * result.order_averaged_accuracy,
+                "auc": result.auc,
+                "answer_mass": result.answer_mass,
+                "share_a": result.share_a,
             }
             if self.text_loss is not None:
                 rows[name]["text_loss"] = float(self.text_loss[name].mean())
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("condition")
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """The arms of summary.json: `to_frame` without AUC and loss, as plain numbers rounded to six decimals."""
-        return {
-            arm: {k: v for k, v in row.items() if k not in ("auc", "text_loss")} for arm, row in self._rows().items()
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for summary.json, rounded to six decimals: percent and percentage points, fractions in [0, 1]."""
+        rows = self.to_frame().to_dict("index")
+        conditions = {
+            str(name): {key: round(value, 6) for key, value in row.items()}
+            | {"accuracies": (100 * self.conditions[str(name)].accuracies).round(6).tolist()}
+            for name, row in rows.items()
         }
-
-    def _rows(self) -> dict[str, dict[str, float]]:
         return {
-            str(arm): {k: round(v, 6) for k, v in row.items()} for arm, row in self.to_frame().to_dict("index").items()
-        }
-
-    def record(self) -> dict[str, Any]:
-        """Everything that a file about this evaluation should hold: plain values for JSON."""
-        controls = [arm for arm in self.arms if arm not in ("baseline", "suppressed")]
-        return {
-            "model": self.model_name,
-            "questions": self.name,
-            "n_questions": self.n_questions,
-            "n_neurons": self.n_neurons,
-            "neurons_sha256": self.neurons.digest,
-            "intervention": self.intervention,
-            "seed": self.seed,
-            "n_repetitions": self.n_repetitions,
-            "n_orders": self.n_orders,
-            "arms": {
-                name: {
-                    **row,
-                    "accuracy": (100 * self.arms[name].accuracies).tolist(),
-                    "letter_shares": self.arms[name].shares.tolist(),
-                }
-                for name, row in self._rows().items()
-            },
+            "conditions": conditions,
             "welch_p": self.welch_p,
             "reduction_points": 100 * self.reduction,
-            "relative_reduction": self.relative_reduction,
             "probability_change": self.probability_change,
             "probability_change_floored": self.probability_change_floored,
             "probability_change_median": self.probability_change_median,
-            "compared": {other: self.compare("suppressed", other).to_dict() for other in ("baseline", *controls)},
-            "warnings": self.warnings(),
-            "explained": self.explain(),
-            "categories": self.by_category(1).round(6).to_dict("records"),
         }
 
+    def table1(self, *others: Evaluation) -> Table:
+        """The paper's table 1, with its own figures for its models; a row for each evaluation on the same questions."""
+        return table1([self, *others])
+
+    def table2(self, *others: Evaluation) -> Table:
+        """The paper's table 2, with its own figures for its models; a row for each model and question set."""
+        return table2([self, *others])
+
+    @property
+    def follows_instruction(self) -> bool:
+        """Whether the unablated model puts nearly all of its probability on the labels."""
+        return not self.conditions["unablated"].answer_mass < MASS_KEPT
+
+    @property
+    def loses_instruction(self) -> bool:
+        """Whether the ablated model puts less of its probability on the labels than following the instruction takes."""
+        return self.conditions["ablated"].answer_mass < MASS_KEPT
+
+    @property
+    def shifts_letters(self) -> bool:
+        """Whether ablation changes the fraction of "A" enough for letter bias to matter."""
+        before, after = (self.conditions[name].share_a for name in ("unablated", "ablated"))
+        return abs(after - before) > LETTER_SHIFT
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether the ablated accuracy on questions with two choices is clearly below chance."""
+        return len(self.prompts[0].label_ids) == 2 and self.conditions["ablated"].accuracy < 0.5 - BELOW_CHANCE
+
     def explain(self) -> list[str]:
-        """What a fall is made of (content, letter bias, lost mass), and how it compares with every control: sentences."""
-        return explain(self)
+        """The parts of the fall (content, letter bias, lost mass) and the comparison with every control, in sentences."""
+        return say_each("evaluation.explain", self)
 
     def warnings(self) -> list[str]:
-        """Sentences for every reason other than truth why accuracy may have moved."""
-        return warnings_of(self)
-
-    def table1(self) -> Table:
-        """The paper's table 1 for this model, its own figures below where it has them."""
-        return table1([self])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}: {self.summary()}"
+        """One sentence for every reason other than truth why accuracy may have moved."""
+        return say_each("evaluation.warnings", self)
 
     def summary(self) -> str:
-        """One sentence, and a warning for every confound."""
-        before, after = self.arms["baseline"], self.arms["suppressed"]
-        averaged = (
-            f"; order-averaged {100 * before.order_averaged_accuracy:.1f} -> {100 * after.order_averaged_accuracy:.1f} %"
-            if self.n_orders > 1
-            else ""
-        )
-        said = (
-            f"{self.name}: accuracy {100 * before.accuracy:.1f} % untouched, {100 * after.accuracy:.1f} % with "
-            f"{len(self.neurons)} neurons {self.intervention} ({say_welch(self.welch_p)}){averaged}."
-        )
-        return " ".join([said, *self.warnings()])
+        """One sentence, and the warnings."""
+        return say("evaluation.summary", self)
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.summary())}</p>{self.to_frame().round(3).to_html()}"
-
-
-def enough_questions(categories: pd.DataFrame, least: int) -> pd.DataFrame:
-    """The categories with at least so many questions; `attrs` counts the others and their questions."""
-    n_questions = categories["n_questions"].to_numpy()
-    shown = categories.loc[n_questions >= least].reset_index(drop=True)
-    shown.attrs["hidden"] = int((n_questions < least).sum())
-    shown.attrs["hidden_questions"] = int(n_questions[n_questions < least].sum())
-    return shown

@@ -1,59 +1,73 @@
-"""The paper's tables 1 and 2 from evaluations, with the controls it lacks and its own figures beside the user's."""
+"""The paper's tables 1 and 2 from evaluations, with the controls it lacks and its own figures for comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pandas as pd
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import say
+from tn_lens.evaluation.comparison import Comparison
+from tn_lens.evaluation.condition import HEADINGS, ConditionResult
 from tn_lens.evaluation.reference import PAPER
-from tn_lens.selection.significance import LEVEL, welch_legend
-
-if TYPE_CHECKING:
-    from tn_lens.evaluation.result import Evaluation
-    from tn_lens.evaluation.stored import StoredEvaluation
-
-    Evaluated = Evaluation | StoredEvaluation
+from tn_lens.selection.significance import LEVEL
 
 NOT_RUN = "not run"
-"""In the cell of a condition that an evaluation left out, where another has it."""
-HEADINGS: Mapping[str, str] = {
-    "baseline": "baseline",
-    "random": "random",
-    "random_matched": "matched",
-    "top_activation": "most active",
-    "suppressed": "suppressed",
-}
+"""Cell of a condition that one evaluation left out and another has."""
 SIZES: Mapping[str, str] = {"small": "3B", "medium": "7B to 8B", "large": "12B to 13B"}
+
+
+@runtime_checkable
+class Tabulated(Protocol):
+    """What a table needs of an `Evaluation`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def n_neurons(self) -> int: ...
+    @property
+    def n_orders(self) -> int: ...
+    @property
+    def n_repetitions(self) -> int: ...
+    @property
+    def conditions(self) -> Mapping[str, ConditionResult]: ...
+    @property
+    def welch_p(self) -> float: ...
+    def compare(self, condition: str = ..., other: str = ...) -> Comparison: ...
+
+
+Cell = Callable[[Tabulated, str], str]
+"""Evaluation and condition -> text of a cell."""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table that prints itself: in a terminal, a notebook, Markdown, LaTeX or CSV."""
+    """A table for a terminal, a notebook, Markdown, LaTeX or CSV."""
 
     frame: pd.DataFrame
     """The cells as text, the first column the model."""
     caption: str
 
     def to_markdown(self) -> str:
-        """For a README."""
+        """The table for a README."""
         return f"{self.frame.to_markdown(index=False)}\n\n{self.caption}\n"
 
     def to_latex(self) -> str:
-        """For a paper; needs the booktabs package."""
-        plain = self.frame.rename(columns=_latex)
-        plain = plain.map(_latex)
-        body = plain.to_latex(index=False, escape=False, column_format="l" + "r" * (plain.shape[1] - 1))
-        return f"\\begin{{table}}\n\\centering\n{body}\\caption{{{_latex(self.caption)}}}\n\\end{{table}}\n"
+        """The table for a paper; needs the booktabs package."""
+        columns = "l" + "r" * (self.frame.shape[1] - 1)
+        # pandas escapes the cells and the headings, but not the caption
+        caption = self.caption.replace("%", "\\%").replace("_", "\\_")
+        return self.frame.to_latex(index=False, escape=True, column_format=columns, caption=caption)
 
     def to_csv(self) -> str:
-        """For a spreadsheet."""
+        """The table for a spreadsheet."""
         return self.frame.to_csv(index=False)
 
     def files(self) -> dict[str, str]:
@@ -92,147 +106,135 @@ class Table:
         return f"{self.frame.to_html(index=False)}<p>{escape(self.caption)}</p>"
 
 
-def table1(evaluations: Sequence[Evaluated]) -> Table:
-    """Accuracy untouched, with every control and with the found neurons suppressed; one row a model (paper table 1).
+def table1(evaluations: Sequence[Tabulated]) -> Table:
+    """Accuracy unablated, with every control and with the found neurons ablated; one row a model (paper table 1).
 
     Raises:
         BadInput: no evaluation, or evaluations of several question sets.
     """
     names = sorted({e.name for e in evaluations})
     if len(names) != 1:
-        raise BadInput(f"table 1 is about one question set; got {', '.join(names) or 'no evaluation'}")
-    arms = [arm for arm in HEADINGS if any(arm in e.arms for e in evaluations)]
-    rows: list[dict[str, str]] = []
+        raise BadInput(f"table 1 shows one question set; got {', '.join(names) or 'no evaluation'}")
+    rows = []
     for e in evaluations:
-        cells = {HEADINGS[arm]: _spread(e, arm) for arm in arms}
-        rows.append({"model": e.model_name or "model", **cells, "neurons": str(e.n_neurons)})
-        if e.n_orders > 1:
-            averaged = {HEADINGS[arm]: _averaged(e, arm) for arm in arms}
-            rows.append({"model": "  order-averaged", **averaged, "neurons": ""})
         paper = PAPER.get(e.model_name) if e.name == "truthfulqa" else None
+        theirs = {}
         if paper:
-            theirs = {arm: getattr(paper, arm) for arm in ("baseline", "random", "suppressed")}
-            cells = {
-                HEADINGS[arm]: f"{theirs[arm][0]:.2f} ± {theirs[arm][1]:.2f}" if arm in theirs else "-" for arm in arms
-            }
-            rows.append({"model": "  in the paper", **cells, "neurons": str(paper.n_neurons)})
-    n_repetitions = sorted({e.n_repetitions for e in evaluations})
-    repeated = (
-        "from one repetition"
-        if n_repetitions == [1]
-        else f"mean ± standard deviation over {' or '.join(map(str, n_repetitions))} repetitions"
-    )
-    return Table(
-        pd.DataFrame(rows).fillna("-"),
-        f"Accuracy (%) on {names[0]}, {repeated} that all conditions share. {_welch_legend(evaluations)}",
-    )
+            pairs = {"unablated": paper.baseline, "random": paper.random, "ablated": paper.suppressed}
+            theirs = {name: f"{mean:.2f} ± {std:.2f}" for name, (mean, std) in pairs.items()}
+        counts = [{"neurons": str(e.n_neurons)}, {"neurons": ""}, {"neurons": str(paper.n_neurons if paper else "")}]
+        rows += _rows(e, {"model": e.model_name or "model"}, _conditions(evaluations), _spread, theirs, counts)
+    return Table(pd.DataFrame(rows).fillna("-"), say("tables.caption1", evaluations, LEVEL))
 
 
-def table2(evaluations: Sequence[Evaluated]) -> Table:
-    """Accuracy before and after suppression, with every control; one row a model and question set (paper table 2).
+def table2(evaluations: Sequence[Tabulated]) -> Table:
+    """Accuracy unablated and ablated, with every control; one row a model and question set (paper table 2).
 
     Raises:
         BadInput: no evaluation.
     """
     if not evaluations:
-        raise BadInput("table 2 needs an evaluation; got none")
-    arms = [arm for arm in HEADINGS if any(arm in e.arms for e in evaluations)]
-    rows: list[dict[str, str]] = []
+        raise BadInput("table 2 needs at least one evaluation; got none")
+    rows = []
     for e in sorted(evaluations, key=lambda e: e.model_name):
-        cells = {HEADINGS[arm]: _cell(e, arm) for arm in arms}
-        rows.append({"model": e.model_name or "model", "questions": e.name, **cells})
-        if e.n_orders > 1:
-            averaged = {HEADINGS[arm]: _averaged(e, arm) for arm in arms}
-            rows.append({"model": "  order-averaged", "questions": "", **averaged})
         paper = PAPER.get(e.model_name)
+        theirs = {}
         if paper and e.name in ("triviaqa", "mmlu"):
-            theirs = dict(zip(("baseline", "suppressed"), getattr(paper, e.name), strict=True))
-            cells = {HEADINGS[arm]: f"{theirs[arm]:.2f}" if arm in theirs else "-" for arm in arms}
-            rows.append({"model": "  in the paper", "questions": "", **cells})
-    sets = dict.fromkeys(e.name for e in evaluations)
-    way = "bootstrap over questions, order-averaged where every order was asked"
-    legend = (
-        f"* below the baseline: the 95 % interval of the difference ({way}) leaves out zero."
-        if any(map(_is_below, evaluations))
-        else f"Suppressed is nowhere below the baseline by the 95 % interval of the difference ({way})."
-    )
-    return Table(pd.DataFrame(rows), f"Accuracy (%) on {', '.join(sets)}. {legend}")
+            before, after = getattr(paper, e.name)
+            theirs = {"unablated": f"{before:.2f}", "ablated": f"{after:.2f}"}
+        head = {"model": e.model_name or "model", "questions": e.name}
+        rows += _rows(e, head, _conditions(evaluations), _mean, theirs, [{}, {}, {}])
+    return Table(pd.DataFrame(rows), say("tables.caption2", evaluations, any(map(is_below, evaluations))))
 
 
-def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluated]) -> pd.DataFrame:
+def _rows(
+    evaluation: Tabulated,
+    head: Mapping[str, str],
+    conditions: Sequence[str],
+    cell: Cell,
+    theirs: Mapping[str, str],
+    tails: Sequence[Mapping[str, str]],
+) -> list[dict[str, str]]:
+    """The row of an evaluation, and below it the order-averaged row and the paper's where there are any."""
+    blank = dict.fromkeys(head, "")
+
+    def row(first: Mapping[str, str], cells: Mapping[str, str], tail: Mapping[str, str]) -> dict[str, str]:
+        return {**first, **{HEADINGS.get(name, name): text for name, text in cells.items()}, **tail}
+
+    def cells_of(text: Cell) -> dict[str, str]:
+        return {name: text(evaluation, name) if name in evaluation.conditions else NOT_RUN for name in conditions}
+
+    rows = [row(head, cells_of(cell), tails[0])]
+    if evaluation.n_orders > 1:
+        rows.append(row({**blank, "model": "  order-averaged"}, cells_of(_averaged), tails[1]))
+    if theirs:
+        rows.append(row({**blank, "model": "  in the paper"}, {n: theirs.get(n, "-") for n in conditions}, tails[2]))
+    return rows
+
+
+def _conditions(evaluations: Sequence[Tabulated]) -> list[str]:
+    """The conditions of any of the evaluations, the unablated model first and the found neurons last."""
+    names = dict.fromkeys(name for e in evaluations for name in e.conditions)
+    return [name for name in names if name != "ablated"] + ["ablated"]
+
+
+def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Tabulated]) -> pd.DataFrame:
     """Means over models of one size, as in section 3.3 of the paper.
 
     Args:
-        accuracies: model -> accuracy untouched and suppressed, in percent, for models of the paper; or evaluations of them.
+        accuracies: model -> accuracy unablated and ablated, in percent, for models of the paper; or evaluations of them.
 
     Returns:
-        Per size: models, mean accuracies (percent), reduction in points and relative to the untouched mean (percent).
+        Per size: models, mean accuracies (percent), reduction in points and relative to the unablated mean (percent).
 
     Raises:
-        BadInput: a model has no size in the paper.
+        BadInput: a model is not one of the paper's.
     """
     if not isinstance(accuracies, Mapping):
         accuracies = {
-            e.model_name: (100 * e.arms["baseline"].accuracy, 100 * e.arms["suppressed"].accuracy) for e in accuracies
+            e.model_name: (100 * e.conditions["unablated"].accuracy, 100 * e.conditions["ablated"].accuracy)
+            for e in accuracies
         }
-    if strangers := set(accuracies) - set(PAPER):
-        raise BadInput(f"the paper groups its own six models by size; {sorted(strangers)[0]!r} is none of them")
+    if unknown := set(accuracies) - set(PAPER):
+        raise BadInput(f"the paper groups its own six models by size; {sorted(unknown)[0]!r} is not one of them")
     rows = []
     for size, parameters in SIZES.items():
-        own = {model: pair for model, pair in accuracies.items() if PAPER[model].size == size}
-        if own:
-            before, after = (sum(pair[i] for pair in own.values()) / len(own) for i in (0, 1))
-            rows.append(
-                {
-                    "size": f"{size} ({parameters})",
-                    "models": len(own),
-                    "baseline": before,
-                    "suppressed": after,
-                    "reduction_points": before - after,
-                    "relative_reduction": 100 * (before - after) / before if before else float("nan"),
-                }
-            )
+        pairs = [pair for model, pair in accuracies.items() if PAPER[model].size == size]
+        if pairs:
+            rows.append(mean_row(f"{size} ({parameters})", len(pairs), pairs))
     return pd.DataFrame(rows)
 
 
-def _welch_legend(evaluations: Sequence[Evaluated]) -> str:
-    """What the star means where there is one, and what the test said where there is none."""
-    test = "one-sided Welch test"
-    if any(e.welch_p < LEVEL for e in evaluations):
-        return f"* below the baseline, {test}, p < {LEVEL}."
-    if all(np.isnan(e.welch_p) for e in evaluations):
-        return f"{welch_legend(float('nan'))}."
-    return f"Suppressed is not below the baseline ({test}, p at least {LEVEL})."
+def mean_row(size: str, n_models: int, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """One row of `group_means`, from accuracies unablated and ablated in percent."""
+    before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    return {
+        "size": size,
+        "models": n_models,
+        "unablated": before,
+        "ablated": after,
+        "reduction_points": before - after,
+        "relative_reduction": 100 * (before - after) / before if before else float("nan"),
+    }
 
 
-def _is_below(evaluation: Evaluated) -> bool:
-    return "suppressed" in evaluation.arms and evaluation.compare("suppressed", "baseline").high < 0
+def is_below(evaluation: Tabulated) -> bool:
+    """Whether the 95 % interval of the difference to the unablated model lies below zero."""
+    return evaluation.compare("ablated", "unablated").high < 0
 
 
-def _spread(evaluation: Evaluated, name: str) -> str:
-    if name not in evaluation.arms:
-        return NOT_RUN
-    arm = evaluation.arms[name]
-    star = " *" if name == "suppressed" and evaluation.welch_p < LEVEL else ""
-    spread = f" ± {100 * arm.accuracy_std:.2f}" if evaluation.n_repetitions > 1 else ""
-    return f"{100 * arm.accuracy:.2f}{spread}{star}"
+def _spread(evaluation: Tabulated, name: str) -> str:
+    result = evaluation.conditions[name]
+    star = " *" if name == "ablated" and evaluation.welch_p < LEVEL else ""
+    spread = f" ± {100 * result.accuracy_std:.2f}" if evaluation.n_repetitions > 1 else ""
+    return f"{100 * result.accuracy:.2f}{spread}{star}"
 
 
-def _averaged(evaluation: Evaluated, name: str) -> str:
-    if name not in evaluation.arms:
-        return NOT_RUN
-    if not evaluation.arms[name].is_complete:
-        return "-"
-    return f"{100 * evaluation.arms[name].order_averaged_accuracy:.2f}"
+def _averaged(evaluation: Tabulated, name: str) -> str:
+    result = evaluation.conditions[name]
+    return f"{100 * result.order_averaged_accuracy:.2f}" if result.is_complete else "-"
 
 
-def _cell(evaluation: Evaluated, name: str) -> str:
-    if name not in evaluation.arms:
-        return NOT_RUN
-    star = " *" if name == "suppressed" and _is_below(evaluation) else ""
-    return f"{100 * evaluation.arms[name].accuracy:.2f}{star}"
-
-
-def _latex(text: str) -> str:
-    escaped = "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)
-    return escaped.replace("±", "$\\pm$")
+def _mean(evaluation: Tabulated, name: str) -> str:
+    star = " *" if name == "ablated" and is_below(evaluation) else ""
+    return f"{100 * evaluation.conditions[name].accuracy:.2f}{star}"

@@ -1,10 +1,11 @@
-"""Figures: a result in, a plotly figure out. Nothing is shown, and nothing is written but by `save_figure`."""
+"""Figures: pure functions from a result to a plotly figure. `save_figure` writes files."""
 
+from tn_lens.core.options import Theme
 from tn_lens.figures.accuracies import plot_accuracies
 from tn_lens.figures.attribution import plot_attribution, plot_completeness
 from tn_lens.figures.evaluation import plot_categories, plot_dose_response, plot_probability_change
 from tn_lens.figures.layers import plot_layers, plot_overlap
-from tn_lens.figures.look import Figure, Theme
+from tn_lens.figures.layout import Figure
 from tn_lens.figures.save import plotly_js, save_figure
 from tn_lens.figures.selection import plot_candidates, plot_difference, plot_sweep
 

@@ -1,167 +1,115 @@
-"""Accuracy in every condition: table 1 of the paper as a picture."""
+"""Accuracy under every condition: table 1 of the paper as a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from tn_lens.core.errors import BadInput
-from tn_lens.evaluation import ARM_NAMES, ARMS, Evaluation, StoredEvaluation
-from tn_lens.figures.look import ROW, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, plain
+from tn_lens.core.options import Theme
+from tn_lens.core.sentences import percent, say_each
+from tn_lens.evaluation.condition import ConditionResult, condition_label
+from tn_lens.evaluation.result import Evaluation
+from tn_lens.figures.layout import QUIET, ROW, TEXT_SIZE, Figure, finish
+from tn_lens.figures.look import Look, look_of, name_of, plain
 from tn_lens.selection.significance import LEVEL
 
-Evaluated = Evaluation | StoredEvaluation
-Several = Evaluated | Sequence[Evaluated]
+Several: TypeAlias = Evaluation | Sequence[Evaluation]
 
-PERCENT_AXIS = {"range": [0, 118], "tickvals": [0, 25, 50, 75, 100], "zeroline": False}
-"""Room at the right for the numbers."""
+PERCENT_AXIS = {
+    "title": {"text": "accuracy (%)"},
+    "range": [0, 118],
+    "tickvals": [0, 25, 50, 75, 100],
+    "zeroline": False,
+}
+"""With room for the numbers at the right."""
 SPREAD = 0.24
-"""Half of the height of a bar over which single repetitions are spread."""
+"""Half of the height over which the points of single repetitions are spread within a bar."""
 
 
-def plot_accuracies(evaluations: Several, *, title: str | None = None, theme: Theme = "light") -> Figure:
-    """Accuracy in every condition, single repetitions as points (the paper's table 1 as a picture).
+class Bar(NamedTuple):
+    """One condition of one evaluation, and the row in which it is drawn."""
+
+    row: int
+    condition: str
+    label: str
+    whose: str
+    """The model or question set, where several evaluations are drawn."""
+    evaluation: Evaluation
+
+    @property
+    def result(self) -> ConditionResult:
+        """Accuracies under this condition."""
+        return self.evaluation.conditions[self.condition]
+
+
+def plot_accuracies(
+    evaluations: Several, *, noun: str | None = None, title: str | None = None, theme: Theme = "light"
+) -> Figure:
+    """Accuracy under every condition, with single repetitions as points (the paper's table 1 as a figure).
 
     Args:
         evaluations: one, or several of different models or question sets.
-        title: of the figure; by default it says what suppressing does.
+        noun: what several evaluations are called in the default title, for example "runs".
+        title: title of the figure; by default the effect of the ablation.
         theme: "light" or "dark".
 
     Returns:
         A bar per condition with the standard deviation over repetitions, a point per repetition, a diamond for the
-        order-averaged accuracy where every order was asked, and a dashed line at chance where all sets have the same.
+        order-averaged accuracy where every order was asked, and a dashed line at chance where it is equal for all sets.
 
     Raises:
         BadInput: no evaluation.
     """
     shown = listed(evaluations, "plot_accuracies")
     look = look_of(theme)
-    labels = labels_of(shown)
-    alone = len(shown) == 1
-    arms = [arm for arm in ARMS if any(arm in e.arms for e in shown)]
-    starts, place_of = [0], []
-    for e in shown:
-        own = [arm for arm in arms if arm in e.arms]
-        place_of.append({arm: starts[-1] + place for place, arm in enumerate(own)})
-        starts.append(starts[-1] + len(own) + 1)
+    groups = _groups(shown)
+    bars = [bar for group in groups for bar in group]
+    is_single = len(shown) == 1
     figure = Figure()
-    for arm in arms:
-        held = [(row, e) for row, e in enumerate(shown) if arm in e.arms]
-        at = [place_of[row][arm] for row, _ in held]
-        means = [100 * e.arms[arm].accuracy for _, e in held]
-        stds = [100 * e.arms[arm].accuracy_std for _, e in held]
-        name = _arm_name(arm, shown)
-        figure.add_bar(
-            orientation="h",
-            y=at,
-            x=means,
-            name=name,
-            width=0.82,
-            marker={"color": look.arms[arm]},
-            error_x={"type": "data", "array": stds, "color": look.ink, "thickness": 1.4, "width": 4},
-            customdata=[
-                [
-                    labels[row],
-                    std,
-                    _percent(e.arms[arm].order_averaged_accuracy),
-                    e.arms[arm].share_a,
-                    e.arms[arm].answer_mass,
-                ]
-                for (row, e), std in zip(held, stds, strict=True)
-            ],
-            hovertemplate=f"%{{customdata[0]}}<br>{name}: %{{x:.2f}} ± %{{customdata[1]:.2f}} %<br>"
-            "order-averaged %{customdata[2]}<br>share of “A” %{customdata[3]:.2f}, answer mass "
-            "%{customdata[4]:.3f}<extra></extra>",
-        )
-        figure.add_scatter(
-            x=[104] * len(at),
-            y=at,
-            mode="text",
-            text=[
-                f"{mean:.1f} ± {std:.1f}" if e.n_repetitions > 1 else f"{mean:.1f}"
-                for (_, e), mean, std in zip(held, means, stds, strict=True)
-            ],
-            textposition="middle right",
-            textfont={"size": TEXT_SIZE - 2, "color": look.ink if arm == "suppressed" else look.soft},
-            hoverinfo="skip",
-            showlegend=False,
-        )
-    points = [
-        (
-            place_of[row][arm] + _jitter(len(e.arms[arm].accuracies))[draw],
-            100 * float(value),
-            draw,
-            _arm_name(arm, shown),
-        )
-        for row, e in enumerate(shown)
-        for arm in arms
-        if arm in e.arms
-        for draw, value in enumerate(e.arms[arm].accuracies)
-    ]
-    figure.add_scatter(
-        x=[point[1] for point in points],
-        y=[point[0] for point in points],
-        customdata=[[point[2], point[3]] for point in points],
-        mode="markers",
-        name="one repetition",
-        marker={"size": 5, "color": look.paper, "line": {"color": look.ink, "width": 1}},
-        hovertemplate="%{customdata[1]}, repetition %{customdata[0]}: %{x:.2f} %<extra></extra>",
-    )
-    averaged = [
-        (place_of[row][arm], 100 * e.arms[arm].order_averaged_accuracy, _arm_name(arm, shown))
-        for row, e in enumerate(shown)
-        for arm in arms
-        if arm in e.arms and e.arms[arm].is_complete and e.n_orders > 1
-    ]
-    if averaged:
-        figure.add_scatter(
-            x=[point[1] for point in averaged],
-            y=[point[0] for point in averaged],
-            customdata=[point[2] for point in averaged],
-            mode="markers",
-            name="order-averaged",
-            marker={"size": 11, "symbol": "diamond", "color": look.paper, "line": {"color": look.ink, "width": 2}},
-            hovertemplate="%{customdata}, order-averaged: %{x:.2f} %<extra></extra>",
-        )
-    chances = {len(e.arms["baseline"].shares) for e in shown}
-    if len(chances) == 1:
-        figure.add_vline(x=100 / chances.pop(), line={"color": look.soft, "dash": "dash", "width": 1.5})
-    if alone:
-        axis = {"tickvals": list(range(len(arms))), "ticktext": [_arm_name(arm, shown) for arm in arms]}
+    for place, condition in enumerate(dict.fromkeys(bar.condition for bar in bars)):
+        _add_bars(figure, [bar for bar in bars if bar.condition == condition], look.condition(condition, place), look)
+    _add_repetitions(figure, bars, look)
+    averaged = [bar for bar in bars if bar.result.is_complete and bar.evaluation.n_orders > 1]
+    _add_order_averages(figure, averaged, look)
+    n_choices = {len(e.conditions["unablated"].shares) for e in shown}
+    if len(n_choices) == 1:
+        figure.add_vline(x=100 / min(n_choices), line=look.dashed)  # chance
+    if is_single:
+        axis = {"tickvals": [bar.row for bar in bars], "ticktext": [bar.label for bar in bars]}
     else:
-        axis = {"tickvals": [float(np.mean(list(of.values()))) for of in place_of], "ticktext": labels}
-    last = starts[-1] - 1.4
-    figure.update_traces(showlegend=not alone, selector={"type": "bar"})
-    return finish(
-        figure,
-        title or finding(shown),
-        subtitle=(
-            "Bars: mean over repetitions ± standard deviation; circles: single repetitions"
-            if any(e.n_repetitions > 1 for e in shown)
-            else "Bars: a single repetition"
-        )
-        + ("; diamonds: answers averaged over their orders, so that letter bias cancels." if averaged else ".")
-        + (" Dashed: chance." if len({len(e.arms["baseline"].shares) for e in shown}) == 1 else ""),
-        theme=theme,
-        height=round((ROW + 8 if alone else 20) * (last + 0.6)),
-        legend=not alone,
-        barmode="overlay",
-        xaxis={**PERCENT_AXIS, "title": {"text": "accuracy (%)"}},
-        yaxis={**axis, "range": [last, -0.6], "showgrid": False, "zeroline": False},
-    )
+        # the name of an evaluation is next to the middle of its bars
+        middles = [float(np.mean([bar.row for bar in group])) for group in groups]
+        axis = {"tickvals": middles, "ticktext": labels_of(shown)}
+    # a single evaluation has the names of its conditions at the axis
+    figure.update_traces(showlegend=not is_single, selector={"type": "bar"})
+    has_repetitions = any(e.n_repetitions > 1 for e in shown)
+    last = bars[-1].row + 0.6
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(PERCENT_AXIS)
+    figure.update_yaxes(axis, range=[last, -0.6], **QUIET)
+    legend = say_each("figures.accuracies_legend", has_repetitions, averaged, len(n_choices) == 1)
+    height = round((ROW + 8 if is_single else 20) * (last + 0.6))
+    return finish(figure, [*_title(shown, noun), *legend], title, theme, height=height, legend=not is_single)
 
 
-def listed(evaluations: Several, name: str) -> list[Evaluated]:
-    shown = [evaluations] if isinstance(evaluations, Evaluated) else list(evaluations)
+def listed(evaluations: Several, name: str) -> list[Evaluation]:
+    """One evaluation or several as a list, for the figure function of this name.
+
+    Raises:
+        BadInput: no evaluation.
+    """
+    shown = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     if not shown:
         raise BadInput(f"{name} needs an evaluation; got none")
     return shown
 
 
-def labels_of(shown: Sequence[Evaluated]) -> list[str]:
-    """What tells the evaluations apart: the model, the question set, or both."""
-    models, sets = ({getattr(e, of) for e in shown} for of in ("model_name", "name"))
+def labels_of(shown: Sequence[Evaluation]) -> list[str]:
+    """What distinguishes the evaluations: the model, the question set, or both."""
+    models, sets = {e.model_name for e in shown}, {e.name for e in shown}
     if len(sets) == 1 or len(models) == len(shown):
         return [name_of(e.model_name or "model") for e in shown]
     if len(models) == 1:
@@ -169,31 +117,94 @@ def labels_of(shown: Sequence[Evaluated]) -> list[str]:
     return [f"{name_of(e.model_name or 'model')}, {name_of(e.name)}" for e in shown]
 
 
-def _arm_name(arm: str, shown: Sequence[Evaluated]) -> str:
-    """What a condition is called, with what was really done to the neurons."""
-    done = {e.intervention for e in shown}
-    return ARM_NAMES[arm].replace("at zero", done.pop() if len(done) == 1 else "touched")
+def _groups(shown: Sequence[Evaluation]) -> list[list[Bar]]:
+    """The bars of each evaluation."""
+    # evaluations with different interventions share bars, and so a neutral name
+    interventions = {e.intervention for e in shown}
+    intervention = min(interventions) if len(interventions) == 1 else "changed"
+    groups, first = [], 0
+    for evaluation, whose in zip(shown, labels_of(shown), strict=True):
+        labels = {name: plain(condition_label(name, intervention)) for name in evaluation.conditions}
+        groups.append([Bar(row, *names, whose, evaluation) for row, names in enumerate(labels.items(), first)])
+        first += len(labels) + 1  # an empty row between evaluations
+    return groups
 
 
-def _jitter(n: int) -> list[float]:
-    return np.linspace(-SPREAD, SPREAD, n).tolist() if n > 1 else [0.0]
+def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> None:
+    """The bars of one condition, and the numbers at their right."""
+    rows, label = [bar.row for bar in bars], bars[0].label
+    means = [100 * bar.result.accuracy for bar in bars]
+    stds = [100 * bar.result.accuracy_std for bar in bars]
+    averages = [bar.result.order_averaged_accuracy for bar in bars]
+    figure.add_bar(
+        orientation="h",
+        y=rows,
+        x=means,
+        name=label,
+        width=0.82,
+        marker={"color": colour},
+        error_x={"type": "data", "array": stds, "color": look.ink, "thickness": 1.4, "width": 4},
+        customdata=[
+            [bar.whose, std, percent(average, 2), bar.result.share_a, bar.result.answer_mass]
+            for bar, std, average in zip(bars, stds, averages, strict=True)
+        ],
+        hovertemplate=f"%{{customdata[0]}}<br>{label}: %{{x:.2f}} ± %{{customdata[1]:.2f}} %<br>"
+        "order-averaged %{customdata[2]}<br>fraction of “A” %{customdata[3]:.2f}, answer mass "
+        "%{customdata[4]:.3f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[104] * len(bars),  # right of the longest possible bar
+        y=rows,
+        mode="text",
+        text=[
+            f"{mean:.1f} ± {std:.1f}" if bar.evaluation.n_repetitions > 1 else f"{mean:.1f}"
+            for bar, mean, std in zip(bars, means, stds, strict=True)
+        ],
+        textposition="middle right",
+        textfont={"size": TEXT_SIZE - 2, "color": look.ink if bars[0].condition == "ablated" else look.soft},
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %" if value == value else "not asked"
+def _add_repetitions(figure: Figure, bars: Sequence[Bar], look: Look) -> None:
+    """A point for each repetition, side by side within the height of the bar."""
+    points = []
+    for bar in bars:
+        accuracies = 100 * bar.result.accuracies  # [repetition]
+        # [repetition]: equally accurate repetitions would cover each other
+        offsets = np.linspace(-SPREAD, SPREAD, len(accuracies)) if len(accuracies) > 1 else np.zeros(1)
+        for repetition, (accuracy, offset) in enumerate(zip(accuracies.tolist(), offsets.tolist(), strict=True)):
+            points.append((accuracy, bar.row + offset, [repetition, bar.label]))
+    x, y, customdata = map(list, zip(*points, strict=True))
+    figure.add_scatter(
+        x=x,
+        y=y,
+        customdata=customdata,
+        mode="markers",
+        name="one repetition",
+        marker=look.hollow(5, width=1),
+        hovertemplate="%{customdata[1]}, repetition %{customdata[0]}: %{x:.2f} %<extra></extra>",
+    )
 
 
-def finding(shown: Sequence[Evaluated], noun: str | None = None) -> str:
-    """What suppressing does, in words; `noun` is what several evaluations are called."""
+def _add_order_averages(figure: Figure, bars: Sequence[Bar], look: Look) -> None:
+    if bars:
+        figure.add_scatter(
+            x=[100 * bar.result.order_averaged_accuracy for bar in bars],
+            y=[bar.row for bar in bars],
+            customdata=[bar.label for bar in bars],
+            mode="markers",
+            name="order-averaged",
+            marker=look.hollow(11, "diamond"),
+            hovertemplate="%{customdata}, order-averaged: %{x:.2f} %<extra></extra>",
+        )
+
+
+def _title(shown: Sequence[Evaluation], noun: str | None) -> list[str]:
     if len(shown) == 1:
         (e,) = shown
-        before, after = 100 * e.arms["baseline"].accuracy, 100 * e.arms["suppressed"].accuracy
-        others = f", and {100 * e.arms['random'].accuracy:.1f} % with random ones" if "random" in e.arms else ""
-        return (
-            f"{name_of(e.model_name or 'The model')} on {plain(e.name)}: {after:.1f} % right with {e.n_neurons:,} neurons "
-            f"{e.intervention}, {before:.1f} % untouched{others}"
-        )
-    lower = sum(e.welch_p < LEVEL for e in shown)
-    models, sets = len({e.model_name for e in shown}), len({e.name for e in shown})
-    unit = noun or ("models" if sets == 1 else "question sets" if models == 1 else "evaluations")
-    return f"Suppressing the found neurons lowers accuracy in {lower} of {len(shown)} {unit} (one-sided Welch test, p < {LEVEL})"
+        return say_each("figures.accuracies_of_one", e, name_of(e.model_name or "The model"), plain(e.name))
+    n_lower = sum(e.welch_p < LEVEL for e in shown)
+    n_models, n_sets = len({e.model_name for e in shown}), len({e.name for e in shown})
+    return say_each("figures.accuracies_of_several", n_lower, len(shown), n_models, n_sets, LEVEL, noun)

@@ -1,274 +1,210 @@
-"""What suppression does: figures 3 and 4 of the paper, and dose and response."""
+"""Effects of the ablation: figures 3 and 4 of the paper, and the response to scaled activations."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
 from tn_lens.core.errors import BadInput
-from tn_lens.core.wording import plural
+from tn_lens.core.options import Theme
+from tn_lens.core.sentences import percent, say, say_each
 from tn_lens.figures.accuracies import Several, labels_of, listed
-from tn_lens.figures.look import ROW, SYMBOLS, TEXT_SIZE, Figure, Theme, finish, look_of, name_of, say_nothing_to_show
+from tn_lens.figures.layout import QUIET, ROW, TEXT_SIZE, Figure, finish, say_nothing_to_show
+from tn_lens.figures.look import SYMBOLS, Look, look_of, name_of
 
-BESIDE, BELOW = 0.12, 0.27
-"""Figure 3: how far above its row a bar stands, and how far below the marks that its label must not be read with."""
+ABOVE, BELOW = 0.12, 0.27
+"""Figure 3: distance of a bar above its row, and of the markers below it, so that its label belongs to the bar only."""
+DOSE_COLUMNS = ("factor", "condition", "accuracy", "order_averaged_accuracy", "answer_mass", "share_a")
+DOSE_LINES = {
+    "ablated": ("truth neurons", "ablated", "circle"),
+    "random_matched": ("matched random neurons", "unablated", "square"),
+}
+"""Name, colour and marker of each condition."""
 
 
 def plot_probability_change(evaluations: Several, *, title: str | None = None, theme: Theme = "light") -> Figure:
-    """How much of the right answer's probability suppression takes away, by model (paper eq. 11, figure 3).
+    """How much of the right answer's probability is lost through ablation, by model (paper eq. 11, figure 3).
 
     Args:
         evaluations: one, or several of different models or question sets.
-        title: of the figure; by default it says how much.
+        title: title of the figure; by default the loss, or its range.
         theme: "light" or "dark".
 
     Returns:
-        A bar with its number for the paper's mean; below it a diamond for the mean with at least 0.01 under the fraction
-        line, and a circle for the median.
+        A bar with its number for the paper's mean; below it a diamond for the mean with a denominator of at least 0.01, and
+        a circle for the median.
 
     Raises:
         BadInput: no evaluation.
     """
     shown = listed(evaluations, "plot_probability_change")
-    look = look_of(theme)
-    labels = labels_of(shown)
+    look, labels = look_of(theme), labels_of(shown)
     rows = list(range(len(shown)))
-    values = {
-        "mean (equation 11)": [100 * e.probability_change for e in shown],
-        "floored mean": [100 * e.probability_change_floored for e in shown],
-        "median": [100 * e.probability_change_median for e in shown],
-    }
-    means, *others = values.values()
+    means = [100 * e.probability_change for e in shown]
     figure = Figure()
     figure.add_bar(
         orientation="h",
-        y=[row - BESIDE for row in rows],
+        y=[row - ABOVE for row in rows],
         x=means,
         name="mean (equation 11)",
         width=0.42,
-        marker={"color": look.arms["suppressed"]},
-        text=[f"{mean:.1f} %" if np.isfinite(mean) else "not known" for mean in means],
+        marker={"color": look.conditions["ablated"]},
+        text=[percent(e.probability_change) for e in shown],
         textposition="outside",
         textfont={"size": TEXT_SIZE - 1, "color": look.ink},
         cliponaxis=False,
         customdata=labels,
         hovertemplate="%{customdata}<br>mean: %{x:.1f} %<extra></extra>",
     )
-    for (name, of), symbol in zip(list(values.items())[1:], ("diamond", "circle"), strict=True):
+    floored = [100 * e.probability_change_floored for e in shown]
+    medians = [100 * e.probability_change_median for e in shown]
+    for name, values, symbol in (("floored mean", floored, "diamond"), ("median", medians, "circle")):
         figure.add_scatter(
-            x=of,
+            x=values,
             y=[row + BELOW for row in rows],
             mode="markers",
             name=name,
             customdata=labels,
-            marker={"size": 11, "symbol": symbol, "color": look.paper, "line": {"color": look.ink, "width": 2}},
+            marker=look.hollow(11, symbol),
             hovertemplate=f"%{{customdata}}<br>{name}: %{{x:.1f}} %<extra></extra>",
         )
-    everything = [value for of in (means, *others) for value in of if np.isfinite(value)]
-    low, high = min([0.0, *everything]), max([0.0, *everything])
-    span = max(high - low, 1.0)
-    lost = [f"{mean:.0f}".replace("-", "−") for mean in (min(means), max(means))]
-    return finish(
-        figure,
-        title
-        or (
-            f"{labels[0]}: suppression {_takes(means[0])} of the right answer's probability"
-            if len(shown) == 1
-            else f"Suppression takes {lost[0]} % of the right answer's probability"
-            if len(set(lost)) == 1
-            else f"Suppression takes between {lost[0]} and {lost[1]} % of the right answer's probability"
-        ),
-        subtitle="Mean of (before − after) / before over questions and repetitions; above zero: the right answer loses.",
-        theme=theme,
-        height=(ROW + 20) * len(rows) + 16,
-        legend=True,
-        xaxis={
-            "title": {"text": "probability lost (%)"},
-            "range": [low - (0.14 if min(means) < 0 else 0.02) * span, high + 0.14 * span],
-            "zeroline": True,
-        },
-        yaxis={
-            "tickvals": rows,
-            "ticktext": labels,
-            "range": [len(rows) - 0.4, -0.6],
-            "showgrid": False,
-            "zeroline": False,
-        },
-    )
+    # a mean is not finite where a probability before the ablation was 0
+    finite = [value for value in (*means, *floored, *medians) if np.isfinite(value)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    span = max(high - low, 1.0)  # marks at 0 alone need an axis, too
+    known = [mean for mean in means if np.isfinite(mean)]
+    # room for the numbers, at the left only where a bar goes there
+    limits = [low - (0.14 if min(means) < 0 else 0.02) * span, high + 0.14 * span]
+    figure.update_xaxes(title_text="probability lost (%)", range=limits, zeroline=True)
+    figure.update_yaxes(tickvals=rows, ticktext=labels, range=[len(rows) - 0.4, -0.6], **QUIET)
+    sentences = say_each("figures.probability_change", known, labels[0] if len(shown) == 1 else None)
+    return finish(figure, sentences, title, theme, height=(ROW + 20) * len(rows) + 16, legend=True)
 
 
 def plot_categories(
     evaluations: Several, *, least: int = 15, title: str | None = None, theme: Theme = "light"
 ) -> Figure:
-    """In which categories questions are hurt: the share whose right answer loses probability (paper figure 4).
+    """The fraction of questions whose right answer loses probability, by category (paper figure 4).
 
     Args:
         evaluations: one, or several of different models on the same questions.
-        least: categories with fewer questions are not shown, and counted below the title (the paper: 15).
-        title: of the figure; by default it says in how many categories most questions are hurt.
+        least: categories with fewer questions are omitted, and counted in the subtitle (the paper: 15).
+        title: title of the figure; by default the number of categories in which most questions lose.
         theme: "light" or "dark".
 
     Returns:
-        One row a category, the most hurt at the top: a bar for one model, a marker a model for several.
+        One row per category, the highest fraction at the top: a bar for one model, a marker per model for several.
 
     Raises:
         BadInput: no evaluation.
     """
     shown = listed(evaluations, "plot_categories")
     look = look_of(theme)
-    labels = labels_of(shown)
     frames = [e.by_category(least) for e in shown]
-    shares: dict[str, list[float]] = {}
-    sizes: dict[str, int] = {}
-    for frame in frames:
-        for row in frame.to_dict("records"):
-            shares.setdefault(row["category"], []).append(row["share_hurt"])
-            sizes[row["category"]] = row["n_questions"]
-    mean = {c: float(np.mean(shares[c])) for c in sorted(shares, key=lambda c: (-float(np.mean(shares[c])), c))}
-    place = {category: row for row, category in enumerate(mean)}
+    # a category may be large enough in some evaluations only
+    every = pd.concat(frames)
+    sizes = dict(zip(every["category"], every["n_questions"], strict=True))
+    means = {name: float(every.loc[every["category"] == name, "share_hurt"].mean()) for name in sizes}
+    rows = {category: row for row, category in enumerate(sorted(means, key=lambda name: (-means[name], name)))}
     figure = Figure()
-    for series, (label, frame) in enumerate(zip(labels, frames, strict=True)):
-        common = {
-            "x": 100 * frame["share_hurt"].to_numpy(),
-            "y": [place[category] for category in frame["category"]],
-            "name": label,
-            "customdata": [
-                [name_of(str(c)), n, *_accuracies_of(row)]
-                for c, n, row in zip(frame["category"], frame["n_questions"], frame.to_dict("records"), strict=True)
-            ],
-            "hovertemplate": ("" if len(shown) == 1 else f"{label}<br>")
-            + "%{customdata[0]}: %{x:.1f} % of %{customdata[1]} questions hurt<br>"
-            "accuracy %{customdata[2]:.1f} % untouched, %{customdata[3]:.1f} % suppressed<extra></extra>",
-        }
-        if len(shown) == 1:
-            figure.add_bar(orientation="h", width=0.72, marker={"color": look.arms["suppressed"]}, **common)
-        else:
-            figure.add_scatter(
-                mode="markers",
-                marker={
-                    "size": 10,
-                    "color": look.series[series % len(look.series)],
-                    "symbol": SYMBOLS[(series + series // len(look.series)) % len(SYMBOLS)],
-                    "line": {"width": 1, "color": look.ink},
-                },
-                **common,
-            )
-    if len(mean):
-        figure.add_vline(x=50, line={"color": look.soft, "dash": "dash", "width": 1.5})
-    most = sum(share > 0.5 for share in mean.values())
-    hidden = max(int(frame.attrs["hidden"]) for frame in frames)
-    questions = max(int(frame.attrs["hidden_questions"]) for frame in frames)
-    if not len(mean):
-        say_nothing_to_show(figure, f"Every category has fewer than {least} questions.")
-    return finish(
-        figure,
-        title
-        or (
-            f"Suppression hurts most questions in {most} of {len(mean)} categories"
-            if len(mean)
-            else f"No category has {least} questions or more"
-        ),
-        subtitle="Share of questions whose right answer loses probability, number of questions in brackets; dashed: one half."
-        + (
-            f" {hidden} {'category' if hidden == 1 else 'categories'} with fewer than {least} questions ({questions} "
-            f"{plural('question', questions)} together) not shown."
-            if hidden
-            else ""
-        ),
-        theme=theme,
-        height=max(ROW * len(mean), 80),
-        legend=len(shown) > 1,
-        xaxis={"title": {"text": "questions hurt (%)"}, "range": [0, 101], "zeroline": False, "visible": len(mean) > 0},
-        yaxis={
-            "tickvals": list(place.values()),
-            "ticktext": [f"{name_of(str(c))} ({sizes[c]})" for c in place],
-            "range": [max(len(mean), 1) - 0.4, -0.6],
-            "visible": len(mean) > 0,
-            "showgrid": False,
-            "zeroline": False,
-        },
-    )
+    for place, (label, frame) in enumerate(zip(labels_of(shown), frames, strict=True)):
+        _add_categories(figure, frame, rows, label, None if len(shown) == 1 else place, look)
+    n = len(rows)
+    if n:
+        figure.add_vline(x=50, line=look.dashed)  # more than half of the questions lose to its right
+    else:
+        say_nothing_to_show(figure, say("figures.no_categories", least))
+    most = sum(share > 0.5 for share in means.values())
+    hidden, questions = (max(int(frame.attrs[key]) for frame in frames) for key in ("hidden", "hidden_questions"))
+    x_title = "questions whose right answer loses probability (%)"
+    figure.update_xaxes(title_text=x_title, range=[0, 101], zeroline=False, visible=n > 0)
+    names = [f"{name_of(category)} ({sizes[category]})" for category in rows]
+    limits = [max(n, 1) - 0.4, -0.6]
+    figure.update_yaxes(tickvals=list(range(n)), ticktext=names, range=limits, visible=n > 0, **QUIET)
+    sentences = say_each("figures.categories", most, n, least, hidden, questions)
+    return finish(figure, sentences, title, theme, height=max(ROW * n, 80), legend=len(shown) > 1)
+
+
+def _add_categories(
+    figure: Figure, frame: pd.DataFrame, rows: Mapping[str, int], label: str, place: int | None, look: Look
+) -> None:
+    """The categories of one evaluation: bars where it is the only one, else markers that differ by its place."""
+    columns = [frame[name].tolist() for name in ("category", "n_questions", "unablated", "ablated")]
+    common = {
+        "x": 100 * frame["share_hurt"].to_numpy(),
+        "y": [rows[category] for category in frame["category"]],
+        "name": label,
+        "customdata": [[name_of(category), *numbers] for category, *numbers in zip(*columns, strict=True)],
+        "hovertemplate": ("" if place is None else f"{label}<br>")
+        + "%{customdata[0]}: right answer loses probability in %{x:.1f} % of %{customdata[1]} questions<br>"
+        "accuracy %{customdata[2]:.1f} % unablated, %{customdata[3]:.1f} % ablated<extra></extra>",
+    }
+    if place is None:
+        figure.add_bar(orientation="h", width=0.72, marker={"color": look.conditions["ablated"]}, **common)
+        return
+    n_colours = len(look.series)
+    marker = {
+        "size": 10,
+        "color": look.series[place % n_colours],
+        # colours come again after a round, with other symbols
+        "symbol": SYMBOLS[(place + place // n_colours) % len(SYMBOLS)],
+        "line": {"width": 1, "color": look.ink},
+    }
+    figure.add_scatter(mode="markers", marker=marker, **common)
 
 
 def plot_dose_response(frame: pd.DataFrame, *, title: str | None = None, theme: Theme = "light") -> Figure:
-    """What happens between suppressing the neurons and doubling them (see `dose_response`).
+    """Accuracy while the neurons' activations are scaled, from zero-ablation to doubling (see `dose_response`).
 
     Args:
-        frame: columns factor, arm, accuracy, order_averaged_accuracy, answer_mass and share_a.
-        title: of the figure; by default it names both ends.
+        frame: columns factor, condition, accuracy, order_averaged_accuracy, answer_mass and share_a.
+        title: title of the figure; by default the accuracy at the smallest and the largest factor.
         theme: "light" or "dark".
 
     Returns:
-        Accuracy over the factor, the found neurons beside matched random ones: thick lines order-averaged where every order
-        was asked, thin dotted ones plain.
+        Accuracy against the factor, for the found neurons and for matched random ones: thick lines order-averaged where
+        every order was asked, thin dotted lines not averaged.
 
     Raises:
         BadInput: a column is missing, or there is no row of the found neurons.
     """
-    needed = ("factor", "arm", "accuracy", "order_averaged_accuracy", "answer_mass", "share_a")
-    if missing := [name for name in needed if name not in frame]:
+    if missing := [name for name in DOSE_COLUMNS if name not in frame]:
         raise BadInput(
             f"plot_dose_response needs what dose_response(...) returns; the column {missing[0]!r} is missing"
         )
-    if "suppressed" not in frame["arm"].tolist():
-        raise BadInput("plot_dose_response needs rows of the arm 'suppressed', the found neurons; got none")
     look = look_of(theme)
-    rows = sorted(frame.to_dict("records"), key=lambda row: row["factor"])
-    averaged = all(row["order_averaged_accuracy"] == row["order_averaged_accuracy"] for row in rows)
-    names = {"suppressed": "truth neurons", "random_matched": "random, matched by layer"}
-    kinds = {"order_averaged_accuracy": (", order-averaged", "solid", 3, 9), "accuracy": (", plain", "dot", 2, 6)}
-    if not averaged:
-        kinds = {"accuracy": ("", "solid", 3, 9)}
+    records = frame.sort_values("factor", kind="stable").to_dict("records")
+    ablated = [record for record in records if record["condition"] == "ablated"]
+    if not ablated:
+        raise BadInput("plot_dose_response needs rows of the condition 'ablated', the found neurons; got none")
+    is_averaged = bool(frame["order_averaged_accuracy"].notna().all())
+    # column -> suffix of the name, dash, line width and marker size
+    lines = {"order_averaged_accuracy": (", order-averaged", "solid", 3, 9), "accuracy": (", plain", "dot", 2, 6)}
+    if not is_averaged:
+        lines = {"accuracy": ("", "solid", 3, 9)}
     figure = Figure()
-    for arm, symbol in (("suppressed", "circle"), ("random_matched", "square")):
-        of = [row for row in rows if row["arm"] == arm]
-        for column, (suffix, dash, width, size) in kinds.items() if of else ():
+    for condition, (name, colour, symbol) in DOSE_LINES.items():
+        drawn = [record for record in records if record["condition"] == condition]
+        for column, (suffix, dash, width, size) in lines.items() if drawn else ():
             figure.add_scatter(
-                x=[row["factor"] for row in of],
-                y=[row[column] for row in of],
-                name=names[arm] + suffix,
+                x=[record["factor"] for record in drawn],
+                y=[record[column] for record in drawn],
+                name=name + suffix,
                 mode="lines+markers",
-                line={
-                    "color": look.arms["suppressed" if arm == "suppressed" else "baseline"],
-                    "dash": dash,
-                    "width": width,
-                },
+                line={"color": look.conditions[colour], "dash": dash, "width": width},
                 marker={"symbol": symbol, "size": size},
-                customdata=[[row["answer_mass"], row["share_a"]] for row in of],
-                hovertemplate=f"{names[arm]}{suffix}<br>times %{{x:g}}: %{{y:.1f}} %<br>answer mass "
-                "%{customdata[0]:.3f}, share of “A” %{customdata[1]:.2f}<extra></extra>",
+                customdata=[[record["answer_mass"], record["share_a"]] for record in drawn],
+                hovertemplate=f"{name}{suffix}<br>scaled by %{{x:g}}: %{{y:.1f}} %<br>answer mass "
+                "%{customdata[0]:.3f}, fraction of “A” %{customdata[1]:.2f}<extra></extra>",
             )
-    figure.add_vline(x=1, line={"color": look.soft, "dash": "dash", "width": 1.5})
-    column = next(iter(kinds))
-    found = [row for row in rows if row["arm"] == "suppressed"]
-    first, last = found[0], found[-1]
-    kind = "Order-averaged accuracy" if averaged else "Accuracy"
-    values = [row[name] for row in rows for name in kinds]
-    low, high = min(values), max(values)
-    return finish(
-        figure,
-        title
-        or f"{kind} is {first[column]:.1f} % with the truth neurons times {first['factor']:g}, and {last[column]:.1f} % times "
-        f"{last['factor']:g}",
-        subtitle="Activations of the truth neurons, and of as many random ones in the same layers, times a factor; dashed: untouched.",
-        theme=theme,
-        height=320,
-        legend=True,
-        top=22 if averaged else 0,
-        xaxis={"title": {"text": "factor on the neurons' activations"}, "zeroline": False},
-        yaxis={
-            "title": {"text": "accuracy (%)"},
-            "range": [max(0.0, low - 5), min(101.0, high + 5)],
-            "zeroline": False,
-        },
-    )
-
-
-def _accuracies_of(row: dict) -> list[float]:
-    return [float(row["baseline"]), float(row["suppressed"])]
-
-
-def _takes(percent: float) -> str:
-    return (
-        f"takes {percent:.0f} %" if percent >= 0.5 else "takes nothing" if percent > -0.5 else f"adds {-percent:.0f} %"
-    )
+    figure.add_vline(x=1, line=look.dashed)  # the unchanged model
+    values = frame[list(lines)].to_numpy()  # [row, column]
+    column = next(iter(lines))
+    ends = [(record["factor"], record[column]) for record in (ablated[0], ablated[-1])]
+    limits = [max(0.0, float(values.min()) - 5), min(101.0, float(values.max()) + 5)]
+    figure.update_xaxes(title_text="factor on the neurons' activations", zeroline=False)
+    figure.update_yaxes(title_text="accuracy (%)", range=limits, zeroline=False)
+    sentences = say_each("figures.dose_response", is_averaged, *ends)
+    return finish(figure, sentences, title, theme, height=320, legend=True, top=22 if is_averaged else 0)

@@ -1,4 +1,4 @@
-"""Write a figure to a file."""
+"""Write figures to files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ WIDTH, SCALE = 1000, 2
 
 
 def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scale: float | int = SCALE) -> None:
-    """Write .html (one file that works offline), .png, .svg or .pdf, by the ending.
+    """Write .html (one file that works offline), .png, .svg or .pdf, depending on the file ending.
 
     Args:
         figure: any plotly figure.
-        path: where to.
-        width: of a picture, in pixels; its height is the figure's own. A page is as wide as its window, up to 1000 pixels,
-            for which titles are wrapped.
-        scale: pixels of a .png for each pixel of the figure.
+        path: the file to write.
+        width: width of an image in pixels; its height is the figure's. An HTML page is as wide as its window, up to the
+            1000 pixels for which titles are wrapped.
+        scale: pixels of a .png per pixel of the figure.
 
     Raises:
-        BadInput: another ending, a file that cannot be written, or a picture where kaleido or Chrome is missing.
+        BadInput: another file ending, a file that cannot be written, or an image where kaleido or Chrome is missing.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -34,29 +34,29 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scal
         if ending == ".html":
             figure.write_html(path, include_plotlyjs=True, default_width=f"min(100%, {WIDTH}px)")
         else:
-            path.write_bytes(_picture(figure, ending.removeprefix("."), width, scale))
+            path.write_bytes(_image(figure, ending.removeprefix("."), width, scale))
     except OSError as error:
         raise BadInput(f"cannot write {str(path)!r}: {error.strerror or error}; give another path") from error
 
 
 def plotly_js() -> str:
-    """The library that draws figures in a page, to be put into it once."""
+    """The source of plotly.js, which a page with figures contains once."""
     return get_plotlyjs()
 
 
-def _picture(figure: go.Figure, form: str, width: int, scale: float | int) -> bytes:
-    instead = "or save the figure as .html, which needs neither"
+def _image(figure: go.Figure, form: str, width: int, scale: float | int) -> bytes:
+    instead = "or save the figure as .html, which requires neither"
     try:
         import kaleido  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise BadInput(
-            f"a .{form} needs kaleido and Chrome or Chromium: pip install 'tn_lens[image]', {instead}"
+            f"a .{form} requires kaleido and Chrome or Chromium: pip install 'truth-neurons[image]', {instead}"
         ) from None
     try:
         return figure.to_image(format=form, width=width, scale=scale)
-    except Exception as error:  # kaleido's browser has many ways to fail, none of them with a class of its own
-        said = " ".join(str(error).split())[:200]
+    except Exception as error:  # kaleido's browser fails in many ways, without a common class
+        reason = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"kaleido could not draw a .{form}: it needs Chrome or Chromium, and said {said!r}; install one (or set "
-            f"BROWSER_PATH to it), {instead}"
+            f"kaleido could not draw a .{form}: it requires Chrome or Chromium, and reported {reason!r}; install one (or "
+            f"set BROWSER_PATH to it), {instead}"
         ) from error

@@ -1,9 +1,10 @@
-"""Ask the model: the probability of every shown choice (paper eq. 6-7), at the last position of each prompt."""
+"""Answer probabilities: f of every choice shown (paper eq. 6-7), at the last position of each prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from tn_lens.core.errors import BadInput
 from tn_lens.inference.forward import MAX_TOKENS, prompt_logits
-from tn_lens.inference.interventions import Intervention
+from tn_lens.inference.interventions import Intervention, Zero, intervention_hooks
 from tn_lens.models import Model, backend_of
-from tn_lens.prompts import Prompt
-from tn_lens.runs.progress import counter
-from tn_lens.runs.units import PROMPTS_ASKED, Mapper, Tensors, cut_prompts, unit_key
+from tn_lens.neurons import NeuronSet
+from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
+from tn_lens.runs.context import map_chunks
+
+NO_NEURONS = NeuronSet()
+ZERO = Zero()
 
 
 @torch.no_grad()
@@ -23,91 +28,103 @@ def ask(
     model: Model,
     prompts: Sequence[Prompt],
     *,
-    intervention: Intervention | None = None,
+    neurons: NeuronSet = NO_NEURONS,
+    intervention: Intervention = ZERO,
     max_tokens: int = MAX_TOKENS,
     share_prefix: bool = True,
-    progress: str | None = None,
 ) -> Float[Tensor, "prompt choice"]:
-    """Full-vocabulary softmax, summed over the label ids of each shown choice; never renormalised over the labels.
+    """Full-vocabulary softmax, summed over the label ids of each shown choice; never renormalized over the labels.
 
     Args:
         model: to ask.
-        prompts: of any length; what they have in common at the beginning is run once.
-        intervention: what is done to some neurons on the way.
-        max_tokens: in one batch.
-        share_prefix: whether to run common beginnings once, or every prompt whole.
-        progress: text of a progress bar; none by default.
+        prompts: of any length; a beginning that several share is run once.
+        neurons: neurons to act on; none by default.
+        intervention: what is done to them; zero-ablation by default.
+        max_tokens: maximum number of tokens in one batch.
+        share_prefix: run common beginnings once instead of every prompt whole.
 
     Returns:
         Probabilities in [0, 1] on the CPU, in at least float32; 0 where a prompt has fewer choices than the widest.
 
     Raises:
-        BadInput: the model answers NaN, with the dtype to change; the intervention does not fit the model.
+        BadInput: the model's logits are not finite; the neurons do not fit the model.
     """
     width = max((p.n_choices for p in prompts), default=0)
     answers = torch.zeros(len(prompts), width, dtype=backend_of(model).wide_dtype)
-    hooks = None if intervention is None else intervention.prepare(model, prompts)
-    shareable = share_prefix and (intervention is None or intervention.keeps_prefix)
-    bar = counter(len(prompts), progress)
-    with bar if bar is not None else nullcontext():
-        for rows, logits in prompt_logits(model, prompts, hooks=hooks, max_tokens=max_tokens, share_prefix=shareable):
-            probabilities = logits.softmax(-1)
-            labels = torch.zeros(len(rows), width, dtype=probabilities.dtype, device=probabilities.device)
-            for shown in range(width):
-                ids = [prompts[row].label_ids[shown : shown + 1] for row in rows]
-                longest = max((len(one[0]) for one in ids if one), default=0)
-                for place in range(longest):
-                    held = [(at, one[0][place]) for at, one in enumerate(ids) if one and place < len(one[0])]
-                    at, token = (
-                        torch.tensor(column, device=probabilities.device) for column in zip(*held, strict=True)
-                    )
-                    labels[at, shown] += probabilities[at, token]
-            if not probabilities.isfinite().all():
-                raise BadInput(
-                    f"the model's logits are not finite in {backend_of(model).dtype}; load it in bfloat16 or float32"
-                )
-            answers[rows] = labels.cpu()
-            if bar is not None:
-                bar.update(len(rows))
+    hooks = intervention_hooks(model, neurons, intervention, prompts)
+    shareable = share_prefix and (hooks is None or intervention.keeps_prefix)
+    for rows, logits in prompt_logits(model, prompts, hooks=hooks, max_tokens=max_tokens, share_prefix=shareable):
+        probabilities = logits.softmax(-1)  # [row, vocab]
+        if not probabilities.isfinite().all():
+            raise BadInput(
+                f"the model's logits are not finite in {backend_of(model).dtype}; load it in bfloat16 or float32"
+            )
+        answers[rows] = _label_probabilities(probabilities, [prompts[row] for row in rows], width).cpu()
     return answers
 
 
-def ask_each(
-    model: Model,
-    asked: Sequence[tuple[Intervention | None, Sequence[Prompt]]],
-    *,
-    mapper: Mapper,
-    name: str = "answers",
-    progress: str | None = None,
-) -> list[Float[Tensor, "prompt choice"]]:
-    """`ask` several times, in units of one intervention and some hundreds of prompts.
+def _label_probabilities(
+    probabilities: Float[Tensor, "row vocab"], prompts: Sequence[Prompt], width: int
+) -> Float[Tensor, "row choice"]:
+    """The sums over the ids of each label, one id of every row at a time."""
+    labels = torch.zeros(len(prompts), width, dtype=probabilities.dtype, device=probabilities.device)
+    for shown in range(width):
+        ids = [prompt.label_ids[shown] if shown < prompt.n_choices else () for prompt in prompts]
+        for place in range(max(map(len, ids), default=0)):
+            pairs = [(row, row_ids[place]) for row, row_ids in enumerate(ids) if place < len(row_ids)]
+            row, token = torch.tensor(pairs, device=probabilities.device).T
+            labels[row, shown] += probabilities[row, token]
+    return labels
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asking:
+    """Prompts, and what is done to which neurons while they are asked."""
+
+    prompts: PromptSet
+    neurons: NeuronSet = NO_NEURONS
+    intervention: Intervention = ZERO
+
+
+class _Chunk(NamedTuple):
+    asking: Asking
+    part: PromptSet
+    key: str
+
+
+def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") -> list[Float[Tensor, "prompt choice"]]:
+    """`ask` several times, in chunks of one intervention and some hundreds of prompts.
 
     Args:
         model: to ask.
-        asked: what is done to the neurons, and the prompts to ask meanwhile.
-        mapper: computes the units, or knows them.
-        name: of the work.
-        progress: text of a progress bar; none by default.
+        askings: each gives one result.
+        name: name of the work, unique within its stage.
     """
-    cut = {id(prompts): cut_prompts(prompts, PROMPTS_ASKED) for _, prompts in asked}
-    units: list[tuple[Intervention | None, Sequence[Prompt]]] = []
-    n_units = []
-    for intervention, prompts in asked:
-        whole = intervention is not None and intervention.needs_all_prompts
-        parts = (prompts,) if whole else cut[id(prompts)]
-        units += [(intervention, part) for part in parts]
-        n_units.append(len(parts))
-    prompt_keys = {id(part): unit_key(part) for _, part in units}
+    chunks: list[_Chunk] = []
+    parts_of: dict[int, list[tuple[PromptSet, str]]] = {}  # the same prompts are cut and hashed once
+    n_chunks = []
+    for asking in askings:
+        is_whole = asking.intervention.needs_prompts and len(asking.neurons) > 0
+        place = id(asking.prompts)
+        if is_whole:
+            parts = [(asking.prompts, chunk_key(asking.prompts))]
+        elif place in parts_of:
+            parts = parts_of[place]
+        else:
+            parts = parts_of[place] = [(part, chunk_key(part)) for part in asking.prompts.chunks(PROMPTS_ASKED)]
+        acting = [asking.neurons, asking.intervention] if asking.neurons else None
+        chunks += [_Chunk(asking, part, chunk_key("ask", acting, key)) for part, key in parts]
+        n_chunks.append(len(parts))
 
     def compute(index: int) -> Tensors:
-        intervention, part = units[index]
-        return {"answers": ask(model, part, intervention=intervention)}
+        asking, part, _ = chunks[index]
+        return {"answers": ask(model, part, neurons=asking.neurons, intervention=asking.intervention)}
 
-    keys = [unit_key("ask", intervention, prompt_keys[id(part)]) for intervention, part in units]
-    held = iter(mapper(name, keys, compute, progress))
+    computed = iter(map_chunks(name, [chunk.key for chunk in chunks], compute, "answers"))
     answers = []
-    for (_, prompts), n in zip(asked, n_units, strict=True):
-        width = max((p.n_choices for p in prompts), default=0)
-        parts = [next(held)["answers"] for _ in range(n)]
+    for asking, n in zip(askings, n_chunks, strict=True):
+        parts = [next(computed)["answers"] for _ in range(n)]
+        # chunks whose prompts show fewer choices are padded to the widest
+        width = asking.prompts.n_choices
         answers.append(torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]))
     return answers

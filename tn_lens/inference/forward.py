@@ -1,45 +1,42 @@
-"""Run many prompts at the cost of what differs between them.
+"""Batched forward passes over many prompts that run common beginnings once.
 
-Prompts of one template begin alike: what a group of them shares is run once, and each row continues from its frozen keys and
-values. Rows of similar length run together, padded on the right, where causal attention cannot see the padding, and only the
-position that is read goes on to the unembedding.
+Prompts of one template begin with the same tokens. A group's common beginning is run once, and each row continues from its
+frozen keys and values. Rows of similar length run together, padded on the right, where causal attention cannot see the
+padding, and only the position that is read goes on to the unembedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tn_lens.core.options import Where
 from tn_lens.models import Hooks, Model, backend_of
 from tn_lens.prompts import Prompt
 
 MAX_TOKENS = 4096
 """Tokens in one batch, padding included. A constant, since results differ in bits between batch sizes."""
 MAX_PAIRS = 2**21
-"""Pairs of a position and a key in one batch: what attention's scores of one head need."""
+"""Pairs of a position and a key in one batch, which is the size of one head's attention scores."""
 LEAST_TOKENS = 256
-"""Tokens of a batch that fill the matrix products; from there on it is cut rather than padded by more than `PADDING`."""
+"""Tokens that are enough to fill the matrix products; a larger batch is cut rather than padded by more than `PADDING`."""
 PADDING = 1.1
 LEAST_SHARED = 8
-"""Tokens that prompts must have in common before running them apart pays."""
+"""Tokens that prompts must share before it pays to run them separately."""
 LEAST_ROWS = 16
-"""Prompts that a group of its own must have, so that its batches stay large."""
-
-Where = Literal["all", "last", "question"]
-"""Positions: all of them, the one whose logits are read, or from the question on."""
+"""Minimum number of prompts in a separate group, so that its batches stay large."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which part of which prompts a batch holds."""
+    """The part of the prompts that a batch holds."""
 
     rows: tuple[int, ...]
-    """Indices of the prompts; empty where the batch is what a group of prompts shares."""
+    """Indices of the prompts; empty for the common beginning of a group."""
     first: int
     """Position of the first column in its prompt."""
     n_columns: int
@@ -49,13 +46,15 @@ class Layout:
     """Position at which the question begins."""
 
     @classmethod
-    def whole(cls) -> Layout:
-        """Whatever stands in a batch, where nothing depends on the place."""
-        nothing = torch.zeros(1, dtype=torch.long)
-        return cls(rows=(), first=0, n_columns=0, lengths=nothing, starts=nothing)
+    def aligned(cls, prompts: Sequence[Prompt], device: torch.device) -> Layout:
+        """A layout of whole prompts that all end in the same column."""
+        n_columns = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        lengths = torch.full((len(prompts),), n_columns, dtype=torch.long, device=device)
+        rows = tuple(range(len(prompts)))
+        return cls(rows=rows, first=0, n_columns=n_columns, lengths=lengths, starts=torch.zeros_like(lengths))
 
     def at(self, where: Where) -> Bool[Tensor, "row column"] | None:
-        """Where an intervention acts; None for every position."""
+        """True where an intervention acts; None for every position."""
         place = self.first + torch.arange(self.n_columns, device=self.lengths.device)
         match where:
             case "all":
@@ -88,9 +87,9 @@ def prompt_logits(
     Args:
         model: to run.
         prompts: of any length.
-        hooks: given what a batch holds, the hooks that it runs under.
+        hooks: layout of a batch -> the hooks of its forward pass.
         max_tokens: in one batch.
-        share_prefix: run what prompts have in common once; else every prompt is run whole.
+        share_prefix: run common beginnings once; else every prompt is run whole.
 
     Yields:
         Indices of some prompts, and their logits.
@@ -129,17 +128,17 @@ def prompt_logits(
 
 
 def prefix_groups(prompts: Sequence[Prompt]) -> list[Group]:
-    """Cut prompts into groups that begin alike, where that saves tokens: by instruction, or by the examples of a subject."""
+    """Group prompts by their first tokens where that saves tokens: by instruction, or by the examples of a subject."""
     if not prompts:
         return []
     return _split(sorted(range(len(prompts)), key=lambda row: prompts[row].token_ids), prompts, 0)[1]
 
 
 def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int, list[Group]]:
-    """Tokens to run, and the groups that need so few; `rows` are sorted by their tokens, the first `known` of which agree."""
-    own = [prompts[row].token_ids for row in rows]
-    first, last = own[0], own[-1]  # sorted, so that these two differ first
-    most = min(map(len, own)) - 1  # at least one token must be left to run
+    """Number of tokens to run, and the groups; `rows` are sorted by their tokens, the first `known` of which agree."""
+    token_ids = [prompts[row].token_ids for row in rows]
+    first, last = token_ids[0], token_ids[-1]  # sorted, so these two share the fewest tokens
+    most = min(map(len, token_ids)) - 1  # at least one token must be left to run
     starts = {prompts[row].start for row in rows}
     n_shared = min(known, most)
     while n_shared < most and first[n_shared] == last[n_shared]:
@@ -147,9 +146,9 @@ def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int,
     n_shared = min([n_shared, *starts]) if len(starts) > 1 else n_shared
     if n_shared < LEAST_SHARED or len(rows) < 2:
         n_shared = 0
-    together = n_shared + sum(len(ids) - n_shared for ids in own)
+    together = n_shared + sum(len(ids) - n_shared for ids in token_ids)
     parts: list[list[int]] = []
-    for row, ids in zip(rows, own, strict=True):
+    for row, ids in zip(rows, token_ids, strict=True):
         after = ids[n_shared : n_shared + 1]
         if not parts or prompts[parts[-1][0]].token_ids[n_shared : n_shared + 1] != after:
             parts.append([])
@@ -171,7 +170,7 @@ def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int,
 def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> Iterator[list[int]]:
     """Indices of prompts of similar length, at most `max_tokens` padded tokens together (but at least one prompt).
 
-    The first `n_shared` tokens of each do not count, but as keys for the others.
+    The first `n_shared` tokens of each count only as keys of the others.
     """
     batch: list[int] = []
     n_own = 0

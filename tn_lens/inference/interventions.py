@@ -1,209 +1,292 @@
-"""What is done to neurons while the model runs: zero (the paper's suppression), scale, mean, resample."""
+"""Interventions: what is done to the activations of some neurons while the model runs.
+
+One small class for each mode: `Zero` (the paper's ablation), `Scale`, `Mean`, `Resample`. They do not name neurons, so that
+the same intervention acts on the found neurons and on every control.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
-from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.options import Where
+from tn_lens.core.registry import Registry
 from tn_lens.core.seeds import generator
-from tn_lens.inference.forward import Layout, Where, pad_right, prompt_logits
+from tn_lens.inference.forward import Layout, pad_right
+from tn_lens.inference.means import mean_activations
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
-from tn_lens.neurons.neuron import SITES, NeuronSet, NeuronSpace, Site, hook_name
+from tn_lens.neurons import NeuronSet, SiteName, hook_name, usual_sites
 from tn_lens.prompts import Prompt
-from tn_lens.runs.units import PROMPTS_ASKED, Mapper, Tensors, cut_prompts, in_memory, unit_key
 
-Mode = Literal["zero", "scale", "mean", "resample"]
+Place: TypeAlias = tuple[SiteName, int]
+"""A site and a layer."""
+
+Replacement: TypeAlias = Callable[[Place, Float[Tensor, "row column neuron"]], Tensor | float]
+"""Place and activations -> the values that neurons get there; they broadcast against the activations."""
+
+INTERVENTIONS: Registry[type[Intervention]] = Registry("intervention")
+"""All interventions by name."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Intervention:
-    """Some neurons, what they are set to, and where in the prompt.
+@dataclass(frozen=True, kw_only=True)
+class Intervention(ABC):
+    """What is done to the activations of some neurons. To add one, subclass it and register the class in `INTERVENTIONS`.
 
     Raises:
-        BadInput: an unknown mode or place, or a factor that is missing, not finite or not used.
+        BadInput: unknown positions.
     """
 
-    neurons: NeuronSet
-    mode: Mode = "zero"
-    """`"zero"` as in the paper; `"scale"` multiplies by `factor` (0 suppresses, 1 changes nothing, 2 amplifies); `"mean"` puts
-    the mean activation over the prompts; `"resample"` what the neuron has in another prompt, drawn with the seed."""
-    factor: float | int | None = None
-    """Of `"scale"`."""
     positions: Where = "all"
-    """Every position of the prompt, the one whose logits are read, or from the question on."""
-    values: Mapping[Site, Float[Tensor, "layer _"]] | None = None
-    """Of `"mean"`; by default the untouched model's means over the prompts that are asked, at the same positions."""
-    seed: int = 0
-    """Of `"resample"`."""
+    """Positions to act on: every position (the paper), the last one, whose logits are read, or from the question on."""
+
+    keeps_prefix: ClassVar[bool] = True
+    """Whether prompts that begin with the same tokens still have the same activations there."""
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise BadInput(f"expected mode {', '.join(map(repr, get_args(Mode)))}; got {self.mode!r}")
         if self.positions not in get_args(Where):
             raise BadInput(f"expected positions {', '.join(map(repr, get_args(Where)))}; got {self.positions!r}")
-        if (self.mode == "scale") != (self.factor is not None):
-            raise BadInput(f"a factor belongs to mode 'scale' and to no other; got {self.mode!r} with {self.factor!r}")
-        if self.factor is not None and not abs(self.factor) < float("inf"):
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What happens to the neurons, as an adjective: "zero-ablated"."""
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether the new values depend on the prompts that are asked together."""
+        return False
+
+    @abstractmethod
+    def prepare(
+        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
+    ) -> Callable[[Layout], Replacement]:
+        """Get ready to run some prompts.
+
+        Args:
+            model: without interventions.
+            prompts: all prompts that are asked together.
+            places: sites and layers of the neurons.
+
+        Returns:
+            A function of a batch's layout that gives the replacement for this batch.
+        """
+
+    @property
+    def description(self) -> str:
+        """The label and, unless they are all positions, where it acts."""
+        return (
+            self.label
+            + {"all": "", "last": " at the last position", "question": " from the question on"}[self.positions]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Intervention):
+    """Zero-ablation, as in the paper (3.3)."""
+
+    label = "zero-ablated"
+
+    def prepare(
+        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
+    ) -> Callable[[Layout], Replacement]:
+        return lambda layout: lambda place, activations: 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Intervention):
+    """Multiply the activations: 0 ablates, 1 changes nothing, 2 amplifies.
+
+    Raises:
+        BadInput: the factor is not a finite number.
+    """
+
+    factor: float | int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.factor, int | float) or not abs(self.factor) < float("inf"):
             raise BadInput(f"factor must be a finite number; got {self.factor!r}")
 
     @property
-    def keeps_prefix(self) -> bool:
-        """Whether prompts that begin alike still do so; not where each takes its values from another one."""
-        return self.mode != "resample"
+    def label(self) -> str:
+        return f"scaled by {self.factor:g}"
+
+    def prepare(
+        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
+    ) -> Callable[[Layout], Replacement]:
+        return lambda layout: lambda place, activations: activations * (self.factor or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mean(Intervention):
+    """Mean-ablation: put the mean activation."""
+
+    values: Mapping[SiteName, Float[Tensor, "layer _"]] | None = None
+    """By default the means over the prompts that are asked, at the same positions, without intervention."""
+
+    label = "mean-ablated"
 
     @property
-    def needs_all_prompts(self) -> bool:
-        """Whether what a neuron gets depends on which prompts are asked together."""
-        return self.mode == "resample" or (self.mode == "mean" and self.values is None)
+    def needs_prompts(self) -> bool:
+        return self.values is None
 
-    def prepare(self, model: Model, prompts: Sequence[Prompt]) -> Callable[[Layout], Hooks] | None:
-        """What `prompt_logits` needs to run these prompts under the intervention; None for no neurons.
-
-        Raises:
-            BadInput: the neurons do not fit the model.
-        """
-        space = neuron_space(model)
-        space.check(self.neurons)
-        if not self.neurons:
-            return None
-        chosen = _masks(space, self.neurons, str(backend_of(model).device))
+    def prepare(
+        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
+    ) -> Callable[[Layout], Replacement]:
         values = self.values
-        if self.mode == "mean" and values is None:
-            values = mean_activations(model, prompts, positions=self.positions)
-        donors = generator(self.seed, 7).permutation(len(prompts)) if self.mode == "resample" else None
+        if values is None:
+            sites = usual_sites(tuple({site for site, _ in places}))
+            values = mean_activations(model, prompts, positions=self.positions, sites=sites)
+        return lambda layout: lambda place, activations: values[place[0]][place[1]].to(activations)
 
-        def hooks(layout: Layout) -> Hooks:
-            drawn: Mapping[str, Tensor] = {}
-            if donors is not None:
-                drawn = _activations(model, [prompts[donors[row]] for row in layout.rows], set(chosen), layout)
-            where = layout.at(self.positions)
-            made: Hooks = []
-            for (site, layer), mask in chosen.items():
-                new = drawn.get(hook_name(site, layer))
-                if values is not None:
-                    new = values[site][layer]
-                made.append((hook_name(site, layer), self._hook(mask, where, new)))
-            return made
 
-        return hooks
+@dataclass(frozen=True, kw_only=True)
+class Resample(Intervention):
+    """Resample-ablation: put the activation in another of the prompts, drawn with the seed and aligned at the end."""
 
-    def _hook(self, mask: Tensor, where: Tensor | None, new: Tensor | None) -> Callable[..., Tensor]:
-        def put(value: Tensor, hook: object) -> Tensor:
-            flat = value.flatten(2)
-            at = mask if where is None else mask & where[..., None].to(mask.device)
-            if self.mode == "zero":
-                return torch.where(at, 0.0, flat).reshape(value.shape)
-            changed = flat * (self.factor or 0.0) if new is None else new.to(flat)
-            return torch.where(at, changed, flat).reshape(value.shape)
+    seed: int = 0
 
-        return put
+    label = "resample-ablated"
+    keeps_prefix = False
+
+    @property
+    def needs_prompts(self) -> bool:
+        return True
+
+    def prepare(
+        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
+    ) -> Callable[[Layout], Replacement]:
+        donors = generator(self.seed, 7).permutation(len(prompts))
+
+        def for_batch(layout: Layout) -> Replacement:
+            drawn = _activations(model, [prompts[donors[row]] for row in layout.rows], places, layout)
+            return lambda place, activations: drawn[hook_name(*place)].to(activations)
+
+        return for_batch
+
+
+for _name, _class in {"zero": Zero, "scale": Scale, "mean": Mean, "resample": Resample}.items():
+    INTERVENTIONS.register(_name, _class)
+
+
+def intervention_hooks(
+    model: Model, neurons: NeuronSet, intervention: Intervention, prompts: Sequence[Prompt]
+) -> Callable[[Layout], Hooks] | None:
+    """The hooks that run prompts under an intervention, by the layout of each batch; None for no neurons.
+
+    Raises:
+        BadInput: the neurons do not fit the model.
+    """
+    masks = _masks(model, neurons)
+    if not masks:
+        return None
+    prepared = intervention.prepare(model, prompts, masks.keys())
+
+    def hooks(layout: Layout) -> Hooks:
+        replacement, where = prepared(layout), layout.at(intervention.positions)
+        return [(hook_name(*place), _hook(place, mask, where, replacement)) for place, mask in masks.items()]
+
+    return hooks
+
+
+def _hook(
+    place: Place, mask: Bool[Tensor, " neuron"], where: Bool[Tensor, "row column"] | None, replacement: Replacement
+) -> Callable[..., Tensor]:
+    def put(value: Tensor, hook: object) -> Tensor:
+        flat = value.flatten(2)  # [row, column, neuron]: heads side by side
+        at = mask if where is None else mask & where[..., None].to(mask.device)
+        return torch.where(at, replacement(place, flat), flat).reshape(value.shape)
+
+    return put
 
 
 @contextmanager
-def ablate(
-    model: Model, neurons: NeuronSet, *, mode: Literal["zero", "scale"] = "zero", factor: float | int | None = None
+def intervene(
+    model: Model, neurons: NeuronSet, intervention: Intervention | None = None, *, prompts: Sequence[Prompt] = ()
 ) -> Iterator[Model]:
-    """Set neurons to zero, or scale them, at every position of every forward pass inside the `with` (paper 3.3).
+    """Apply an intervention to some neurons in every forward pass inside the `with`.
 
-    Zero is the same as zero rows in W_out and W_O, bit for bit. The hooks are removed on leaving, also after an exception.
-    Means, other prompts' values and single positions need to know the prompts: see `Intervention` and `evaluate`.
+    The hooks are removed on leaving, also after an exception.
+
+    Args:
+        model: to change.
+        neurons: neurons to act on.
+        intervention: `Zero()` by default.
+        prompts: source of the values of `Mean()` and `Resample()`; row i of a forward pass gets the i-th drawn prompt.
+
+    Raises:
+        BadInput: the set does not fit the model, the intervention needs prompts and there are none, or it acts from the
+            question on, which a forward pass does not know.
+    """
+    intervention = intervention or Zero()
+    if intervention.positions == "question":
+        raise BadInput("a forward pass does not say where its question begins; use positions='all' or 'last' here")
+    if intervention.needs_prompts and not prompts:
+        raise BadInput(f"{type(intervention).__name__} takes its values from prompts; give some with prompts=...")
+    masks, backend = _masks(model, neurons), backend_of(model)
+    replacement = intervention.prepare(model, prompts, masks.keys())(Layout.aligned(prompts, backend.device))
+
+    def acting(place: Place, mask: Tensor) -> Callable[..., Tensor]:
+        def put(value: Tensor, hook: object) -> Tensor:
+            flat = value.flatten(2)  # [row, column, neuron]
+            new = _fitted(replacement(place, flat), flat)
+            if intervention.positions == "last":
+                at = torch.zeros_like(flat, dtype=torch.bool)
+                at[:, -1] = mask.to(flat.device)
+            else:
+                at = mask.to(flat.device)
+            return torch.where(at, new, flat).reshape(value.shape)
+
+        return put
+
+    with backend.hooks([(hook_name(*place), acting(place, mask)) for place, mask in masks.items()]):
+        yield model
+
+
+@contextmanager
+def ablate(model: Model, neurons: NeuronSet) -> Iterator[Model]:
+    """Zero-ablate neurons at every position of every forward pass inside the `with` (paper 3.3).
+
+    This equals zero rows in W_out and W_O, bit for bit. For other interventions see `intervene`.
 
     Raises:
         BadInput: the set does not fit the model.
     """
-    intervention = Intervention(neurons=neurons, mode=mode, factor=factor)
-    hooks = intervention.prepare(model, ())
-    with backend_of(model).hooks(hooks(Layout.whole()) if hooks else []):
+    with intervene(model, neurons, Zero()):
         yield model
 
 
-@torch.no_grad()
-def mean_activations(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    positions: Where = "last",
-    absolute: bool = False,
-    progress: bool = False,
-    mapper: Mapper = in_memory,
-) -> dict[Site, Float[Tensor, "layer _"]]:
-    """Mean activation of every neuron over prompts: a baseline, or what `mode="mean"` puts.
-
-    Args:
-        model: the model, untouched.
-        prompts: each counts once, whatever its length.
-        positions: the last position, or the mean over all of a prompt or from its question on.
-        absolute: take the mean of absolute values, as a measure of activity.
-        progress: show a progress bar.
-        mapper: computes the units of some hundreds of prompts, or knows them.
-    """
-    space = neuron_space(model)
-    sites: list[Site] = [site for site in SITES if space.width(site)]
-    dtype = backend_of(model).wide_dtype
-    parts = cut_prompts(prompts, PROMPTS_ASKED)
-    sums = mapper(
-        "means",
-        [unit_key("means", positions, absolute, part) for part in parts],
-        lambda index: _activation_sums(model, parts[index], sites, positions, absolute=absolute),
-        "mean activations" if progress else None,
-    )
-    total = {site: torch.zeros(space.n_layers, space.width(site), dtype=torch.float64) for site in sites}
-    for part in sums:
-        for site in sites:
-            total[site] += part[site]
-    return {site: total[site].div(max(len(prompts), 1)).to(dtype) for site in sites}
+def _fitted(new: Tensor | float, flat: Float[Tensor, "row column neuron"]) -> Tensor | float:
+    """Values drawn for some prompts, aligned with the end of a forward pass's rows; anything else as it is."""
+    if not isinstance(new, Tensor) or new.ndim < 3 or new.shape == flat.shape:
+        return new
+    n_rows, n_columns = flat.shape[:2]
+    rows = torch.arange(n_rows, device=new.device) % len(new)
+    columns = (torch.arange(n_columns, device=new.device) + new.shape[1] - n_columns).clamp(min=0)
+    return new[rows[:, None], columns]
 
 
-def _activation_sums(
-    model: Model, prompts: Sequence[Prompt], sites: Sequence[Site], positions: Where, *, absolute: bool
-) -> Tensors:
-    """Per site [layer, neuron]: the sum over prompts of each one's mean over positions, in float64."""
-    space = neuron_space(model)
+def _masks(model: Model, neurons: NeuronSet) -> dict[Place, Bool[Tensor, " neuron"]]:
+    """Place -> True at the neurons of the set, for places that have any."""
+    space, device = neuron_space(model), backend_of(model).device
+    space.check(neurons)
+    masks = {site: space.mask(neurons, site).to(device) for site in neurons.sites}
     layers = range(space.n_layers)
-    total = {hook_name(s, layer): torch.zeros(space.width(s), dtype=torch.float64) for s in sites for layer in layers}
-
-    def hooks(layout: Layout) -> Hooks:
-        place = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
-        counted = place < layout.lengths[:, None]
-        at = layout.at(positions)
-        counted = (counted if at is None else counted & at).double()
-        weights = counted / counted.sum(1, keepdim=True)
-
-        def add(value: Tensor, hook: Any) -> None:
-            flat = value.flatten(2).double()
-            flat = flat.abs() if absolute else flat
-            total[hook.name] += einsum(weights.to(flat.device), flat, "row column, row column n -> n").cpu()
-
-        return [(name, add) for name in total]
-
-    for _ in prompt_logits(model, prompts, hooks=hooks, share_prefix=False):
-        pass
-    return {site: torch.stack([total[hook_name(site, layer)] for layer in layers]) for site in sites}
-
-
-def _masks(space: NeuronSpace, neurons: NeuronSet, device: str) -> dict[tuple[Site, int], Tensor]:
-    """Site and layer -> True where a neuron of the set sits, for layers that hold any."""
-    masks = {site: space.mask(neurons, site).to(device) for site in SITES}
-    return {
-        (site, layer): masks[site][layer]
-        for site in SITES
-        for layer in range(space.n_layers)
-        if masks[site][layer].any()
-    }
+    return {(site, layer): mask[layer] for site, mask in masks.items() for layer in layers if mask[layer].any()}
 
 
 def _activations(
-    model: Model, donors: Sequence[Prompt], places: set[tuple[Site, int]], layout: Layout
-) -> dict[str, Tensor]:
-    """Activations of other prompts, aligned with the rows of a batch at their ends; before its beginning, a donor's first."""
+    model: Model, donors: Sequence[Prompt], places: Collection[Place], layout: Layout
+) -> dict[str, Float[Tensor, "row column neuron"]]:
+    """Activations of other prompts, aligned with the rows of a batch at their ends; before its start, a donor's first."""
     kept: dict[str, Tensor] = {}
     ids = [donor.token_ids for donor in donors]
     backend = backend_of(model)
@@ -213,10 +296,10 @@ def _activations(
         kept[hook.name] = value.flatten(2)
 
     # the hooks of the batch itself are not in place yet
-    with backend.hooks([(hook_name(*place), keep) for place in places]):
+    with torch.no_grad(), backend.hooks([(hook_name(*place), keep) for place in places]):
         backend.last_logits(tokens)
-    own = torch.tensor([len(one) for one in ids], device=layout.lengths.device)
+    n_tokens = torch.tensor([len(row) for row in ids], device=layout.lengths.device)
     column = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
-    source = (column + (own - layout.lengths)[:, None]).clamp(min=0).minimum(own[:, None] - 1)
+    source = (column + (n_tokens - layout.lengths)[:, None]).clamp(min=0).minimum(n_tokens[:, None] - 1)
     rows = torch.arange(len(ids), device=source.device)[:, None]
     return {name: value[rows.to(value.device), source.to(value.device)] for name, value in kept.items()}

@@ -1,7 +1,9 @@
-"""The model that every stage takes, of either kind, and what a stage may ask of it. No other module knows which kind it is."""
+"""The model classes that every stage accepts, and their common interface. Other modules do not depend on the class."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
@@ -12,12 +14,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.options import BackendName
 from tn_lens.models import bridge
-from tn_lens.models.backend import Backend, BackendName, Hooks, Prefix, Siblings
-from tn_lens.neurons.neuron import NeuronSpace
+from tn_lens.models.backend import Backend, Hooks, Prefix, Siblings
+from tn_lens.neurons import NEURON_SITES, NeuronSpace, SiteName
 
 HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
-"""Whether this TransformerLens still has HookedTransformer: to 3.9."""
+"""Whether the installed TransformerLens has HookedTransformer (up to 3.9)."""
 
 if TYPE_CHECKING or HAS_HOOKED:
     from transformer_lens import HookedTransformer
@@ -26,12 +29,12 @@ if TYPE_CHECKING or HAS_HOOKED:
     from tn_lens.models.hooked import Hooked, assemble, build_model, lay_out_weights
 
     Model: TypeAlias = HookedTransformer | TransformerBridge
-    """The kinds of model that every stage takes."""
+    """The model classes that every stage accepts."""
 else:
     Model: TypeAlias = TransformerBridge
 
     def build_model(*_: object, **__: object) -> Any:
-        """Models from a configuration are HookedTransformers.
+        """Placeholder: models that are built from a configuration are HookedTransformers.
 
         Raises:
             BadInput: always.
@@ -41,14 +44,13 @@ else:
     assemble = lay_out_weights = build_model
 
 NO_HOOKED = (
-    f"TransformerLens {version('transformer-lens')} has no HookedTransformer; take backend='bridge', or install "
+    f"TransformerLens {version('transformer-lens')} has no HookedTransformer; use backend='bridge', or install "
     "'transformer-lens<4'"
 )
 
 __all__ = [
     "HAS_HOOKED",
     "Backend",
-    "BackendName",
     "Hooks",
     "Model",
     "Prefix",
@@ -67,10 +69,10 @@ __all__ = [
 
 
 def choose_backend(name: str | None) -> BackendName:
-    """The kind of model asked for; by default "hooked" where there is one.
+    """Check the name of a backend. The default is "hooked" if TransformerLens has it, "bridge" otherwise.
 
     Raises:
-        BadInput: an unknown name, or "hooked" where TransformerLens has it no longer.
+        BadInput: an unknown name, or "hooked" with a TransformerLens that has no HookedTransformer.
     """
     if name is None:
         return "hooked" if HAS_HOOKED else "bridge"
@@ -81,16 +83,30 @@ def choose_backend(name: str | None) -> BackendName:
     return "hooked" if name == "hooked" else "bridge"
 
 
-def make_model(backend: BackendName, name: str, architecture: str, config: Any, **options: Any) -> Model:
-    """A model of the kind asked for, from a checkpoint's configuration and weights; see `bridge.load`."""
-    return (conversion if backend == "hooked" else bridge).load(name, architecture, config, **options)
+def make_model(
+    backend: BackendName, name: str, architecture: str, hf_model: Any, read: Callable[[], Any], **options: Any
+) -> Model:
+    """Build a model from a checkpoint.
+
+    Args:
+        backend: the model class.
+        name: name of the model in results.
+        architecture: Hugging Face's name of the architecture.
+        hf_model: the Hugging Face model, if it is in memory.
+        read: reads the Hugging Face model, if `hf_model` is None.
+        options: dtype and device of the weights; config and hub of `conversion.load`.
+    """
+    if backend == "hooked":
+        return conversion.load(name, architecture, hf_model, read, **options)
+    hf_model = read() if hf_model is None else hf_model
+    return bridge.load(name, architecture, hf_model, dtype=options["dtype"], device=options["device"])
 
 
 def backend_of(model: object) -> Backend:
-    """A model as the stages see it.
+    """The common interface to a model.
 
     Raises:
-        BadInput: it is of no kind that is known.
+        BadInput: an object of another class.
     """
     if isinstance(model, TransformerBridge):
         return bridge.Bridge(model)
@@ -101,21 +117,21 @@ def backend_of(model: object) -> Backend:
 
 
 def official_name(source: str) -> str:
-    """Resolve TransformerLens' short names ('gpt2-small'); everything else stays."""
+    """Resolve TransformerLens' short names ('gpt2-small') and return other names unchanged."""
     aliases = {alias: official for official, names in MODEL_ALIASES.items() for alias in names}
     return aliases.get(source, source)
 
 
-def neuron_space(model: Model) -> NeuronSpace:
-    """The sizes of a model's neuron space."""
-    return backend_of(model).space
+def neuron_space(model: Model, sites: Sequence[SiteName] = NEURON_SITES) -> NeuronSpace:
+    """The neuron space of a model at the given sites."""
+    return replace(backend_of(model).space, sites=tuple(sites))
 
 
 def check_model(model: object) -> None:
-    """Refuse, or warn about, models in which hook_z and hook_post are not what the paper calls neurons.
+    """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
 
     Raises:
-        BadInput: mixture of experts, encoders, processed weights, or a rotated basis of z.
+        BadInput: a mixture of experts, an encoder, processed weights, or a rotated basis of z.
     """
     backend_of(model).check()
 
@@ -123,5 +139,5 @@ def check_model(model: object) -> None:
 def last_logits(
     model: Model, tokens: Int[Tensor, "row column"], mask: Int[Tensor, "row column"] | None = None
 ) -> Float[Tensor, "row vocab"]:
-    """Logits at the last position only, in at least float32; rows may be padded on the left."""
+    """Logits at the last position, in at least float32. Rows may be padded on the left if there is a mask."""
     return backend_of(model).last_logits(tokens, mask=mask)

@@ -1,4 +1,4 @@
-"""What a stage needs of a model, whichever kind it is."""
+"""The operations that the stages need from a model, independent of its class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,66 +14,76 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tn_lens.core.errors import BadInput
-from tn_lens.neurons.neuron import Neuron, NeuronSpace
+from tn_lens.core.options import BackendName
+from tn_lens.neurons.neuron import Neuron
+from tn_lens.neurons.sites import SITES
+from tn_lens.neurons.space import NeuronSpace
 
-BackendName = Literal["hooked", "bridge"]
-"""TransformerLens' own model (HookedTransformer, to 3.9), or Hugging Face's within TransformerLens (TransformerBridge, from 3)."""
+COLUMNS_PER_PRODUCT = 8192
+"""Number of columns of W_U that are converted to float32 at a time."""
 
-TOKENS_AT_ONCE = 8192
-"""Columns of W_U that are converted to float32 together."""
-
-ONE_KERNEL = {"gelu", "gelu_pytorch_tanh", "relu", "silu", "swish"}
-"""Activation functions of which backward keeps their input alone; others are put together from several operations."""
+FUSED_ACTIVATIONS = {"gelu", "gelu_pytorch_tanh", "relu", "silu", "swish"}
+"""Activation functions whose backward pass keeps only their input. All others consist of several operations."""
 
 Hooks = list[tuple[str, Callable[..., Any]]]
-"""Hook names and functions of an activation and the hook point, whose `name` is the one given; None changes nothing."""
+"""Pairs of a hook name and a function of (activation, hook point).
+
+The hook point's `name` is the name given here. A function that returns None leaves the activation unchanged.
+"""
 
 
 class Prefix(ABC):
-    """Frozen keys and values of one row that others continue."""
+    """Frozen keys and values of one row that other rows continue."""
 
     @abstractmethod
     def expand(self, n_rows: int) -> Any:
-        """What a pass of so many rows goes on from; nothing is copied."""
+        """The cache for a pass of `n_rows` rows. Nothing is copied."""
 
 
 class Siblings(ABC):
-    """Some prompts, run once, and single positions that stand where their last tokens stand and see what those see."""
+    """Prompts that have been run once, and rows of one position each that replace their last position.
+
+    Each row attends to the same prefix as the last position of its prompt, and to itself.
+    """
 
     logits: Float[Tensor, "prompt vocab"]
-    """Of the untouched prompts."""
-    kept: dict[str, Float[Tensor, "prompt 1 _"]]
-    """Activations at the last position by the names that were asked for, heads side by side."""
+    """Last logits of the prompts without intervention."""
+    activations: dict[str, Float[Tensor, "prompt 1 _"]]
+    """Activations at the last position by hook name, with heads concatenated."""
 
     def keep(self, value: Float[Tensor, "prompt position *_"], hook: Any) -> None:
-        """A hook that keeps an activation; a copy, since a view would hold all positions."""
-        self.kept[hook.name] = value[:, -1:].flatten(2).clone()
+        """Hook function that stores the activation at the last position."""
+        # [prompt, position, ...] -> [prompt, 1, neuron]; cloned, since a view would keep all positions in memory
+        self.activations[hook.name] = value[:, -1:].flatten(2).clone()
 
     def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"] | None:
-        """W_out of a layer, where rows that differ in its MLP neurons may join above it; None where they may not."""
+        """W_out of a layer, if rows that differ in its MLP neurons may join above the layer; None otherwise."""
         return None
 
     @abstractmethod
     def run(
-        self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
+        self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: Mapping[int, Float[Tensor, "prompt _ d_model"]]
     ) -> Float[Tensor, "prompt row _"]:
-        """The rows, as `logits_of` takes them.
+        """Run the rows.
 
         Args:
-            of_layer: how many rows differ from the untouched run first at which layer; rows stand in the order of layers,
-                and a hook of a layer finds at least those of its own and all lower layers.
-            hooks: on activations [prompt, row, ...].
-            written: what W_out of a layer makes of other activations, before bias and norm, for rows that stand behind the
-                others of this layer; only where there is a `w_out`.
+            rows_at: number of rows by the first layer at which they differ from the prompt. Rows are ordered by layer,
+                and a hook of a layer sees at least the rows of that layer and of all lower layers.
+            hooks: hook functions of activations of shape [prompt, row, ...].
+            mlp_outputs: replaced activations of a layer through its W_out projection, before bias and norm. Their rows
+                follow the other rows of the layer. Only for layers that have a `w_out`.
+
+        Returns:
+            The input of `logits_of`.
         """
 
     @abstractmethod
     def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
-        """Last logits of rows that were run, or of some of them, in at least float32."""
+        """Last logits, in at least float32, of all or some of the rows that `run` returned."""
 
 
 class Backend(ABC):
-    """A model of one kind, as the stages see it."""
+    """Common interface to the model classes."""
 
     kind: BackendName
 
@@ -82,87 +92,101 @@ class Backend(ABC):
 
     @property
     def name(self) -> str:
-        """What results call the model."""
+        """Name of the model in results."""
         return str(self.model.cfg.model_name)
 
     @property
     @abstractmethod
     def architecture(self) -> str | None:
-        """Hugging Face's name of the architecture, where it is known."""
+        """Hugging Face's name of the architecture; None if unknown."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return self.model.cfg.dtype
 
     @property
     def wide_dtype(self) -> torch.dtype:
-        """Of logits and scores: at least float32."""
+        """Dtype of logits and scores: at least float32."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go."""
+        """Device of the input tokens."""
         return torch.device(str(self.model.cfg.device))
 
     @property
     def n_devices(self) -> int:
-        """Over how many the layers are spread."""
+        """Number of devices that the layers are distributed over."""
         return self.model.cfg.n_devices
 
     @property
     def n_ctx(self) -> int:
-        """Tokens of the context window."""
+        """Size of the context window in tokens."""
         return self.model.cfg.n_ctx
 
     @property
-    @abstractmethod
     def d_vocab(self) -> int:
-        """Logits at a position."""
+        """Number of logits at one position."""
+        return self.model.cfg.d_vocab_out
 
     @property
     def n_key_value_heads(self) -> int:
-        """Heads of the keys and values that are kept."""
+        """Number of heads of the cached keys and values."""
         return self.model.cfg.n_key_value_heads or self.model.cfg.n_heads
 
     @property
     @abstractmethod
+    def d_mlp(self) -> int:
+        """Number of neurons of one MLP; 0 for attention-only models."""
+
+    @property
     def space(self) -> NeuronSpace:
-        """The sizes of the neuron space."""
+        """The model's neuron space."""
+        cfg = self.model.cfg
+        return NeuronSpace(
+            n_layers=cfg.n_layers, d_mlp=self.d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head, d_model=cfg.d_model
+        )
 
     @property
     @abstractmethod
     def is_post_norm(self) -> bool:
-        """Whether a norm follows W_O and W_out (OLMo-2, OLMo-3, Gemma-2 and -3), so that z and post have no scale.
+        """Whether W_O and W_out are followed by a norm (OLMo-2, OLMo-3, Gemma-2, Gemma-3).
 
-        There f(alpha z) hardly depends on alpha > 0, and a Riemann sum from a zero baseline misses completeness.
+        The norm removes the scale of z and post: f(alpha z) hardly depends on alpha > 0, and a Riemann sum from a zero
+        baseline does not satisfy completeness.
         """
 
     @property
     @abstractmethod
     def unshareable(self) -> str | None:
-        """Why what stands before a position cannot be run once for all that follows; None if it can."""
+        """The reason why the positions before another one cannot be run once for all its rows; None if they can."""
 
-    def kept_by_row(self, n_tokens: int, n_rows: int) -> int:
-        """Bytes that backward keeps of one sibling, without its logits where `logits_of` makes them: an upper estimate.
+    def bytes_per_row(self, n_tokens: int, n_rows: int) -> int:
+        """Upper estimate of the bytes that the backward pass keeps for one row of `Siblings`.
+
+        Logits are not included if `Siblings.logits_of` computes them.
 
         Args:
-            n_tokens: of the prompt.
-            n_rows: siblings of a prompt.
+            n_tokens: number of tokens of the prompt.
+            n_rows: number of rows per prompt.
         """
         space, size = self.space, self.dtype.itemsize
-        norms = 4 * self.wide_dtype.itemsize // size  # computed in float32
-        activations = 3 if str(self.model.cfg.act_fn) in ONE_KERNEL else 6
-        of_attention = 6 * space.n_heads * space.d_head + 3 * space.n_heads * n_tokens
-        layers = space.n_layers + 1  # the gradients of one
-        return size * layers * (norms * space.d_model + of_attention + activations * space.d_mlp)
+        norms = 4 * self.wide_dtype.itemsize // size  # norms are computed in float32
+        attention = 6 * space.n_heads * space.d_head + 3 * space.n_heads * n_tokens
+        activations = 3 if str(self.model.cfg.act_fn) in FUSED_ACTIVATIONS else 6
+        layers = space.n_layers + 1  # one more for the gradients of the layer being differentiated
+        return size * layers * (norms * space.d_model + attention + activations * space.d_mlp)
 
-    def name_and_equip(self, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Give the model its name, and a copy of the tokenizer with a padding token; say whether it prepends a BOS token."""
+    def set_name_and_tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Set the model's name, and a copy of the tokenizer that has a padding token.
+
+        The configuration also notes whether the tokenizer prepends a BOS token.
+        """
         self.model.cfg.model_name = name
         if tokenizer is None:
             return
-        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         self.model.tokenizer = tokenizer
@@ -171,11 +195,11 @@ class Backend(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Refuse, or warn about, a model in which hook_z and hook_post are not what the paper calls neurons."""
+        """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper."""
 
     @abstractmethod
     def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:
-        """Hooks on every forward pass inside a `with`, removed on leaving.
+        """Context manager that adds hooks to every forward pass, and removes them on exit.
 
         Raises:
             BadInput: the model has no such hook point.
@@ -193,78 +217,103 @@ class Backend(ABC):
         """Logits at one position of every row, in at least float32.
 
         Args:
-            tokens: padded on the right, where nothing sees the padding, or on the left with a mask.
-            mask: 0 where a row is padded on the left.
-            places: columns to read; the last by default.
-            prefix: what stands before every row.
+            tokens: rows padded on the left, with a mask, or on the right, where causal attention hides the padding.
+            mask: 0 at padding on the left, 1 elsewhere.
+            places: column to read in each row. Default: the last column.
+            prefix: cached positions that precede every row.
         """
 
     @abstractmethod
     def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
-        """Logits at every position, in at least float32; rows may be padded on the right."""
+        """Logits at every position, in at least float32. Rows may be padded on the right."""
 
     @abstractmethod
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
-        """Run what several rows begin with, and keep it for `last_logits`."""
+        """Run the common beginning of several rows and cache it for `last_logits`."""
 
     @abstractmethod
     def siblings(
         self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
     ) -> Siblings:
-        """Run prompts that are padded on the left, and get ready for single positions in place of their last ones."""
+        """Run prompts once, as preparation for rows that replace their last position.
+
+        Args:
+            tokens: prompts padded on the left.
+            mask: 0 at padding, 1 elsewhere.
+            names: hook names of the activations to store.
+        """
 
     @abstractmethod
-    def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """What a unit of each attention neuron of a layer adds to the attention's output: the rows of W_O."""
+    def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """W_O of a layer: each row is the contribution of one unit of an attention neuron to the attention output."""
 
     @abstractmethod
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
-        """The row of W_out or W_O that a neuron writes, and the norm that stands behind it; None where there is none."""
+        """The row of W_out or W_O of an MLP or attention neuron, and the norm that follows it, if any."""
 
     @abstractmethod
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
-        """W_U and the norm before it, if there is one; None where the weights cannot be read row by row."""
+        """W_U and the norm before it, if any; None if rows of the weights cannot be read."""
 
     @torch.no_grad()
     def direct_logits(self, neurons: Sequence[Neuron]) -> Float[Tensor, "neuron vocab"] | None:
-        """What one unit of each neuron's activation adds to the logits by itself, past all later layers.
+        """Direct logit attribution: the effect of one unit of activation on the logits, without later layers.
 
-        Its row of W_out or W_O through the norm behind that (post-norm models), the final norm and W_U. Of a norm its weights
-        count, and a LayerNorm's centring, but not the division by the size of the stream: one positive factor for all tokens.
+        The neuron's row of W_out or W_O passes through the norm that follows it (post-norm models), the final norm and
+        W_U. A residual-stream neuron is a unit vector of the stream, followed by the final norm and W_U only. Norms are
+        linearised: the weights of a norm and the centring of a LayerNorm are applied, but not the division by the scale
+        of the stream, which is one positive factor for all tokens.
 
         Returns:
-            Logits on the CPU less their mean over the vocabulary, which the softmax does not see; None where the weights
-            cannot be read row by row.
+            Logits on the CPU minus their mean over the vocabulary, to which the softmax is invariant; None if rows of
+            the weights cannot be read.
         """
-        read = self.unembedding()
-        if read is None:
+        unembedding = self.unembedding()
+        if unembedding is None:
             return None
-        w_u, final = read
-        rows = [self._through(norm, row.to(w_u.device, self.wide_dtype)) for row, norm in map(self.output_row, neurons)]
-        directions = torch.stack(rows) if rows else w_u.new_zeros(0, len(w_u), dtype=self.wide_dtype)
-        directions = self._through(final, directions)
-        parts = [directions @ columns.to(self.wide_dtype) for columns in w_u.split(TOKENS_AT_ONCE, dim=1)]
-        logits = torch.cat(parts, dim=1).cpu()
+        w_u, final_norm = unembedding
+        directions = w_u.new_zeros(len(neurons), len(w_u), dtype=self.wide_dtype)  # [neuron, d_model]
+        for row, neuron in enumerate(neurons):
+            if SITES[neuron.site].width == "d_model":
+                directions[row, neuron.index] = 1
+            else:
+                weights, norm = self.output_row(neuron)
+                directions[row] = self._apply_norm(norm, weights.to(w_u.device, self.wide_dtype))
+        directions = self._apply_norm(final_norm, directions)
+        # W_U is converted in blocks of columns, since a float32 copy of the whole matrix would cost too much memory
+        blocks = [directions @ columns.to(self.wide_dtype) for columns in w_u.split(COLUMNS_PER_PRODUCT, dim=1)]
+        logits = torch.cat(blocks, dim=1).cpu()  # [neuron, vocab]
         return logits - logits.mean(1, keepdim=True)
 
-    def _through(self, norm: Any, direction: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
-        """The linear part of a norm, whatever its weights mean: what it makes of a vector of equal sizes, without its bias."""
+    def _apply_norm(self, norm: Any, direction: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """The linear part of a norm, without its bias and without the division by the scale.
+
+        The weights are measured, because model families store them differently (Gemma adds 1 to them): a vector of mean
+        0 whose entries have equal magnitude is only multiplied by the weights.
+        """
         if norm is None:
             return direction
         signs = torch.ones(1, 1, direction.shape[-1], device=direction.device, dtype=self.dtype)
         signs[..., 1::2] = -1
-        large = 64 * signs  # so that the norm's eps does not count
+        large = 64 * signs  # large, so that the eps of the norm is negligible
+        # the difference of both signs cancels the bias; [1, 1, d_model] -> [d_model]
         weights = ((norm(large) - norm(-large)) / 2 * signs)[0, 0].to(direction)
-        centred = str(self.model.cfg.normalization_type).startswith("LN")
-        return (direction - direction.mean(-1, keepdim=True) if centred else direction) * weights
+        is_layer_norm = str(self.model.cfg.normalization_type).startswith("LN")
+        return (direction - direction.mean(-1, keepdim=True) if is_layer_norm else direction) * weights
 
     def generate(self, ids: Int[Tensor, "1 column"], *, n_tokens: int, temperature: float, stop: bool) -> list[int]:
         """Sample a continuation.
 
         Args:
-            stop: at the tokenizer's end-of-sequence token.
+            ids: prompt tokens.
+            n_tokens: maximum number of new tokens.
+            temperature: sampling temperature.
+            stop: whether to stop at the tokenizer's end-of-sequence token.
+
+        Returns:
+            The new tokens, without the prompt.
         """
-        out = self.model.generate(
+        output = self.model.generate(
             ids.to(self.device),
             max_new_tokens=n_tokens,
             temperature=temperature,
@@ -273,78 +322,84 @@ class Backend(ABC):
             return_type="tokens",
             verbose=False,
         )
-        return out[0, ids.shape[1] :].tolist()
+        return output[0, ids.shape[1] :].tolist()
+
+
+def at_least_float32(tensor: Float[Tensor, "*axis"]) -> Float[Tensor, "*axis"]:
+    """Convert half precision to float32 and leave wider dtypes unchanged."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager
-def entering(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "prompt 1 d_model"]]]:
-    """Collect what enters each block at the last position, before any hook point in it, while a pass runs."""
-    entered: list[Tensor] = []
+def block_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "prompt 1 d_model"]]]:
+    """Collect the input of each block at the last position, before any hook point of the block, during a pass."""
+    inputs: list[Tensor] = []
 
-    def collect(_: nn.Module, given: tuple[Any, ...]) -> None:
-        entered.append(given[0][:, -1:].clone())
+    def collect(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0][:, -1:].clone())  # [prompt, position, d_model] -> [prompt, 1, d_model]
 
     handles = [block.register_forward_pre_hook(collect) for block in blocks]
     try:
-        yield entered
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def visible_whole(
-    seen: Bool[Tensor, "prompt position"], window: int | None = None
+def causal_mask(
+    is_token: Bool[Tensor, "prompt position"], window: int | None = None
 ) -> Bool[Tensor, "prompt 1 position position"]:
-    """What the positions of prompts attend to: what stands before them and is seen, and each itself.
+    """The keys that each position attends to: itself and the earlier positions that are not padding.
 
     Args:
-        seen: False where a prompt is padded.
-        window: positions that a local attention sees, the own one among them; None for all.
+        is_token: False at padding.
+        window: number of positions that local attention covers, the query's position included. None: all positions.
     """
-    places = torch.arange(seen.shape[1], device=seen.device)
-    back = places[:, None] - places
-    near = (back >= 0) & (back < (window or len(places)))
-    return ((near & seen[:, None]) | (back == 0))[:, None]
+    columns = torch.arange(is_token.shape[1], device=is_token.device)
+    distance = columns[:, None] - columns  # [query, key]
+    in_window = (distance >= 0) & (distance < (window or len(columns)))
+    # padding attends to itself, since a softmax over no key would be NaN; -> [prompt, 1 (all heads), query, key]
+    return ((in_window & is_token[:, None]) | (distance == 0))[:, None]
 
 
-def near_of(seen: Bool[Tensor, "prompt prefix"], window: int | None = None) -> Bool[Tensor, "prompt prefix"]:
-    """What of the prefix a prompt's last position sees.
+def visible_prefix(is_token: Bool[Tensor, "prompt prefix"], window: int | None = None) -> Bool[Tensor, "prompt prefix"]:
+    """The positions of the prefix that the last position of each prompt attends to.
 
     Args:
-        seen: False where a prompt is padded.
-        window: positions that a local attention sees, the own one among them; None for all.
+        is_token: False at padding.
+        window: number of positions that local attention covers, the query's position included. None: all positions.
     """
     if window is None:
-        return seen
-    places = torch.arange(seen.shape[1], device=seen.device)
-    return seen & (places > seen.shape[1] - window)
+        return is_token
+    columns = torch.arange(is_token.shape[1], device=is_token.device)
+    return is_token & (columns > is_token.shape[1] - window)
 
 
-def visible(
-    seen: Bool[Tensor, "prompt prefix"], n_rows: int, window: int | None = None
+def sibling_mask(
+    is_token: Bool[Tensor, "prompt prefix"], n_rows: int, window: int | None = None
 ) -> Bool[Tensor, "prompt 1 row key"]:
-    """What siblings attend to: the prefix, as far as the last position sees it, and each itself.
+    """The keys that sibling rows attend to: the prefix, as the last position does, and each row itself.
 
     Args:
-        seen: False where a prompt is padded.
-        n_rows: siblings of a prompt.
-        window: positions that a local attention sees, the own one among them; None for all.
+        is_token: False at padding.
+        n_rows: number of rows per prompt.
+        window: number of positions that local attention covers, the query's position included. None: all positions.
     """
-    near = near_of(seen, window)
-    itself = torch.eye(n_rows, dtype=torch.bool, device=seen.device).expand(len(seen), -1, -1)
-    return torch.cat([near[:, None].expand(-1, n_rows, -1), itself], -1)[:, None]
+    prefix = visible_prefix(is_token, window)[:, None].expand(-1, n_rows, -1)  # [prompt, row, prefix]
+    itself = torch.eye(n_rows, dtype=torch.bool, device=is_token.device).expand(len(is_token), -1, -1)
+    return torch.cat([prefix, itself], -1)[:, None]  # key = prefix + row
 
 
-def refuse_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:
-    """Refuse W_O whose rows are orthogonal within every head.
+def reject_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:
+    """Reject a W_O whose rows are orthogonal within every head.
 
     Raises:
-        BadInput: they are; the basis of z was rotated.
+        BadInput: the rows are orthogonal, so the basis of z was rotated.
     """
-    gram = torch.einsum("him,hjm->hij", w_o.float(), w_o.float())
+    gram = torch.einsum("him,hjm->hij", w_o.float(), w_o.float())  # [head, d_head, d_head]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if gram.abs().sum() > 0 and (gram - diagonal.diag_embed()).abs().max() < 1e-4 * diagonal.abs().max():
         raise BadInput(
-            "W_O's rows are orthogonal, as refactor_factored_attn_matrices leaves them: hook_z is in a rotated "
-            "basis; load the model without that option"
+            "expected hook_z in the model's original basis, but the rows of W_O are orthogonal, which is the effect of "
+            "refactor_factored_attn_matrices; load the model without that option"
         )

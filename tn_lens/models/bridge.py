@@ -1,4 +1,4 @@
-"""TransformerBridge: Hugging Face's own model with TransformerLens' hook points in it. Nothing of it is replaced here."""
+"""TransformerBridge: Hugging Face's model with TransformerLens' hook points. No method of the model is replaced."""
 
 from __future__ import annotations
 
@@ -18,77 +18,78 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import DynamicCache
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import Backend, Hooks, Prefix, Siblings, entering, refuse_rotated, visible, visible_whole
-from tn_lens.models.bridge_cache import BridgePrefix, frozen, held
-from tn_lens.models.bridge_joining import joining
-from tn_lens.neurons.neuron import Neuron, NeuronSpace
+from tn_lens.models.backend import (
+    Backend,
+    Hooks,
+    Prefix,
+    Siblings,
+    at_least_float32,
+    block_inputs,
+    causal_mask,
+    reject_rotated,
+    sibling_mask,
+)
+from tn_lens.models.bridge_cache import BridgePrefix, frozen_cache, read_cache
+from tn_lens.models.bridge_joining import join_rows
+from tn_lens.neurons.neuron import Neuron
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-"""The kinds of layers whose keys and values stay what they were, by Hugging Face's names."""
+SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+"""The kinds of layers, by Hugging Face's names, whose cached keys and values do not change in later passes."""
+
+TOLERANCE = 0.02
+"""Tolerance for logits that should be equal, relative to the largest logit. Rounding errors of bfloat16 are smaller."""
 
 
-def load(
-    name: str,
-    architecture: str,
-    config: Any,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    hf_model: Any,
-    read: Callable[[], Any],
-    hub: Mapping[str, Any],
-) -> TransformerBridge:
-    """A frozen bridge around a checkpoint's Hugging Face model.
+def load(name: str, architecture: str, hf_model: Any, *, dtype: torch.dtype, device: torch.device) -> TransformerBridge:
+    """Build a frozen bridge around a checkpoint's Hugging Face model.
 
-    Attention is Hugging Face's eager implementation, the one that takes a mask of its own for every row.
+    Attention uses Hugging Face's eager implementation, which accepts a separate mask for every row.
 
     Args:
-        config: not needed, since the Hugging Face model has it.
-        hf_model: the model, if it is in memory; it stays as it was, and shares its weights where they fit.
-        read: reads it, if it is not.
-        hub: not needed, since everything is read.
+        name: name of the model in results.
+        architecture: Hugging Face's name of the architecture.
+        hf_model: the Hugging Face model. It is not modified. Weights of the same dtype and device are shared.
+        dtype: dtype of the weights.
+        device: device of the weights.
 
     Raises:
-        BadInput: TransformerLens has no bridge to this architecture.
+        BadInput: TransformerLens has no bridge for this architecture, or its logits differ from Hugging Face's.
     """
-    hf_model = read() if hf_model is None else hf_model
     shared = {
         id(p): nn.Parameter(p.detach().to(device=device, dtype=dtype), requires_grad=False)
         for p in hf_model.parameters()
     }
-    own = copy.deepcopy(hf_model, shared).to(device).eval()
+    # `shared` as the memo of deepcopy: the modules are copied, the weights are not
+    private = copy.deepcopy(hf_model, shared).to(device).eval()
     try:
-        own.set_attn_implementation("eager")
-        expected = _probe(own)
-        model = build_bridge_from_module(own, architecture, hf_config=own.config, model_name=name)
+        private.set_attn_implementation("eager")
+        expected = _probe(private)
+        model = build_bridge_from_module(private, architecture, hf_config=private.config, model_name=name)
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         raise BadInput(
-            f"the architecture {architecture} of {name!r} is not supported: TransformerLens has no bridge to it "
+            f"the architecture {architecture} of {name!r} is not supported: TransformerLens has no bridge for it "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
     if (_probe(model) - expected).abs().max() > TOLERANCE * expected.abs().max():
         raise BadInput(
-            f"TransformerLens' bridge to {architecture} gives other logits than Hugging Face's model itself; take another "
-            "release of transformer-lens, or backend='hooked' where it knows this model"
+            f"TransformerLens' bridge for {architecture} gives other logits than Hugging Face's model itself; use "
+            "another release of transformer-lens, or backend='hooked' if it supports this model"
         )
     model.requires_grad_(False)
     return model.eval()
 
 
-TOLERANCE = 0.02
-"""By which logits may differ that should be the same, of the largest: bfloat16's own differences are smaller."""
-
-
 @torch.no_grad()
 def _probe(model: Any) -> Float[Tensor, "1 position vocab"]:
-    """Logits of some tokens."""
+    """Logits of eight fixed tokens, to compare two models."""
     device = next(model.parameters()).device
-    found = model(torch.arange(8, device=device)[None], use_cache=False)
-    return (found if isinstance(found, Tensor) else found.logits).float()
+    output = model(torch.arange(8, device=device)[None], use_cache=False)
+    # a bridge returns the logits, a Hugging Face model an output object
+    return (output if isinstance(output, Tensor) else output.logits).float()
 
 
 class Bridge(Backend):
-    """A TransformerBridge."""
+    """Backend of a TransformerBridge."""
 
     kind = "bridge"
     model: TransformerBridge
@@ -98,20 +99,14 @@ class Bridge(Backend):
         return self.model.cfg.architecture
 
     @property
-    def d_vocab(self) -> int:
-        return self.model.cfg.d_vocab_out
-
-    @property
-    def space(self) -> NeuronSpace:
-        cfg = self.model.cfg
-        has_one = "blocks.0.mlp.out.hook_in" in self.points
-        d_mlp = len(_rows(self.model.blocks[0].mlp.out)) if has_one else 0  # some configurations give another number
-        return NeuronSpace(
-            n_layers=cfg.n_layers, d_mlp=d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head, d_model=cfg.d_model
-        )
+    def d_mlp(self) -> int:
+        # from the weights, since the d_mlp of some configurations is wrong
+        has_mlp = "blocks.0.mlp.out.hook_in" in self.points
+        return len(_weight_rows(self.model.blocks[0].mlp.out)) if has_mlp else 0
 
     @property
     def is_post_norm(self) -> bool:
+        # in post-norm models, hook_attn_out is an alias of the hook point at the norm's output
         point = self.points.get("blocks.0.hook_attn_out")
         return point is not None and str(point.name).startswith("blocks.0.ln")
 
@@ -121,73 +116,73 @@ class Bridge(Backend):
 
     @property
     def sharing(self) -> Sharing:
-        """What this model can share, tried once."""
+        """How the model can share a prefix. Tried once per model."""
         if self.model not in _SHARING:
             _SHARING[self.model] = self._try_sharing()
         return _SHARING[self.model]
 
     def _try_sharing(self) -> Sharing:
-        config = self.hf_config
+        config, positions = self.hf_config, self.model.cfg.positional_embedding_type
+        # some models have several sets of rope parameters, one per kind of layer
         rope = getattr(config, "rope_parameters", None) or {}
-        kinds = {of.get("rope_type") for of in (rope, *rope.values()) if isinstance(of, Mapping)}
+        kinds = {rope_set.get("rope_type") for rope_set in (rope, *rope.values()) if isinstance(rope_set, Mapping)}
         reasons = {
-            f"{self.model.cfg.positional_embedding_type} positions": self.model.cfg.positional_embedding_type
-            not in ("standard", "rotary"),
+            f"{positions} positions": positions not in ("standard", "rotary"),
             "rope scaling that depends on the prompt's length": bool(kinds & {"dynamic", "longrope"}),
-            "layers that keep more than keys and values": not set(layer_types(config)) <= KNOWN_LAYERS,
-            "a local window that its attention keeps to itself": "local"
+            "layers that cache more than keys and values": not set(layer_types(config)) <= SHAREABLE_LAYERS,
+            "local attention whose window is not part of the mask": "local"
             in (getattr(config, "attention_layers", None) or ()),
         }
-        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        reason = next((reason for reason, applies in reasons.items() if applies), None)
         if reason is None:
-            for widens in (True, False):
-                if self._siblings_agree(widens):
-                    return Sharing(None, widens)
-        return Sharing(reason or "attention that takes no mask of its own for every row", False)
+            for can_join in (True, False):
+                if self._siblings_agree(can_join):
+                    return Sharing(None, can_join)
+        return Sharing(reason or "attention that does not accept a separate mask for every row", False)
 
     @torch.no_grad()
-    def _siblings_agree(self, widens: bool) -> bool:
-        """Whether untouched siblings get the logits of the prompts that they stand in."""
+    def _siblings_agree(self, can_join: bool) -> bool:
+        """Whether rows without intervention have the logits of their prompts."""
         tokens = torch.arange(2 * 8, device=self.device).reshape(2, 8) % self.d_vocab
         mask = torch.ones_like(tokens)
-        mask[1, :3] = 0
+        mask[1, :3] = 0  # one of the two prompts is padded
         try:
-            siblings = BridgeSiblings(self, tokens, mask, set(), widens=widens)
+            siblings = BridgeSiblings(self, tokens, mask, set(), can_join=can_join)
             layers = {self.model.cfg.n_layers // 2, self.model.cfg.n_layers - 1}
-            rows = siblings.run(dict.fromkeys(layers, 8), [], {})
+            rows = siblings.run(dict.fromkeys(layers, 8), [], {})  # [prompt, row, vocab]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
-        off = (rows - siblings.logits[:, None]).abs().max()
-        return bool(off <= TOLERANCE * siblings.logits.abs().max())
+        error = (rows - siblings.logits[:, None]).abs().max()
+        return bool(error <= TOLERANCE * siblings.logits.abs().max())
 
-    def kept_by_row(self, n_tokens: int, n_rows: int) -> int:
+    def bytes_per_row(self, n_tokens: int, n_rows: int) -> int:
         logits = 4 * self.wide_dtype.itemsize * self.d_vocab
-        return super().kept_by_row(n_tokens + n_rows, n_rows) + logits  # siblings are masked, not left out
+        # the scores between sibling rows are masked, but computed
+        return super().bytes_per_row(n_tokens + n_rows, n_rows) + logits
 
     def check(self) -> None:
-        """Refuse models in which hook_z and hook_post are not what the paper calls neurons.
+        """Reject models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: mixture of experts, layers without attention or without an MLP of their own, weights that were
-                processed (`enable_compatibility_mode` without `no_processing`).
+            BadInput: a mixture of experts, a layer without separate attention and MLP, or processed weights
+                (`enable_compatibility_mode` without `no_processing`).
         """
         for layer in range(self.model.cfg.n_layers):
-            for name, read, what in (
-                (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.mlp.out.hook_in", "what W_out reads"),
-                (f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.o.hook_in", "what W_O reads"),
+            for name, source, role in (
+                (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.mlp.out.hook_in", "the input of W_out"),
+                (f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.attn.o.hook_in", "the input of W_O"),
             ):
-                if name not in self.points or self.points[name] is not self.points.get(read):
+                if name not in self.points or self.points[name] is not self.points.get(source):
                     experts = "; it is a mixture of experts" if self.model.cfg.num_experts else ""
-                    raise BadInput(
-                        f"{name} is not {what} in this model{experts}; take a dense decoder-only transformer"
-                    )
+                    raise BadInput(f"{name} is not {role} in this model{experts}; use a dense decoder-only transformer")
         if self.model._weights_processed:
             raise BadInput(
-                "the weights of this bridge were processed, and zero means something else than in the paper; load it with "
-                "load_model, or leave enable_compatibility_mode out, or give it no_processing=True"
+                "expected unprocessed weights, but the weights of this bridge were processed, which changes the "
+                "meaning of zero activation; load it with load_model, without enable_compatibility_mode, or with "
+                "no_processing=True"
             )
         if self.model.cfg.d_head > 2:
-            refuse_rotated(self.written(0))
+            reject_rotated(self.w_o(0))
 
     @property
     def hf_config(self) -> Any:
@@ -207,11 +202,13 @@ class Bridge(Backend):
             for name, function in hooks:
                 if name not in self.points:
                     raise BadInput(f"this model has no hook point {name!r}")
+                # a hook point can have several names, and the function expects the one given
                 point, named = self.points[name], SimpleNamespace(name=name)
                 point.add_hook(lambda value, hook, function=function, named=named: function(value, named))
                 added.append((point, point.fwd_hooks[-1]))
             yield self.model
         finally:
+            # only these hooks are removed; other hooks of the model stay
             for point, handle in added:
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)
@@ -225,69 +222,78 @@ class Bridge(Backend):
         prefix: Prefix | None = None,
     ) -> Float[Tensor, "row vocab"]:
         past = {} if prefix is None else {"past_key_values": prefix.expand(len(tokens))}
-        padded = {} if mask is None else self._padded(mask)
-        at = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device) if places is None else places
-        with self._reading(at[:, None]):
-            return self._logits(tokens, use_cache=prefix is not None, **past, **padded)[:, 0]
+        padding = {} if mask is None else self._padding_options(mask)
+        if places is None:
+            places = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+        with self._unembed_only(places[:, None]):
+            return self._logits(tokens, use_cache=prefix is not None, **past, **padding)[:, 0]  # [row, 1, vocab]
 
     def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
         return self._logits(tokens, use_cache=False)
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
         cache = DynamicCache()
-        with self._reading(torch.zeros_like(tokens[:, :1])):
+        # the logits are not used, so only one position is unembedded
+        with self._unembed_only(torch.zeros_like(tokens[:, :1])):
             self._logits(tokens, past_key_values=cache, use_cache=True)
         return BridgePrefix(cache)
 
     def siblings(
         self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
     ) -> Siblings:
-        return BridgeSiblings(self, tokens, mask, names, widens=self.sharing.widens)
+        return BridgeSiblings(self, tokens, mask, names, can_join=self.sharing.can_join)
 
-    def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         cfg = self.model.cfg
-        return _rows(self.model.blocks[layer].attn.o).reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
+        # [head * d_head, d_model] -> [head, d_head, d_model]
+        return _weight_rows(self.model.blocks[layer].attn.o).reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
 
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            row, added = _rows(block.mlp.out)[neuron.index], "hook_mlp_out"
+            row, output = _weight_rows(block.mlp.out)[neuron.index], "hook_mlp_out"
         else:
-            row, added = self.written(neuron.layer)[neuron.head, neuron.index], "hook_attn_out"
-        behind = str(self.points[f"blocks.{neuron.layer}.{added}"].name).split(".")[2]
-        return row, getattr(block, behind) if behind.startswith("ln") else None
+            row, output = self.w_o(neuron.layer)[neuron.head, neuron.index], "hook_attn_out"
+        # the output's hook point belongs to the norm that follows the weights, if there is one
+        owner = str(self.points[f"blocks.{neuron.layer}.{output}"].name).split(".")[2]
+        return row, getattr(block, owner) if owner.startswith("ln") else None
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
-        return _rows(self.model.unembed), getattr(self.model, "ln_final", None)
+        return _weight_rows(self.model.unembed), getattr(self.model, "ln_final", None)
 
-    def _padded(self, mask: Int[Tensor, "row column"]) -> dict[str, Any]:
-        """Masks and positions of rows that are padded on the left."""
+    def _padding_options(self, mask: Int[Tensor, "row column"]) -> dict[str, Any]:
+        """Attention masks and positions of rows that are padded on the left."""
         return {
-            "attention_mask": self._masks(lambda window: visible_whole(mask.bool(), window)),
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            "attention_mask": self._masks(lambda window: causal_mask(mask.bool(), window)),
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),  # the first token of a row is at position 0
         }
 
-    def _masks(self, allowed: Callable[[int | None], Bool[Tensor, "row 1 query key"]]) -> Any:
-        """What Hugging Face adds to the scores: one 4D mask, or one for each kind of layer where a model has several."""
+    def _masks(self, keys_in: Callable[[int | None], Bool[Tensor, "row 1 query key"]]) -> Any:
+        """The 4D mask that Hugging Face adds to the scores, or one for each kind of layer if there are several.
+
+        Args:
+            keys_in: computes the keys that each query attends to from the size of the attention window.
+        """
         dtype = self.dtype
-        least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # the softmax is in float32
+        lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # the softmax is computed in float32
         masks: dict[str, Tensor] = {}
         for kind in set(layer_types(self.hf_config)):
-            may = allowed(self.hf_config.sliding_window if kind == "sliding_attention" else None)
-            masks[kind] = torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, least)
+            allowed = keys_in(self.hf_config.sliding_window if kind == "sliding_attention" else None)
+            masks[kind] = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, lowest)
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     def _logits(self, tokens: Int[Tensor, "row column"], **options: Any) -> Float[Tensor, "_ place vocab"]:
-        logits = self.model(tokens, **options)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(self.model(tokens, **options))
 
     @contextmanager
-    def _reading(self, places: Int[Tensor, "row place"]) -> Iterator[None]:
-        """Let only some positions go on to the unembedding."""
+    def _unembed_only(self, places: Int[Tensor, "row place"]) -> Iterator[None]:
+        """Compute the logits of some positions of each row only."""
 
-        def pick(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            rows = torch.arange(len(places), device=given[0].device)[:, None]
-            return (given[0][rows, places.to(given[0].device)], *given[1:])
+        def pick(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            stream, *others = arguments
+            rows = torch.arange(len(places), device=stream.device)[:, None]
+            # [row, column, d_model] -> [row, place, d_model]
+            return (stream[rows, places.to(stream.device)], *others)
 
         handle = self.model.unembed.register_forward_pre_hook(pick)
         try:
@@ -297,48 +303,49 @@ class Bridge(Backend):
 
 
 class Sharing(NamedTuple):
-    """How far a model can run a prompt once for all that stands in its last position's place."""
+    """How a model can run a prompt once for all rows that replace its last position."""
 
     reason: str | None
-    """Why not at all; None where it can."""
-    widens: bool
-    """Whether siblings may join at their layers, one position running below the first of them."""
+    """Why the model cannot share a prefix; None if it can."""
+    can_join: bool
+    """Whether rows can join at the layers where they differ, with a single position running below the lowest one."""
 
 
 _SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
-"""Found once per model."""
+"""Results of `Bridge.sharing` by model."""
 
 
 class BridgeSiblings(Siblings):
-    """Rows side by side as positions of one sequence, by Hugging Face's own means.
+    """Rows that run as additional positions of one sequence, with the arguments of Hugging Face's forward pass.
 
-    Every row stands at position T - 1 (`position_ids`), sees the prefix (`past_key_values`) and itself (a 4D mask).
-    A bridge cannot be entered at a layer. Where the model widens, one position runs up to the first layer that differs, and a
-    hook before that and every later block puts the rows that join there beside those that are there, and hands the block their
-    masks and positions.
+    Every row has position T - 1 (`position_ids`) and attends to the prefix (`past_key_values`) and to itself (4D mask).
+    A bridge cannot start at a given layer. If rows can join (`can_join`), one position runs up to the first layer that
+    differs. A hook before that block and before every later block appends the rows that join there and replaces the
+    masks and positions of the block.
     """
 
-    def __init__(self, backend: Bridge, tokens: Tensor, mask: Tensor, names: set[str], *, widens: bool) -> None:
-        self.backend, self.widens = backend, widens
-        self.last, self.position = tokens[:, -1:], mask.sum(1, keepdim=True) - 1
-        self.seen: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
-        self.kept = {}
+    def __init__(self, backend: Bridge, tokens: Tensor, mask: Tensor, names: set[str], *, can_join: bool) -> None:
+        self.backend, self.can_join = backend, can_join
+        self.last, self.position = tokens[:, -1:], mask.sum(1, keepdim=True) - 1  # both [prompt, 1]
+        self.is_token: Bool[Tensor, "prompt prefix"] = mask[:, :-1].bool()
+        self.activations = {}
         cache = DynamicCache()
-        at = torch.full_like(self.last, tokens.shape[1] - 1)
+        places = torch.full_like(self.last, tokens.shape[1] - 1)
         hooks: Hooks = [(name, self.keep) for name in names]
-        blocks = backend.model.blocks if widens else []
-        with torch.no_grad(), backend.hooks(hooks), backend._reading(at), entering(blocks) as self.entering:
-            logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padded(mask))
-        self.logits = logits[:, 0]
-        self.cache = frozen([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in held(cache)])
+        blocks = backend.model.blocks if can_join else []
+        with torch.no_grad(), backend.hooks(hooks), backend._unembed_only(places), block_inputs(blocks) as inputs:
+            logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padding_options(mask))
+        self.block_inputs, self.logits = inputs, logits[:, 0]  # [prompt, 1, vocab] -> [prompt, vocab]
+        # without the last position, [prompt, head, prefix, d_head]: the rows replace it
+        self.cache = frozen_cache([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in read_cache(cache)])
 
     def run(
-        self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
+        self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: Mapping[int, Float[Tensor, "prompt _ d_model"]]
     ) -> Float[Tensor, "prompt row vocab"]:
-        n_rows = sum(of_layer.values())
-        n_below = 1 if self.widens else n_rows
-        masks = self._masks(n_below)
-        with self.backend.hooks(hooks), joining(of_layer, self.entering, self.backend.model.blocks, masks, self._masks):
+        n_rows = sum(rows_at.values())
+        n_below = 1 if self.can_join else n_rows  # number of positions that enter the model at layer 0
+        masks, blocks = self._masks(n_below), self.backend.model.blocks
+        with self.backend.hooks(hooks), join_rows(rows_at, self.block_inputs, blocks, masks, self._masks):
             logits = self.backend._logits(
                 self.last.expand(-1, n_below),
                 attention_mask=masks,
@@ -346,25 +353,27 @@ class BridgeSiblings(Siblings):
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        return logits.reshape(len(self.last), n_rows, -1)  # GPT-2 takes rows for prompts where only one went in
+        # GPT-2 restores the shape of its input and so returns [prompt * row, 1, vocab] if one position entered
+        return logits.reshape(len(self.last), n_rows, -1)
 
     def logits_of(self, final: Float[Tensor, "prompt row vocab"]) -> Float[Tensor, "prompt row vocab"]:
-        return final  # some models do more to them than W_U does
+        return final  # `run` returns logits, since some models apply more than W_U to the stream
 
     def _masks(self, n_rows: int) -> Any:
-        return self.backend._masks(lambda window: visible(self.seen, n_rows, window))
+        return self.backend._masks(lambda window: sibling_mask(self.is_token, n_rows, window))
 
 
-def _rows(linear: Any) -> Float[Tensor, "read written"]:
-    """The weights of a linear layer, one row for each number that it reads."""
+def _weight_rows(linear: Any) -> Float[Tensor, "input output"]:
+    """The weights of a linear layer, with one row per input."""
     original = linear.original_component
+    # nn.Linear stores [output, input], GPT-2's Conv1D [input, output]
     return original.weight.T if isinstance(original, nn.Linear) else original.weight
 
 
 def layer_types(config: Any) -> list[str]:
-    """Which layers have a window, by Hugging Face's names."""
+    """The kind of attention of each layer, by Hugging Face's names."""
     named = getattr(config, "layer_types", None)
     if named:
         return list(named)
-    windowed = getattr(config, "sliding_window", None) is not None
-    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
+    is_windowed = getattr(config, "sliding_window", None) is not None
+    return ["sliding_attention" if is_windowed else "full_attention"] * config.num_hidden_layers

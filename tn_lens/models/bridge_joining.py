@@ -1,4 +1,4 @@
-"""How rows join a running TransformerBridge: a hook before each block puts them beside those that are there."""
+"""Rows that join a running TransformerBridge: a hook before each block appends them to the rows that already run."""
 
 from __future__ import annotations
 
@@ -12,63 +12,69 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def joining(
-    of_layer: Mapping[int, int],
-    entering: Sequence[Float[Tensor, "prompt 1 d_model"]],
+def join_rows(
+    rows_at: Mapping[int, int],
+    block_inputs: Sequence[Float[Tensor, "prompt 1 d_model"]],
     blocks: Any,
     masks: Any,
-    masks_of: Callable[[int], Any],
+    masks_for: Callable[[int], Any],
 ) -> Iterator[None]:
-    """Let rows join before the blocks of their layers.
+    """Append rows to the input of the blocks at which they first differ from the prompt.
 
     Args:
-        of_layer: how many, by layer.
-        entering: what enters each block of the untouched run; nothing joins where that is empty.
-        blocks: of the model.
-        masks: of one position, in whose place a block gets those of its rows.
-        masks_of: masks of so many rows.
+        rows_at: number of rows by layer.
+        block_inputs: the input of each block in the run without intervention. If empty, no rows are appended.
+        blocks: the model's blocks.
+        masks: attention masks for one position, which are replaced by the masks for all rows of a block.
+        masks_for: computes the masks for a number of rows.
     """
-    n_rows, wide = 0, masks
+    n_rows, row_masks = 0, masks
     handles: list[Any] = []
     try:
-        for layer in range(min(of_layer), len(entering)):
-            new = entering[layer].expand(-1, of_layer.get(layer, 0), -1)
-            beside, n_rows = n_rows, n_rows + new.shape[1]
-            wide = masks_of(n_rows) if n_rows > beside else wide
-            before = _widening(new, beside, n_rows, {id(one): other for one, other in _pairs(masks, wide)})
-            handles.append(blocks[layer].register_forward_pre_hook(before, with_kwargs=True))
+        # below the lowest of these layers, all rows equal the prompt, and the one position of the pass is enough
+        for layer in range(min(rows_at), len(block_inputs)):
+            new = block_inputs[layer].expand(-1, rows_at.get(layer, 0), -1)  # [prompt, new row, d_model]
+            n_before, n_rows = n_rows, n_rows + new.shape[1]
+            row_masks = masks_for(n_rows) if n_rows > n_before else row_masks
+            mask_by_id = {id(mask): row_mask for mask, row_mask in _pair_masks(masks, row_masks)}
+            hook = _append_rows(new, n_before, n_rows, mask_by_id)
+            handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _widening(
-    new: Float[Tensor, "prompt _ d_model"], beside: int, n_rows: int, wide_of: Mapping[int, Tensor]
+def _append_rows(
+    new: Float[Tensor, "prompt _ d_model"], n_before: int, n_rows: int, mask_by_id: Mapping[int, Tensor]
 ) -> Callable[..., tuple[Any, Any]]:
-    """A hook before a block: rows join, and whatever else is given for one position is given for all of them.
+    """A forward pre-hook that appends rows to a block's input and expands its other arguments to all rows.
 
     Args:
-        beside: rows that are there already.
-        wide_of: by the identity of a mask of one position, that of all rows.
+        new: the rows to append.
+        n_before: number of rows that already run.
+        n_rows: number of rows with the new ones.
+        mask_by_id: the mask for all rows by the `id` of the mask for one position.
     """
 
-    def widen(value: Any) -> Any:
-        if isinstance(value, tuple):  # cosines and sines
-            return tuple(widen(one) for one in value)
+    def expand(value: Any) -> Any:
+        if isinstance(value, tuple):  # cosines and sines of the rotary embedding
+            return tuple(map(expand, value))
         if not isinstance(value, Tensor):
             return value
-        one_position = value.ndim in (2, 3) and value.shape[1] == 1
-        return value.expand(-1, n_rows, *value.shape[2:]) if one_position else wide_of.get(id(value), value)
+        # [prompt, 1] and [prompt, 1, ...] -> [prompt, row, ...]
+        is_one_position = value.ndim in (2, 3) and value.shape[1] == 1
+        return value.expand(-1, n_rows, *value.shape[2:]) if is_one_position else mask_by_id.get(id(value), value)
 
-    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        there, *others = given
-        rows = torch.cat([there, new], dim=1) if beside else new
-        return (rows, *map(widen, others)), {name: widen(value) for name, value in named.items()}
+    def before_block(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        stream, *others = arguments
+        # the first rows replace the position that ran below them
+        rows = torch.cat([stream, new], dim=1) if n_before else new
+        return (rows, *map(expand, others)), {name: expand(value) for name, value in named.items()}
 
-    return before
+    return before_block
 
 
-def _pairs(masks: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
-    """Masks of the same kinds of layers."""
+def _pair_masks(masks: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pair the masks for the same kind of layer."""
     return [(masks[kind], others[kind]) for kind in masks] if isinstance(masks, dict) else [(masks, others)]

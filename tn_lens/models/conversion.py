@@ -1,8 +1,8 @@
-"""Hugging Face's checkpoints as HookedTransformers.
+"""Convert Hugging Face checkpoints to HookedTransformers.
 
-`HookedTransformer.from_pretrained` knows a fixed list of names. For the families of the paper's six models this module
-reads the Hugging Face configuration instead, so that every checkpoint of the family loads, fine-tuned and local ones
-too, and hands the weights over in the order in which they are stored.
+`HookedTransformer.from_pretrained` supports a fixed list of names. For the families of the paper's six models this
+module converts the Hugging Face configuration instead, so that every checkpoint of the family can be loaded, including
+fine-tuned and local ones. The weights keep the memory order of the checkpoint.
 """
 
 from __future__ import annotations
@@ -31,31 +31,37 @@ CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
     "MistralForCausalLM": convert_mistral_weights,
     "Olmo2ForCausalLM": convert_olmo2_weights,
 }
-"""The families that load from their Hugging Face configuration, whatever the checkpoint is called."""
+"""TransformerLens' weight converters, by the architectures that are loaded from their Hugging Face configuration."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu"}
+"""TransformerLens' names of activation functions, by Hugging Face's names."""
 
 
 def load(
     name: str,
     architecture: str,
-    config: PretrainedConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
     hf_model: Any,
     read: Callable[[], Any],
+    *,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
     hub: Mapping[str, Any],
 ) -> HookedTransformer:
-    """A HookedTransformer of a checkpoint.
+    """Build a HookedTransformer from a checkpoint.
 
     Args:
-        hf_model: its Hugging Face model, if it is in memory.
-        read: reads it, if it is not.
-        hub: options for TransformerLens' own loader.
+        name: name of the model in results.
+        architecture: Hugging Face's name of the architecture.
+        hf_model: the Hugging Face model, if it is in memory.
+        read: reads the Hugging Face model, if `hf_model` is None.
+        config: the checkpoint's Hugging Face configuration.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        hub: options of TransformerLens' own loader.
 
     Raises:
-        BadInput: a configuration that cannot be used, or an architecture that is not supported.
+        BadInput: an invalid configuration, or an architecture that is not supported.
     """
     if architecture not in CONVERTERS:
         return load_by_name(name, architecture, dtype=dtype, device=str(device), hf_model=hf_model, **hub)
@@ -65,32 +71,35 @@ def load(
         raise BadInput(f"the config.json of {name!r} cannot be used: {type(error).__name__}: {error}") from error
     lens_config.dtype, lens_config.device = dtype, str(device)
     hf_model = read() if hf_model is None else hf_model
+    # the Hugging Face model is released with this function; its weights live on in the HookedTransformer
     return assemble(lens_config, convert_weights(hf_model, lens_config, architecture))
 
 
 def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
-    """TransformerLens' configuration of a Llama, Qwen2, Mistral or OLMo-2 checkpoint.
+    """Convert the configuration of a Llama, Qwen2, Mistral or OLMo-2 checkpoint to TransformerLens'.
 
     Raises:
-        BadInput: an option that HookedTransformer cannot express; it is named.
+        BadInput: an option that HookedTransformer does not support. The message names it.
     """
 
-    def refuse(what: str) -> BadInput:
-        return BadInput(f"{name} uses {what}, which HookedTransformer cannot express for {architecture}")
+    def unsupported(feature: str) -> BadInput:
+        return BadInput(
+            f"{name} uses {feature}, which HookedTransformer does not support for {architecture}; use backend='bridge'"
+        )
 
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    grouped = n_key_value_heads != config.num_attention_heads
-    if architecture == "Olmo2ForCausalLM" and (grouped or d_head * config.num_attention_heads != config.hidden_size):
-        raise refuse("fewer key/value heads than query heads, or heads that do not add up to d_model")
+    is_grouped = n_key_value_heads != config.num_attention_heads
+    if architecture == "Olmo2ForCausalLM" and (is_grouped or d_head * config.num_attention_heads != config.hidden_size):
+        raise unsupported("fewer key/value heads than query heads, or a d_model other than n_heads * d_head")
     if getattr(config, "mlp_bias", False):
-        raise refuse("biases in its gated MLP (mlp_bias)")
+        raise unsupported("biases in its gated MLP (mlp_bias)")
     if config.hidden_act not in ACTIVATIONS:
-        raise refuse(f"the activation function {config.hidden_act!r}")
+        raise unsupported(f"the activation function {config.hidden_act!r}")
     rope = dict(config.rope_parameters)
-    kind = rope.get("rope_type", "default")
+    rope_type = rope.get("rope_type", "default")
     options: dict[str, Any] = {}
-    if kind == "llama3":
+    if rope_type == "llama3":
         options = {
             "use_NTK_by_parts_rope": True,
             "NTK_by_parts_factor": rope["factor"],
@@ -98,15 +107,16 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
             "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
             "NTK_original_ctx_len": rope["original_max_position_embeddings"],
         }
-    elif kind == "linear":
+    elif rope_type == "linear":
         options = {"rotary_scaling_factor": rope["factor"]}
-    elif kind != "default":
-        raise refuse(f"the rope scaling {kind!r}")
+    elif rope_type != "default":
+        raise unsupported(f"the rope scaling {rope_type!r}")
     window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    if architecture in ("MistralForCausalLM", "Qwen2ForCausalLM") and window and "sliding_attention" in types:
-        local = ["local" if kind == "sliding_attention" else "global" for kind in types]
-        options |= {"use_local_attn": True, "window_size": window, "attn_types": local}
+    # configurations without `layer_types` apply the window to every layer
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if architecture in ("MistralForCausalLM", "Qwen2ForCausalLM") and window and "sliding_attention" in layers:
+        attn_types = ["local" if kind == "sliding_attention" else "global" for kind in layers]
+        options |= {"use_local_attn": True, "window_size": window, "attn_types": attn_types}
     return HookedTransformerConfig(
         model_name=name,
         original_architecture=architecture,
@@ -114,9 +124,9 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
         d_model=config.hidden_size,
         n_heads=config.num_attention_heads,
         d_head=d_head,
-        # Grouped families whose converter always writes `_W_K` need the number even where it equals n_heads.
+        # the converters of the other two families always write `_W_K`, which TransformerLens only has if this is set
         n_key_value_heads=None
-        if architecture in ("LlamaForCausalLM", "Olmo2ForCausalLM") and not grouped
+        if architecture in ("LlamaForCausalLM", "Olmo2ForCausalLM") and not is_grouped
         else n_key_value_heads,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
@@ -137,9 +147,9 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
 
 @torch.no_grad()
 def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture: str) -> dict[str, Tensor]:
-    """TransformerLens' names for the checkpoint's weights; views wherever possible.
+    """The checkpoint's weights by TransformerLens' names, as views wherever possible.
 
-    Adds the attention biases that some converters leave at zero (`attention_bias` in Llama and OLMo-2).
+    Some converters set the attention biases to zero (`attention_bias` in Llama and OLMo-2). They are added here.
     """
     weights = CONVERTERS[architecture](hf_model, config)
     for index, layer in enumerate(hf_model.model.layers):
@@ -147,22 +157,23 @@ def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture
         for projection, bias in (("q_proj", "b_Q"), ("k_proj", "b_K"), ("v_proj", "b_V"), ("o_proj", "b_O")):
             value = getattr(layer.self_attn, projection).bias
             if value is not None:
+                # grouped keys and values have names that begin with an underscore
                 key = prefix + bias if prefix + bias in weights else f"{prefix}_{bias}"
-                weights[key] = value.reshape(weights[key].shape)
+                weights[key] = value.reshape(weights[key].shape)  # [head * d_head] -> [head, d_head]
     return weights
 
 
 def load_by_name(name: str, architecture: str, **options: Any) -> HookedTransformer:
-    """Everything else: what TransformerLens supports under that name.
+    """Load a model of another architecture with TransformerLens' own loader, which supports a fixed list of names.
 
     Raises:
-        BadInput: it does not.
+        BadInput: TransformerLens does not support the name.
     """
     try:
         return load_from_transformer_lens(name, **options)
     except (ValueError, NotImplementedError, OSError, KeyError) as error:
         raise BadInput(
-            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, or a "
-            f"model that TransformerLens {version('transformer-lens')} lists (transformer_lens.supported_models); "
-            "or load it with backend='bridge'"
+            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, "
+            f"or a model that TransformerLens {version('transformer-lens')} lists (transformer_lens.supported_models); "
+            "or use backend='bridge'"
         ) from error

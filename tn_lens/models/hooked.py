@@ -1,4 +1,4 @@
-"""HookedTransformer: TransformerLens' own implementation of a model, which it has to 3.9. The only importer of the class."""
+"""HookedTransformer: TransformerLens' own model class, available up to version 3.9."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import Backend, Hooks, Prefix, Siblings, entering, near_of, refuse_rotated
-from tn_lens.models.hooked_attention import SharedAttention, keys_of, norms_once, replaced
-from tn_lens.neurons.neuron import Neuron, NeuronSpace
+from tn_lens.models.backend import (
+    Backend,
+    Hooks,
+    Prefix,
+    Siblings,
+    at_least_float32,
+    block_inputs,
+    reject_rotated,
+    visible_prefix,
+)
+from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask, replace_methods
+from tn_lens.neurons.neuron import Neuron
 
 
 def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0) -> HookedTransformer:
-    """A model with random weights, frozen, in evaluation mode: for fixtures and benchmarks."""
+    """Build a model with random weights, frozen and in evaluation mode, for fixtures and benchmarks."""
     config = HookedTransformerConfig.from_dict(config) if isinstance(config, dict) else config
     config.seed = seed
     torch.manual_seed(seed)
@@ -28,20 +37,21 @@ def build_model(config: HookedTransformerConfig | dict[str, Any], seed: int = 0)
 
 
 def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> HookedTransformer:
-    """A model around converted weights, which are taken over as they are: nothing is copied that fits.
+    """Build a model from converted weights. Weights of the right dtype and device are not copied.
 
     Raises:
-        BadInput: a weight is missing or unknown, or has another shape than the configuration says.
+        BadInput: a weight is missing or unknown, or its shape differs from the configuration.
     """
     config.init_weights = False
     model = HookedTransformer(config, move_to_device=False)
-    owned = {name: w.detach().to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
+    state = {name: w.detach().to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
     try:
-        missing, unknown = model.load_state_dict(owned, assign=True, strict=False)
+        missing, unknown = model.load_state_dict(state, assign=True, strict=False)
     except RuntimeError as error:
         raise BadInput(
             f"the checkpoint's weights do not fit its config.json: {' '.join(str(error).split())}"
         ) from error
+    # buffers (masks, rotary tables) are not part of a checkpoint
     missing = [name for name in missing if name in dict(model.named_parameters())]
     if missing or unknown:
         raise BadInput(
@@ -52,12 +62,12 @@ def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> Hoo
 
 
 def load_from_transformer_lens(name: str, **options: Any) -> HookedTransformer:
-    """A model that TransformerLens knows by name, without weight processing, laid out for speed."""
+    """Load a model that TransformerLens supports by name, without weight processing, and lay out its weights."""
     return lay_out_weights(freeze(HookedTransformer.from_pretrained_no_processing(name, **options)))
 
 
 def freeze(model: HookedTransformer) -> HookedTransformer:
-    """No parameter gradients, no dropout: the only leaves of a gradient are interpolated activations."""
+    """Disable dropout and the gradients of all parameters, so that only interpolated activations have gradients."""
     model.requires_grad_(False)
     model.eval()
     return model
@@ -65,10 +75,10 @@ def freeze(model: HookedTransformer) -> HookedTransformer:
 
 @torch.no_grad()
 def lay_out_weights(model: HookedTransformer) -> HookedTransformer:
-    """Put the weights in the order the forward pass reads them; values and shapes stay.
+    """Store the weights in the memory order in which the forward pass reads them. Values and shapes do not change.
 
-    HookedTransformer transposes nearly every weight in every forward pass. Those transposes copy nothing where the
-    storage already has that order, as it has in Hugging Face's checkpoints. In place, one weight at a time.
+    HookedTransformer transposes nearly every weight in every forward pass. The transposes copy nothing if the memory
+    already has that order, as in Hugging Face's checkpoints. Works in place, one weight at a time.
     """
 
     def reorder(module: nn.Module, name: str, order: tuple[int, ...]) -> None:
@@ -78,18 +88,18 @@ def lay_out_weights(model: HookedTransformer) -> HookedTransformer:
             parameter.data = parameter.data.permute(order).contiguous().permute(inverse)
 
     for block in model.blocks:
-        for name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V"):
+        for name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V"):  # [head, d_model, d_head]
             reorder(block.attn, name, (0, 2, 1))
-        reorder(block.attn, "W_O", (2, 0, 1))
+        reorder(block.attn, "W_O", (2, 0, 1))  # [head, d_head, d_model]
         if model.cfg.gated_mlp and not model.cfg.attn_only:
             for name in ("W_in", "W_gate", "W_out"):
                 reorder(block.mlp, name, (1, 0))
-    reorder(model.unembed, "W_U", (1, 0))
+    reorder(model.unembed, "W_U", (1, 0))  # [d_model, vocab]
     return model
 
 
 class Hooked(Backend):
-    """A HookedTransformer."""
+    """Backend of a HookedTransformer."""
 
     kind = "hooked"
     model: HookedTransformer
@@ -99,21 +109,14 @@ class Hooked(Backend):
         return self.model.cfg.original_architecture
 
     @property
-    def d_vocab(self) -> int:
-        return self.model.cfg.d_vocab_out
-
-    @property
-    def space(self) -> NeuronSpace:
+    def d_mlp(self) -> int:
         cfg = self.model.cfg
-        d_mlp = 0 if cfg.attn_only or cfg.d_mlp is None else cfg.d_mlp
-        return NeuronSpace(
-            n_layers=cfg.n_layers, d_mlp=d_mlp, n_heads=cfg.n_heads, d_head=cfg.d_head, d_model=cfg.d_model
-        )
+        return 0 if cfg.attn_only or cfg.d_mlp is None else cfg.d_mlp
 
     @property
     def is_post_norm(self) -> bool:
-        post = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
-        return self.architecture in post or self.model.cfg.use_normalization_before_and_after
+        post_norm = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+        return self.architecture in post_norm or self.model.cfg.use_normalization_before_and_after
 
     @property
     def unshareable(self) -> str | None:
@@ -124,28 +127,28 @@ class Hooked(Backend):
             "dynamic NTK rope scaling": cfg.use_dynamic_ntk_rope,
             "bidirectional attention": cfg.attention_dir != "causal",
         }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+        return next((reason for reason, applies in reasons.items() if applies), None)
 
     def check(self) -> None:
-        """Refuse, or warn about, models in which hook_z and hook_post are not what the paper calls neurons.
+        """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: mixture of experts, or `refactor_factored_attn_matrices`, which rotates the basis of z.
+            BadInput: a mixture of experts, or `refactor_factored_attn_matrices`, which rotates the basis of z.
         """
         cfg = self.model.cfg
         if cfg.num_experts:
             raise BadInput(
-                "this is a mixture of experts, whose hook_post is not one neuron a column; take a dense model"
+                "expected one neuron per column of hook_post, but this model is a mixture of experts; use a dense model"
             )
         if cfg.d_head > 2 and not cfg.load_in_4bit:
-            refuse_rotated(self.written(0))
-        never_biased = cfg.original_architecture == "GPTNeoForCausalLM"  # has an output bias and no value bias
+            reject_rotated(self.w_o(0))
+        is_gpt_neo = cfg.original_architecture == "GPTNeoForCausalLM"  # has an output bias, but never a value bias
         blocks = self.model.blocks
-        if not never_biased and not any(b.attn.b_V.any() for b in blocks) and any(b.attn.b_O.any() for b in blocks):
+        if not is_gpt_neo and not any(b.attn.b_V.any() for b in blocks) and any(b.attn.b_O.any() for b in blocks):
             warnings.warn(
-                "the value biases of this model look folded into b_O (fold_value_biases, TransformerLens' default): "
-                "hook_z then lacks b_V, and zero means something else than in the paper; "
-                "load it with load_model or from_pretrained_no_processing",
+                "the value biases of this model appear to be folded into b_O (fold_value_biases, TransformerLens' "
+                "default): hook_z does not contain b_V, so zero-ablation and the zero baseline differ from the "
+                "paper's; load the model with load_model or from_pretrained_no_processing",
                 stacklevel=4,
             )
 
@@ -154,16 +157,14 @@ class Hooked(Backend):
 
     @property
     def n_layers(self) -> int:
-        """Of the model."""
+        """Number of layers."""
         return self.model.cfg.n_layers
 
     def unembed(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of a final residual stream, in at least float32."""
+        """Logits of the final residual stream, in at least float32."""
         if self.model.cfg.normalization_type is not None:
             residual = self.model.ln_final(residual)
-        logits = self.model.unembed(residual)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
+        return apply_softcap(at_least_float32(self.model.unembed(residual)), self.model.cfg.output_logits_soft_cap)
 
     def last_logits(
         self,
@@ -175,10 +176,12 @@ class Hooked(Backend):
     ) -> Float[Tensor, "row vocab"]:
         residual = self.model(
             tokens,
+            # always passed, since TransformerLens otherwise infers padding from the tokens
             attention_mask=torch.ones_like(tokens) if mask is None else mask,
             past_kv_cache=prefix.expand(len(tokens)) if isinstance(prefix, HookedPrefix) else None,
             stop_at_layer=self.n_layers,
         )
+        # [row, column, d_model] -> [row, d_model]; only this position is unembedded
         if places is None:
             last = residual[:, -1]
         else:
@@ -186,8 +189,7 @@ class Hooked(Backend):
         return self.unembed(last[:, None])[:, 0]
 
     def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
-        logits = self.model(tokens, attention_mask=torch.ones_like(tokens))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(self.model(tokens, attention_mask=torch.ones_like(tokens)))
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
         cfg = self.model.cfg
@@ -200,26 +202,31 @@ class Hooked(Backend):
     ) -> Siblings:
         return HookedSiblings(self, tokens, mask, names)
 
-    def written(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         return self.model.blocks[layer].attn.W_O
 
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            return block.mlp.W_out[neuron.index], self.norm_behind("ln2", neuron.layer)
-        return block.attn.W_O[neuron.head, neuron.index], self.norm_behind("ln1", neuron.layer)
+            return block.mlp.W_out[neuron.index], self.output_norm("ln2", neuron.layer)
+        return block.attn.W_O[neuron.head, neuron.index], self.output_norm("ln1", neuron.layer)
 
-    def norm_behind(self, name: Literal["ln1", "ln2"], layer: int) -> Any:
-        """The norm behind W_O (ln1) or W_out (ln2); None where there is none."""
-        name_behind = f"{name}_post" if self.model.cfg.use_normalization_before_and_after else name
-        return getattr(self.model.blocks[layer], name_behind) if self.is_post_norm else None
+    def output_norm(self, name: Literal["ln1", "ln2"], layer: int) -> Any:
+        """The norm after W_O (ln1) or W_out (ln2); None if there is none."""
+        # Gemma has norms before and after; in OLMo, ln1 and ln2 themselves follow the weights
+        full_name = f"{name}_post" if self.model.cfg.use_normalization_before_and_after else name
+        return getattr(self.model.blocks[layer], full_name) if self.is_post_norm else None
 
-    def is_free_above_w_out(self, layer: int) -> bool:
-        """Whether nothing but W_out's bias and norm stands between a layer's MLP neurons and the residual stream behind it."""
+    def can_join_above(self, layer: int) -> bool:
+        """Whether rows that differ in a layer's MLP neurons may join above the layer.
+
+        They may if only W_out, its bias and its norm lie between the neurons and the residual stream above the layer,
+        and none of them has a hook.
+        """
         block: Any = self.model.blocks[layer]
-        norm = self.norm_behind("ln2", layer)
-        hooked = [block.hook_mlp_out, block.hook_resid_post, *([] if norm is None else norm.modules())]
-        return not self.model.cfg.load_in_4bit and not any(getattr(point, "fwd_hooks", None) for point in hooked)
+        norm = self.output_norm("ln2", layer)
+        points = [block.hook_mlp_out, block.hook_resid_post, *([] if norm is None else norm.modules())]
+        return not self.model.cfg.load_in_4bit and not any(getattr(point, "fwd_hooks", None) for point in points)
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
         cfg = self.model.cfg
@@ -235,9 +242,10 @@ class HookedPrefix(Prefix):
         self.cache = cache
 
     def expand(self, n_rows: int) -> TransformerLensKeyValueCache:
-        """The same frozen keys and values for every row; nothing is copied."""
+        """The same frozen keys and values for every row. Nothing is copied."""
         expanded = TransformerLensKeyValueCache(
             entries=[
+                # views of [1, position, head, d_head] as [row, position, head, d_head]
                 type(entry)(entry.past_keys.expand(n_rows, -1, -1, -1), entry.past_values.expand(n_rows, -1, -1, -1))
                 for entry in self.cache.entries
             ],
@@ -248,44 +256,46 @@ class HookedPrefix(Prefix):
 
 
 class HookedSiblings(Siblings):
-    """Rows side by side as positions of one sequence, which copies no keys or values, each entered at its own layer.
+    """Rows that run as positions of one sequence, without copies of keys or values, each starting at its own layer.
 
-    Rows that differ in MLP neurons are entered right above their layer: there they differ by what W_out and its norm make of
-    the neurons, and the layer itself need not be run.
+    Rows that differ in MLP neurons start right above their layer: there they differ by the neurons' W_out projection
+    and its norm, so the layer itself does not have to run.
     """
 
     def __init__(self, backend: Hooked, tokens: Tensor, mask: Tensor, names: set[str]) -> None:
         self.backend = backend
         model, cfg = backend.model, backend.model.cfg
-        self.kept = {}
+        self.activations = {}
         self.joinable = {
             layer
             for layer in range(cfg.n_layers)
-            if f"blocks.{layer}.mlp.hook_post" in names and backend.is_free_above_w_out(layer)
+            if f"blocks.{layer}.mlp.hook_post" in names and backend.can_join_above(layer)
         }
 
         def only_last(value: Tensor, hook: Any) -> Tensor:
-            return value[:, -1:]
+            return value[:, -1:]  # [prompt, position, ...] -> [prompt, 1, ...]
 
-        wanted = names | {f"blocks.{layer}.hook_mlp_out" for layer in self.joinable}
+        stored = names | {f"blocks.{layer}.hook_mlp_out" for layer in self.joinable}
+        hooks: Hooks = [(name, self.keep) for name in stored]
+        # in the last layer, no other position is read from here on
         last = [f"blocks.{cfg.n_layers - 1}.{point}" for point in ("attn.hook_z", "hook_resid_mid")]
-        hooks: Hooks = [(name, self.keep) for name in wanted]
-        hooks += [(name, only_last) for name in last if name in model.hook_dict]  # nothing else is read behind them
-        seen = mask[:, :-1].bool()
-        allowed = {
-            kind: keys_of(near_of(seen, window)) for kind, window in (("global", None), ("local", cfg.window_size))
-        }
+        hooks += [(name, only_last) for name in last if name in model.hook_dict]
+        is_token = mask[:, :-1].bool()  # [prompt, prefix]
+        windows = {"global": None, "local": cfg.window_size}
+        allowed = {kind: key_mask(visible_prefix(is_token, window)) for kind, window in windows.items()}
         self.attentions = [SharedAttention(block.attn, allowed[block.attn.attn_type]) for block in model.blocks]
-        noting = [*norms_once(model.blocks), *(one for attention in self.attentions for one in attention.noting())]
-        with torch.no_grad(), backend.hooks(hooks), replaced(noting), entering(model.blocks) as self.entering:
+        recording = (replacement for attention in self.attentions for replacement in attention.recording())
+        replacements = [*cached_norms(model.blocks), *recording]
+        with torch.no_grad(), backend.hooks(hooks), replace_methods(replacements), block_inputs(model.blocks) as inputs:
             stream = model(tokens, attention_mask=mask, stop_at_layer=cfg.n_layers)
             self.logits = backend.unembed(stream[:, -1])
-        position = seen.sum(1)
+        positions = is_token.sum(1)
         for attention in self.attentions:
-            attention.take_place(position)
-        self.entering.append(stream[:, -1:].clone())
-        self.beside = {
-            layer: self.entering[layer + 1].to(backend.wide_dtype) - self.kept[f"blocks.{layer}.hook_mlp_out"]
+            attention.set_positions(positions)
+        self.block_inputs = [*inputs, stream[:, -1:].clone()]  # the last entry is the final stream
+        self.stream_without_mlp = {
+            layer: self.block_inputs[layer + 1].to(backend.wide_dtype)
+            - self.activations[f"blocks.{layer}.hook_mlp_out"]
             for layer in self.joinable
         }
 
@@ -293,18 +303,19 @@ class HookedSiblings(Siblings):
         return self.backend.model.blocks[layer].mlp.W_out if layer in self.joinable else None
 
     def run(
-        self, of_layer: Mapping[int, int], hooks: Hooks, written: Mapping[int, Float[Tensor, "prompt _ d_model"]]
+        self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: Mapping[int, Float[Tensor, "prompt _ d_model"]]
     ) -> Float[Tensor, "prompt row d_model"]:
         blocks = self.backend.model.blocks
-        first = min([*of_layer, *(layer + 1 for layer in written)])
-        residual = self.entering[first][:, :0]
-        standing_in = (one for attention in self.attentions[first:] for one in attention.standing_in())
-        with replaced([*norms_once(blocks[first:]), *standing_in]), self.backend.hooks(hooks):
+        first = min([*rows_at, *(layer + 1 for layer in mlp_outputs)])
+        residual = self.block_inputs[first][:, :0]  # no rows yet: [prompt, 0, d_model]
+        running = (replacement for attention in self.attentions[first:] for replacement in attention.running())
+        with replace_methods([*cached_norms(blocks[first:]), *running]), self.backend.hooks(hooks):
             for layer in range(first, len(blocks) + 1):
-                joining = [self._above(layer - 1, written[layer - 1])] if layer - 1 in written else []
-                if layer in of_layer:
-                    joining.append(self.entering[layer].expand(-1, of_layer[layer], -1))
-                residual = torch.cat([residual, *joining], dim=1) if joining else residual
+                # rows that differ in the MLP below come first, since `paths` are ordered by layer
+                new = [self._stream_above(layer - 1, mlp_outputs[layer - 1])] if layer - 1 in mlp_outputs else []
+                if layer in rows_at:
+                    new.append(self.block_inputs[layer].expand(-1, rows_at[layer], -1))
+                residual = torch.cat([residual, *new], dim=1) if new else residual  # more rows
                 if layer < len(blocks):
                     residual = blocks[layer](residual)
         return residual
@@ -312,9 +323,12 @@ class HookedSiblings(Siblings):
     def logits_of(self, final: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row vocab"]:
         return self.backend.unembed(final)
 
-    def _above(self, layer: int, written: Float[Tensor, "prompt row d_model"]) -> Float[Tensor, "prompt row d_model"]:
-        """The residual stream behind a layer whose MLP neurons are others."""
-        beside, norm = self.beside[layer], self.backend.norm_behind("ln2", layer)
+    def _stream_above(
+        self, layer: int, output: Float[Tensor, "prompt row d_model"]
+    ) -> Float[Tensor, "prompt row d_model"]:
+        """The residual stream above a layer, with the MLP output replaced."""
+        without_mlp, norm = self.stream_without_mlp[layer], self.backend.output_norm("ln2", layer)
         block: Any = self.backend.model.blocks[layer]
-        written = written.to(self.backend.dtype) + block.mlp.b_out
-        return (beside + (written if norm is None else norm(written))).to(self.backend.dtype)
+        output = output.to(self.backend.dtype) + block.mlp.b_out
+        # added in the wide dtype, since `without_mlp` is a difference
+        return (without_mlp + (output if norm is None else norm(output))).to(self.backend.dtype)

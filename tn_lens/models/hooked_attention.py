@@ -1,7 +1,7 @@
-"""HookedTransformer's attention where single positions stand side by side behind one prefix.
+"""HookedTransformer's attention for rows that share one prefix.
 
-For the length of a pass some methods of TransformerLens' modules are replaced, so that its own forward runs, with every hook
-point, and does only what differs between the rows.
+During a pass, some methods of TransformerLens' modules are replaced, so that the modules' own forward functions run,
+with every hook point, but compute only the part that differs between the rows.
 """
 
 from __future__ import annotations
@@ -16,57 +16,65 @@ from torch import Tensor, nn
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 Replacement = tuple[nn.Module, str, Callable[..., Any]]
-"""A module, the name of its method, and what stands in for it."""
+"""A module, the name of one of its methods, and the function that replaces the method."""
 
 
 @contextmanager
-def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
-    """Methods of single modules replaced inside a `with`, and put back on leaving."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+def replace_methods(replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Replace methods of single modules inside a `with` block, and restore them on exit."""
+    originals: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for module, name, method in replacements:
-            before.append((vars(module), name, vars(module).get(name)))
+            originals.append((vars(module), name, vars(module).get(name)))
             vars(module)[name] = method
         yield
     finally:
-        for own, name, method in reversed(before):
-            if method is None:
-                del own[name]
+        # in reverse order, in case a method was replaced twice
+        for attributes, name, method in reversed(originals):
+            if method is None:  # the original method is defined by the class
+                del attributes[name]
             else:
-                own[name] = method
+                attributes[name] = method
 
 
-def norms_once(blocks: Iterable[Any]) -> Iterator[Replacement]:
-    """TransformerLens normalises the same stream for queries, for keys and for values; once is enough."""
+def cached_norms(blocks: Iterable[Any]) -> Iterator[Replacement]:
+    """Norms that reuse their last result: TransformerLens normalises the same stream for queries, keys and values."""
 
-    def once(real: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        last: list[Tensor] = []
+    def cached(normalize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        last: list[Tensor] = []  # input and output
 
         def forward(stream: Tensor) -> Tensor:
             if not last or last[0] is not stream:
-                last[:] = [stream, real(stream)]
+                last[:] = [stream, normalize(stream)]
             return last[1]
 
         return forward
 
     for block in blocks:
-        yield block.ln1, "forward", once(block.ln1.forward)
+        yield block.ln1, "forward", cached(block.ln1.forward)
 
 
-def keys_of(near: Bool[Tensor, "prompt prefix"]) -> Bool[Tensor, "prompt 1 1 key"] | None:
-    """Which keys rows see, of what their position sees of the prefix: that and each itself; None for all."""
-    return None if near.all() else torch.cat([near, near.new_ones(len(near), 1)], dim=1)[:, None, None]
+def key_mask(is_visible: Bool[Tensor, "prompt prefix"]) -> Bool[Tensor, "prompt 1 1 key"] | None:
+    """The keys that rows attend to: the visible positions of the prefix and, as the last key, the row itself.
+
+    Returns:
+        None if rows attend to all keys.
+    """
+    # [prompt, prefix] -> [prompt, 1 (all heads), 1 (all rows), key], with key = prefix + 1
+    return (
+        None if is_visible.all() else torch.cat([is_visible, is_visible.new_ones(len(is_visible), 1)], 1)[:, None, None]
+    )
 
 
 class SharedAttention:
-    """The attention of one layer: what the prompts' last queries met, and rows that meet the same and each itself.
+    """The attention of one layer, with the keys and values of the prompts' earlier positions shared by all rows.
 
-    Every row stands at position T - 1 of its prompt. Its keys and values of the earlier positions are those of the prompt,
-    already rotated; of the other rows it sees nothing, so nothing of them is computed.
+    Every row has position T - 1 of its prompt. Keys and values of earlier positions are those of the prompt, and the
+    keys are already rotated. Rows do not attend to each other, so scores between different rows are not computed.
 
     Args:
-        attention: TransformerLens' module.
-        allowed: which keys rows see, the own one last; None for all.
+        attention: TransformerLens' attention module.
+        allowed: the keys that rows attend to, with the row itself as the last key. None: all keys.
     """
 
     keys: Float[Tensor, "prompt key_head d_head prefix"]
@@ -74,31 +82,34 @@ class SharedAttention:
 
     def __init__(self, attention: Any, allowed: Bool[Tensor, "prompt 1 1 key"] | None) -> None:
         self.attention, self.allowed = attention, allowed
-        self.turn: tuple[Tensor, Tensor] | None = None
+        self.cos_sin: tuple[Tensor, Tensor] | None = None
 
-    def noting(self) -> Iterator[Replacement]:
-        """While the prompts run: keep the keys and values that their queries met."""
+    def recording(self) -> Iterator[Replacement]:
+        """Replacements for the pass over the prompts, which store the keys and values of the prefix."""
 
         def calculate_attention_scores(q: Tensor, k: Tensor) -> Tensor:
+            # without the last position: [prompt, position, head, d_head] -> [prompt, head, d_head, prefix]
             self.keys = k[:, :-1].permute(0, 2, 3, 1).contiguous()
-            return of_class.calculate_attention_scores(self.attention, q, k)
+            return cls.calculate_attention_scores(self.attention, q, k)
 
         def calculate_z_scores(v: Tensor, pattern: Tensor) -> Tensor:
+            # [prompt, position, head, d_head] -> [prompt, head, prefix, d_head]
             self.values = v[:, :-1].transpose(1, 2).contiguous()
-            return of_class.calculate_z_scores(self.attention, v, pattern)
+            return cls.calculate_z_scores(self.attention, v, pattern)
 
-        of_class = type(self.attention)
+        cls = type(self.attention)
         yield self.attention, "calculate_attention_scores", calculate_attention_scores
         yield self.attention, "calculate_z_scores", calculate_z_scores
 
-    def take_place(self, position: Int[Tensor, " prompt"]) -> None:
-        """Where all rows of a prompt stand."""
+    def set_positions(self, positions: Int[Tensor, " prompt"]) -> None:
+        """Set the position of all rows of each prompt."""
         if self.attention.cfg.positional_embedding_type == "rotary":
-            angles = self.attention.rotary_cos, self.attention.rotary_sin
-            self.turn = angles[0][position][:, None, None], angles[1][position][:, None, None]
+            # [prompt, rotary_dim] -> [prompt, 1 (all rows), 1 (all heads), rotary_dim]
+            tables = self.attention.rotary_cos, self.attention.rotary_sin
+            self.cos_sin = tables[0][positions][:, None, None], tables[1][positions][:, None, None]
 
-    def standing_in(self) -> Iterator[Replacement]:
-        """While rows run."""
+    def running(self) -> Iterator[Replacement]:
+        """Replacements for a pass over the rows."""
         yield self.attention, "apply_rotary", self._rotate
         yield self.attention, "calculate_attention_scores", self._scores
         yield self.attention, "apply_causal_mask", self._mask
@@ -107,26 +118,30 @@ class SharedAttention:
     def _rotate(
         self, x: Float[Tensor, "prompt row head d_head"], *_: object, **__: object
     ) -> Float[Tensor, "prompt row head d_head"]:
-        assert self.turn is not None
-        cos, sin = self.turn
-        turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        assert self.cos_sin is not None
+        cos, sin = self.cos_sin
+        # only the first rotary_dim entries of a head are rotated
+        rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
         if self.attention.cfg.rotary_adjacent_pairs:
-            first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
-            across = torch.stack([-second, first], dim=-1).flatten(-2)
+            first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # both [prompt, row, head, rotary_dim / 2]
+            perpendicular = torch.stack([-second, first], dim=-1).flatten(-2)
         else:
-            first, second = turned.chunk(2, dim=-1)
-            across = torch.cat([-second, first], dim=-1)
-        turned = turned * cos + across * sin
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+            first, second = rotated.chunk(2, dim=-1)
+            perpendicular = torch.cat([-second, first], dim=-1)
+        rotated = rotated * cos + perpendicular * sin
+        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
     def _scores(
         self, q: Float[Tensor, "prompt row head d_head"], k: Float[Tensor, "prompt row key_head d_head"]
     ) -> Float[Tensor, "prompt head row key"]:
-        grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # prompt, key head, head of it, row, d_head
-        before = grouped.flatten(2, 3) @ self.keys
-        wide = torch.promote_types(q.dtype, torch.float32)  # in which a matrix product adds up, too
+        # [prompt, row, head, d_head] -> [prompt, key_head, head of the group, row, d_head]
+        grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
+        prefix = grouped.flatten(2, 3) @ self.keys  # [prompt, key_head, head of the group * row, prefix]
+        wide = torch.promote_types(q.dtype, torch.float32)  # matrix products accumulate in float32, too
+        # the product of each query with its own key: [prompt, key_head, head of the group, row, 1]
         itself = (grouped.to(wide) * k.to(wide).transpose(1, 2)[:, :, None]).sum(-1, keepdim=True).to(q.dtype)
-        scores = torch.cat([before.reshape(*itself.shape[:-1], -1), itself], dim=-1).flatten(1, 2)
+        # -> [prompt, head, row, prefix + 1]
+        scores = torch.cat([prefix.reshape(*itself.shape[:-1], -1), itself], dim=-1).flatten(1, 2)
         return apply_softcap(scores / self.attention.attn_scale, self.attention.cfg.attn_scores_soft_cap)
 
     def _mask(
@@ -137,8 +152,11 @@ class SharedAttention:
     def _z(
         self, v: Float[Tensor, "prompt row key_head d_head"], pattern: Float[Tensor, "prompt head row key"]
     ) -> Float[Tensor, "prompt row head d_head"]:
+        # [prompt, head, row, key] -> [prompt, key_head, head of the group, row, key]
         grouped = pattern.unflatten(1, (v.shape[2], -1))
-        before, itself = grouped.split([pattern.shape[-1] - 1, 1], dim=-1)
-        z = (before.flatten(2, 3) @ self.values).unflatten(2, grouped.shape[2:4])
+        prefix, itself = grouped.split([pattern.shape[-1] - 1, 1], dim=-1)
+        # [prompt, key_head, head of the group * row, d_head] -> [prompt, key_head, head of the group, row, d_head]
+        z = (prefix.flatten(2, 3) @ self.values).unflatten(2, grouped.shape[2:4])
         z = z + itself * v.transpose(1, 2)[:, :, None]
+        # -> [prompt, row, head, d_head]
         return self.attention.hook_z(z.permute(0, 3, 1, 2, 4).flatten(2, 3))

@@ -1,6 +1,6 @@
-"""Load a model: a hub id, a local folder, or a Hugging Face model in memory -> a model of either kind.
+"""Load a model from the hub, a local folder, or a Hugging Face model in memory.
 
-What is read from the hub or a folder is checked here; `models` makes a model of it.
+Configurations and weights are read and checked here. `tn_lens.models` builds the model from them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import constants, errors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models import BackendName, Model, backend_of, choose_backend, make_model, official_name
+from tn_lens.core.options import BackendName
+from tn_lens.models import Model, backend_of, choose_backend, make_model, official_name
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -24,8 +26,10 @@ MODEL_TYPES = {
     "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
 }
+"""Architectures by model type, for configurations that do not name their architecture."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""A model's id on the hub, with or without an organisation."""
 
 
 def load_model(
@@ -42,25 +46,25 @@ def load_model(
     """Load a model, frozen and without any weight processing.
 
     Args:
-        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, or a folder that
-            `save_pretrained` wrote. With `hf_model` it is only the name that results carry.
-        dtype: of the weights, as `torch.bfloat16` or `"bfloat16"`. By default float32 on the CPU and the
-            checkpoint's own on an accelerator.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`; by default CUDA where there is one.
+        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, or a folder written by
+            `save_pretrained`. With `hf_model`, only the model's name in results.
+        dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`. Default: float32 on the CPU, the
+            checkpoint's dtype on other devices.
+        device: for example `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. Default: CUDA if available, the CPU otherwise.
         revision: branch, tag or commit on the hub.
-        hf_model: a Hugging Face model in memory, whose weights are shared, not copied, where dtype and device agree.
-        tokenizer: to use instead of the checkpoint's.
-        trust_remote_code: let the checkpoint's own Python code run.
-        backend: `"hooked"`, TransformerLens' own model of the families that it knows, the default where TransformerLens
-            has it (to 3.9); or `"bridge"`, Hugging Face's model with TransformerLens' hook points in it, the only one
-            from 4 on. The numbers are the same.
+        hf_model: a Hugging Face model in memory. Weights of the same dtype and device are shared, not copied.
+        tokenizer: tokenizer to use instead of the checkpoint's.
+        trust_remote_code: whether to run Python code that is part of the checkpoint.
+        backend: `"hooked"` for TransformerLens' own model class (up to TransformerLens 3.9, where it is the default),
+            which supports the model families that TransformerLens implements; or `"bridge"` for Hugging Face's model
+            with TransformerLens' hook points, the only one from version 4 on. The numbers are the same.
 
     Returns:
-        The model, with its tokenizer and in evaluation mode; weights hold no gradient.
+        The model with its tokenizer, in evaluation mode. Its parameters do not require gradients.
 
     Raises:
-        BadInput: no such model, no access to it, an architecture or a quantisation that is not supported, a device
-            that is not there, or too little memory for the weights.
+        BadInput: the model does not exist or is not accessible, its architecture or quantisation is not supported, the
+            device is not available, or there is too little memory for the weights.
     """
     name, backend = str(name_or_folder), choose_backend(backend)
     device = find_device(device)
@@ -68,7 +72,7 @@ def load_model(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = hf_model.config if hf_model is not None else read_config(source, **hub)
     architecture = architecture_of(config, hf_model)
-    refuse_quantised(config, name)
+    reject_quantised(config, name)
     weights_dtype = find_dtype(dtype, config, device)
     if tokenizer is None and (hf_model is None or Path(source).is_dir()):
         tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
@@ -77,29 +81,20 @@ def load_model(
         check_memory(config, weights_dtype, device)
         return read_weights(source, name, dtype=weights_dtype, **hub)
 
-    model = make_model(
-        backend,
-        name,
-        architecture,
-        config,
-        dtype=weights_dtype,
-        device=device,
-        hf_model=hf_model,
-        read=read,
-        hub={key: value for key, value in hub.items() if value},
-    )
-    short = name.rstrip("/").rsplit("/", 1)[-1]
-    # a folder called toy is not the embedded model
-    backend_of(model).name_and_equip(name if short == "toy" else short, tokenizer)
+    options = {"config": config, "hub": {key: value for key, value in hub.items() if value}}
+    model = make_model(backend, name, architecture, hf_model, read, dtype=weights_dtype, device=device, **options)
+    short_name = name.rstrip("/").rsplit("/", 1)[-1]
+    # a folder called toy keeps its full name, since "toy" is the name of the embedded model
+    backend_of(model).set_name_and_tokenizer(name if short_name == "toy" else short_name, tokenizer)
     if hf_model is None:
-        asked = None if dtype is None else str(dtype).removeprefix("torch.")
-        loaded_from = {"model": name, "dtype": asked, "revision": revision, "backend": backend}
-        vars(model)["loaded_from"] = loaded_from  # a run notes it
+        dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
+        # part of a run's manifest, so that the model can be loaded again
+        vars(model)["loaded_from"] = {"model": name, "dtype": dtype_name, "revision": revision, "backend": backend}
     return model
 
 
 def architecture_of(config: PretrainedConfig, hf_model: Any) -> str:
-    """The architecture's name, from the configuration, the model in memory, or the model type."""
+    """Name of the architecture, from the configuration, the class of the model in memory, or the model type."""
     named = getattr(config, "architectures", None)
     if named:
         return named[0]
@@ -107,150 +102,162 @@ def architecture_of(config: PretrainedConfig, hf_model: Any) -> str:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the best one there is.
+    """The requested device. Default: CUDA if available, the CPU otherwise.
 
     Raises:
-        BadInput: it is not there.
+        BadInput: the device is not available.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()
+        available_device = torch.device(device)
+        torch.zeros(
+            1, device=available_device
+        ).item()  # fails if the device does not exist or stores no values ("meta")
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
-        raise BadInput(f"device {str(device)!r} is not there; this machine has {', '.join(there)}") from error
-    return found
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+        raise BadInput(
+            f"device {str(device)!r} is not available; use one of this machine's devices: {', '.join(devices)}"
+        ) from error
+    return available_device
 
 
 def find_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype asked for; by default float32 on the CPU and the checkpoint's own elsewhere."""
+    """The requested dtype. Default: float32 on the CPU, the checkpoint's dtype on other devices.
+
+    Raises:
+        BadInput: not a floating-point dtype of 16 bits or more.
+    """
     if dtype is None:
-        own = getattr(config, "dtype", None) or torch.float32
-        return torch.float32 if device.type == "cpu" or not isinstance(own, torch.dtype) else own
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        stored = getattr(config, "dtype", None)
+        return torch.float32 if device.type == "cpu" or not isinstance(stored, torch.dtype) else stored
+    requested = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if requested not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise BadInput(f"expected dtype float32, float64, bfloat16 or float16, got {dtype!r}")
-    return found
+    return requested
 
 
 def read_config(source: str, **hub: Any) -> PretrainedConfig:
-    """The Hugging Face configuration of a folder or hub id."""
+    """Read the Hugging Face configuration of a folder or hub id.
+
+    Raises:
+        BadInput: not a folder with a model, nor an id of a model on the hub.
+    """
     folder = Path(source)
     if folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise BadInput(
-                f"{source} holds a LoRA adapter, not a model; merge it into its base model "
+                f"expected a model, but {source} is a LoRA adapter; merge it into its base model "
                 "(peft's merge_and_unload, then save_pretrained) and load the merged folder"
             )
         if not (folder / "config.json").exists():
-            raise BadInput(f"{source} has no config.json; expected a folder written by save_pretrained")
+            raise BadInput(f"{source} has no config.json; use a folder written by save_pretrained")
     elif not HUB_ID.fullmatch(source):
-        raise BadInput(
-            f"{source!r} is neither a folder nor a hub id; expected 'toy', a folder, or an id like 'org/name'"
-        )
+        raise BadInput(f"{source!r} is neither a folder nor a hub id; use 'toy', a folder, or an id like 'org/name'")
     return read_from_hub(AutoConfig.from_pretrained, official_name(source), **hub)
 
 
 def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
-    """Call a `from_pretrained`, and turn the hub's many errors into one sentence each."""
-    from huggingface_hub import constants, errors
+    """Call a `from_pretrained` method, and explain its errors.
 
+    Raises:
+        BadInput: the method raised any exception.
+    """
     try:
         return read(source, **{key: value for key, value in options.items() if value is not None})
     except Exception as error:
-        causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-            causes.append(cause)
-        kinds = tuple(type(cause) for cause in causes)
-        text = " ".join(str(error).split())
+        raise BadInput(f"cannot load {source!r}: {explain(error, options.get('revision'))}") from error
 
-        def any_is(*expected: type) -> bool:
-            return any(issubclass(kind, expected) for kind in kinds)
 
-        if any_is(errors.GatedRepoError) or "gated repo" in text:
-            said = "accept its licence on the hub and set HF_TOKEN to a token that may read it"
-        elif any_is(errors.RepositoryNotFoundError) or "is not a valid model identifier" in text:
-            said = (
-                "the hub knows no such model (or HF_TOKEN may not see it); check the spelling, or give a local folder"
-            )
-        elif any_is(errors.RevisionNotFoundError):
-            said = f"it has no revision {options.get('revision')!r}"
-        elif "model.safetensors" in text:
-            said = (
-                "it has no weights as safetensors, and pickled ones are not opened; save it anew with save_pretrained"
-            )
-        elif "model type" in text or "trust_remote_code" in text:
-            said = f"transformers does not know its architecture ({text[:200]})"
-        elif (
-            any_is(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
-            or "couldn't connect" in text.lower()
-        ):
-            said = (
-                "the hub cannot be reached and the file is not in the cache; check the spelling ('toy' is the embedded model), "
-                "give a local folder, or try again online"
-            )
-            if constants.is_offline_mode():
-                said = (
-                    "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or give a local folder"
-                )
-        else:
-            said = f"{type(error).__name__}: {text[:300]}"
-        raise BadInput(f"cannot load {source!r}: {said}") from error
+def explain(error: Exception, revision: str | None) -> str:
+    """What an exception of `from_pretrained` means, and what to do about it, as part of an error message."""
+    causes: list[BaseException] = [error]  # transformers wraps the hub's exceptions in its own
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    text = " ".join(str(error).split())
+
+    def is_any(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    # the order matters: GatedRepoError is a RepositoryNotFoundError
+    if is_any(errors.GatedRepoError) or "gated repo" in text:
+        return "access is restricted; accept its licence on the hub and set HF_TOKEN to a token that may read it"
+    if is_any(errors.RepositoryNotFoundError) or "is not a valid model identifier" in text:
+        return "not found on the hub, or private; check the spelling, set HF_TOKEN, or use a local folder"
+    if is_any(errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}; check the branches, tags and commits on the hub"
+    if "model.safetensors" in text:
+        return "it has no safetensors weights, and pickled weights are not loaded; save it again with save_pretrained"
+    if "model type" in text or "trust_remote_code" in text:
+        return f"transformers does not support its architecture ({text[:200]})"
+    is_offline = is_any(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    if is_offline or "couldn't connect" in text.lower():
+        if constants.is_offline_mode():
+            return "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or use a local folder"
+        return (
+            "the hub cannot be reached and the file is not in the cache; check the spelling ('toy' is the embedded "
+            "model), use a local folder, or try again online"
+        )
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def read_weights(source: str, name: str, **options: Any) -> Any:
-    """The checkpoint's weights, every one of them and no others.
+    """Read the weights of a checkpoint, which must match its configuration exactly.
 
     Raises:
-        BadInput: some are missing (Hugging Face would make them up), left over, or of another shape.
+        BadInput: weights are missing (Hugging Face would initialise them randomly), unexpected, or of another shape.
     """
     model, report = read_from_hub(
         AutoModelForCausalLM.from_pretrained,
         source,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        use_safetensors=True,  # never unpickled
+        use_safetensors=True,  # pickled weights could run code
         **options,
     )
-    left_over = [key for key in report["unexpected_keys"] if ".layers." in key and "inv_freq" not in key]
-    wrong = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
-    for what, keys in (
-        ("lacks", report["missing_keys"]),
-        ("has the wrong size for", wrong),
-        ("has no place for", left_over),
+    # weights outside the layers, and old rotary buffers, are unused but harmless
+    unexpected = [key for key in report["unexpected_keys"] if ".layers." in key and "inv_freq" not in key]
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
+    for problem, keys in (
+        ("lacks weights that its config.json describes", report["missing_keys"]),
+        ("has weights of another shape than its config.json describes", mismatched),
+        ("has weights that its config.json does not describe", unexpected),
     ):
         if keys:
             shown = ", ".join(sorted(keys)[:3])
             raise BadInput(
-                f"the checkpoint {name!r} {what} {len(keys)} of the weights that its config.json names ({shown})"
+                f"the checkpoint {name!r} {problem}: {len(keys)} ({shown}); use the config.json that was saved with it"
             )
     return model
 
 
-def refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    """Quantised weights are not supported: their gradients are not those of the model's numbers."""
+def reject_quantised(config: PretrainedConfig, name: str) -> None:
+    """Reject quantised weights, whose gradients differ from those of the unquantised model.
+
+    Raises:
+        BadInput: the configuration has a quantisation.
+    """
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        read = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
+        options = quantization if isinstance(quantization, dict) else vars(quantization)
         raise BadInput(
-            f"{name} is quantised ({read('quant_method') or 'unknown method'}); load the unquantised checkpoint, "
-            "in bfloat16 if memory is short"
+            f"{name} is quantised ({options.get('quant_method') or 'unknown method'}); load the unquantised "
+            "checkpoint, in bfloat16 if memory is short"
         )
 
 
 def check_memory(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Compare what the weights need with what is free, before anything is read.
+    """Check that there is enough free memory for the weights, before they are read.
 
     Raises:
-        BadInput: with both numbers.
+        BadInput: the weights do not fit. The message contains both sizes.
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # the parameters have shapes, but take no memory
         skeleton = AutoModelForCausalLM.from_config(config)
     needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > available:
         raise BadInput(
             f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {device} has "
-            f"{available / 2**30:.1f} GiB free; take a smaller dtype, another device, or a smaller model"
+            f"{available / 2**30:.1f} GiB free; use a smaller dtype, another device, or a smaller model"
         )

@@ -1,8 +1,8 @@
-"""The vocabulary: sites, neurons, sets of neurons, and the space they live in.
+"""Neurons and sets of neurons.
 
-A *neuron* is one entry of a named hook point: of `blocks.L.mlp.hook_post` (site `"mlp"`) or of
-`blocks.L.attn.hook_z` (site `"attn"`). Attention neurons have a head and an index within it, also where
-keys and values are shared by groups of heads. Inside tensors a site of a layer is flat: head * d_head + index.
+A *neuron* is one entry of a site's vector in one layer: of `blocks.L.mlp.hook_post` (site `"mlp"`) or of
+`blocks.L.attn.hook_z` (site `"attn"`). Attention neurons have a head and an index within it, also where keys and values are
+shared by groups of heads. Inside tensors a site of a layer is flat: head * d_head + index.
 """
 
 from __future__ import annotations
@@ -13,76 +13,59 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from tn_lens.core.errors import BadInput
+from tn_lens.neurons.sites import NEURON_SITES, SITES, SiteName
 
-Site = Literal["mlp", "attn", "hook_mlp_out", "hook_attn_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post"]
-"""Where in its layer a number is read: `"mlp"` after the MLP's activation function, `"attn"` in a head's output before W_O.
-
-Those two hold the neurons. The others are directions of the residual stream, for attribution only.
-"""
-
-SITES: tuple[Site, ...] = ("mlp", "attn")
-"""The sites of neurons."""
-
-HOOKS: Mapping[Site, str] = {"mlp": "mlp.hook_post", "attn": "attn.hook_z"}
-"""TransformerLens' hook point of each site, below `blocks.L.`; the others are called as their hooks are."""
+NAME = re.compile(r"\s*(?P<site>[a-z]\w*)\s+(?P<layer>[0-9]+)(?:\.h(?P<head>[0-9]+))?:(?P<index>[0-9]+)\s*")
 
 
-def hook_name(site: Site, layer: int) -> str:
-    """TransformerLens' name of a hook point, as in `blocks.3.mlp.hook_post`."""
-    return f"blocks.{layer}.{HOOKS.get(site, site)}"
-
-
-def layer_in_words(layer: int, n_layers: int) -> str:
-    """Which layer, as in "layer 1, the last of 2": layers are counted from 0, which a sentence has to say."""
-    if n_layers == 1:
-        return "layer 0, the only one"
-    if layer in (0, n_layers - 1):
-        return f"layer {layer}, the {'last' if layer else 'first'} of {n_layers}"
-    return f"layer {layer} of {n_layers}, counted from 0"
-
-
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Neuron:
-    """One neuron. Sorts by site, layer, head and index."""
+    """One neuron. Sorts by site (alphabetically), layer, head and index."""
 
-    site: Site
+    site: SiteName
     layer: int
     head: int | None
-    """The attention head; None in an MLP."""
+    """The attention head; None elsewhere."""
     index: int
-    """Index within the head, or within the MLP."""
+    """Index within the head, or within the site's vector."""
 
     def __str__(self) -> str:
         head = "" if self.head is None else f".h{self.head}"
         return f"{self.site} {self.layer}{head}:{self.index}"
 
+    def __lt__(self, other: Neuron) -> bool:
+        return self._sort_key < other._sort_key
+
+    @property
+    def _sort_key(self) -> tuple[str, int, int, int]:
+        # alphabetical: "attn" before "mlp"
+        return self.site, self.layer, -1 if self.head is None else self.head, self.index
+
     @classmethod
     def from_name(cls, name: str) -> Neuron:
-        """Read what `str` writes.
+        """Parse a name as `str` writes it.
 
         Raises:
-            BadInput: it is no such name.
+            BadInput: the text is not the name of a neuron.
         """
-        found = re.fullmatch(r"\s*(?:(mlp)\s+([0-9]+)|(attn)\s+([0-9]+)\.h([0-9]+)):([0-9]+)\s*", name)
-        if found is None:
+        parsed = NAME.fullmatch(name)
+        site = SITES.get(parsed["site"]) if parsed else None
+        if parsed is None or site is None or site.has_heads != (parsed["head"] is not None):
             raise BadInput(f"expected a neuron's name like 'mlp 3:17' or 'attn 2.h1:5', got {name!r:.60}")
-        mlp, layer, _, of_head, head, index = found.groups()
-        return cls("mlp", int(layer), None, int(index)) if mlp else cls("attn", int(of_head), int(head), int(index))
+        head = None if parsed["head"] is None else int(parsed["head"])
+        return cls(parsed["site"], int(parsed["layer"]), head, int(parsed["index"]))
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Neuron:
-        """Read the four keys; others are ignored.
+        """Read the keys site, layer, head and index; other keys are ignored.
 
         Raises:
-            BadInput: a key is missing or has no sensible value.
+            BadInput: a key is missing or its value is not valid.
         """
         try:
             site, layer, head, index = (entry[key] for key in ("site", "layer", "head", "index"))
@@ -90,13 +73,24 @@ class Neuron:
             raise BadInput(
                 f"a neuron needs the keys site, layer, head and index; {dict(entry)} lacks {error}"
             ) from None
-        whole = [layer, index] + ([head] if site == "attn" else [])
-        if site not in SITES or any(type(n) is not int or n < 0 for n in whole) or (site == "mlp" and head is not None):
+        has_heads = site in SITES and SITES[site].has_heads
+        numbers = [layer, index] + ([head] if has_heads else [])
+        are_valid = all(type(n) is int and n >= 0 for n in numbers)
+        if site not in SITES or not are_valid or (head is not None and not has_heads):
             raise BadInput(
-                "a neuron is {site: 'mlp', layer, head: null, index} or {site: 'attn', layer, head, index} "
-                f"with whole numbers from 0; got {dict(entry)}"
+                "expected a neuron as {site: 'mlp', layer, head: null, index} or {site: 'attn', layer, head, index} "
+                f"with non-negative integers; got {dict(entry)}"
             )
         return cls(site, layer, head, index)
+
+    def to_plain(self) -> str:
+        """The form in stored results."""
+        return str(self)
+
+    @classmethod
+    def from_plain(cls, name: str) -> Neuron:
+        """The inverse of `to_plain`."""
+        return cls.from_name(name)
 
 
 class NeuronSet(Set[Neuron]):
@@ -122,13 +116,19 @@ class NeuronSet(Set[Neuron]):
         shown = ", ".join(map(str, self._neurons[:4])) + (", ..." if len(self) > 4 else "")
         return f"NeuronSet of {len(self)}: {{{shown}}}"
 
-    def at(self, site: Site, layer: int | None = None) -> NeuronSet:
-        """The neurons of one site, of one layer or of all."""
+    @property
+    def sites(self) -> tuple[SiteName, ...]:
+        """The sites at which the set has neurons, in the order of `SITES`."""
+        there = {neuron.site for neuron in self}
+        return tuple(site for site in SITES if site in there)
+
+    def at(self, site: SiteName, layer: int | None = None) -> NeuronSet:
+        """The neurons of one site, in one layer or in all."""
         return type(self)(n for n in self if n.site == site and layer in (None, n.layer))
 
-    def by_layer(self, n_layers: int) -> dict[Site, list[int]]:
-        """How many neurons each layer holds, per site."""
-        counts: dict[Site, list[int]] = {site: [0] * n_layers for site in SITES}
+    def by_layer(self, n_layers: int) -> dict[SiteName, list[int]]:
+        """Number of neurons in each layer, for the MLP, attention and every other site of the set."""
+        counts = {site: [0] * n_layers for site in dict.fromkeys((*NEURON_SITES, *self.sites))}
         for neuron in self:
             counts[neuron.site][neuron.layer] += 1
         return counts
@@ -139,7 +139,7 @@ class NeuronSet(Set[Neuron]):
 
     @property
     def digest(self) -> str:
-        """What tells this set from others: SHA-256 of the neurons' names."""
+        """SHA-256 of the neurons' names, which identifies the set."""
         return hashlib.sha256("\n".join(map(str, self)).encode()).hexdigest()
 
     def to_frame(self) -> pd.DataFrame:
@@ -147,8 +147,17 @@ class NeuronSet(Set[Neuron]):
         frame = pd.DataFrame([asdict(n) for n in self], columns=["site", "layer", "head", "index"])
         return frame.astype({"head": "Int64"})
 
+    def to_plain(self) -> list[str]:
+        """The form in stored results."""
+        return list(map(str, self))
+
+    @classmethod
+    def from_plain(cls, names: Iterable[str]) -> NeuronSet:
+        """The inverse of `to_plain`."""
+        return cls(map(Neuron.from_name, names))
+
     def save(self, path: str | Path, **provenance: Any) -> None:
-        """Write JSON: the neurons, and whatever says where they come from (model, thresholds, seeds)."""
+        """Write JSON: the neurons, and their provenance (model, thresholds, seeds)."""
         payload = {**provenance, "neurons": [asdict(n) for n in self]}
         Path(path).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
 
@@ -169,62 +178,3 @@ class NeuronSet(Set[Neuron]):
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise BadInput(f"expected a list of neurons under 'neurons' in {path}, got {str(entries)[:60]}")
         return cls(map(Neuron.from_dict, entries))
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeuronSpace:
-    """All neurons of a model: the sizes that turn a neuron into a place in a tensor and back."""
-
-    n_layers: int
-    d_mlp: int
-    """Neurons of one MLP; 0 for attention-only models."""
-    n_heads: int
-    d_head: int
-    d_model: int = 0
-    """Width of the residual stream."""
-
-    def width(self, site: Site) -> int:
-        """Numbers in one layer at a site."""
-        return {"mlp": self.d_mlp, "attn": self.n_heads * self.d_head}.get(site, self.d_model)
-
-    @property
-    def n_neurons(self) -> int:
-        """Neurons of the whole model."""
-        return self.n_layers * sum(self.width(site) for site in SITES)
-
-    def flat(self, neuron: Neuron) -> int:
-        """Index of a neuron within its layer and site."""
-        return neuron.index if neuron.head is None else neuron.head * self.d_head + neuron.index
-
-    def neuron(self, site: Site, layer: int, flat: int) -> Neuron:
-        """The inverse of `flat`."""
-        head, index = divmod(flat, self.d_head) if site == "attn" else (None, flat)
-        return Neuron(site, layer, head, index)
-
-    def check(self, neurons: NeuronSet) -> None:
-        """Make sure that every neuron exists.
-
-        Raises:
-            BadInput: naming the first neuron that does not.
-        """
-        for n in neurons:
-            fits = n.layer < self.n_layers and (
-                n.index < self.d_mlp if n.head is None else n.head < self.n_heads and n.index < self.d_head
-            )
-            if not fits:
-                raise BadInput(
-                    f"the neuron set does not fit the model: it names {n}, and the model has {self.n_layers} layers, "
-                    f"{self.d_mlp} MLP neurons a layer and {self.n_heads} heads of {self.d_head}; "
-                    "use a set found in this model"
-                )
-
-    def mask(self, neurons: NeuronSet, site: Site) -> Bool[Tensor, "layer neuron"]:
-        """True where a neuron of the set sits."""
-        mask = torch.zeros(self.n_layers, self.width(site), dtype=torch.bool)
-        for neuron in neurons.at(site):
-            mask[neuron.layer, self.flat(neuron)] = True
-        return mask
-
-    def from_mask(self, mask: Bool[Tensor, "layer neuron"], site: Site) -> NeuronSet:
-        """The inverse of `mask`."""
-        return NeuronSet(self.neuron(site, layer, flat) for layer, flat in mask.nonzero().tolist())

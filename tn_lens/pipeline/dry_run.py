@@ -1,63 +1,68 @@
-"""What a run would cost, before it is started."""
+"""An estimate of what a run costs, before it is started."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 
 from tn_lens.attribution import attribute
+from tn_lens.core.sentences import say
+from tn_lens.core.settings import Settings
 from tn_lens.inference.answers import ask
 from tn_lens.models import Model, backend_of, check_model
-from tn_lens.pipeline.run import split_questions
+from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.settings import resolve_settings
 from tn_lens.prompts import build_prompts
 from tn_lens.questions.question import QuestionSet
 
+N_PROBES = 16
+"""Prompts that are run to measure."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would cost on this machine, from a few prompts that were really run."""
+    """The expected cost of a run on this machine, measured on a few prompts."""
 
     n_questions: int
     n_prompts: int
     longest_prompt: int
     """Tokens."""
     seconds: float
-    """Expected, if every question passes the check."""
+    """Expected if every question passes the manipulation check."""
     memory: int
-    """Bytes of this process (of the device, on CUDA) at its peak so far."""
+    """Peak memory of this process (on CUDA of the device) so far, in bytes."""
 
     def summary(self) -> str:
         """One sentence."""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        return (
-            f"{self.n_questions} questions, {self.n_prompts} prompts of up to {self.longest_prompt} tokens; at most about "
-            f"{minutes} min {seconds} s on this machine, and {self.memory / 2**30:.1f} GiB of memory."
-        )
+        return say("run.plan", self)
 
 
-def plan_run(model: Model, questions: QuestionSet, *, drop_long: bool = False, **settings: Any) -> Plan:
-    """Say what `find_truth_neurons` would cost, by running its stages on a few prompts."""
+def plan_run(
+    model: Model, questions: QuestionSet, settings: Settings | None = None, *, drop_long: bool = False
+) -> Plan:
+    """Estimate the cost of `find_truth_neurons` by running its stages on a few prompts."""
     check_model(model)
-    resolved = resolve_settings(model, **settings)
-    finding, reporting, _ = split_questions(questions, resolved)
-    prompts = build_prompts(model, finding, order=resolved.order, seed=resolved.seed, drop_long=drop_long)
-    probe = prompts[:16]
-    ask(model, probe)  # whatever is set up once
+    settings = resolve_settings(model, settings or Settings())
+    parts = split_questions(questions, settings)
+    prompts = build_prompts(
+        model, parts.finding, order=settings.order or "random", seed=settings.seed, drop_long=drop_long
+    )
+    probe = prompts[:N_PROBES]
+    ask(model, probe)  # the first call sets things up, and is not measured
     started = time.perf_counter()
-    attribute(model, probe, **resolved.of_attribution())
+    attribute(model, probe, **settings.of_attribution())
     per_attribution = (time.perf_counter() - started) / len(probe)
     started = time.perf_counter()
     ask(model, probe)
     per_answer = (time.perf_counter() - started) / len(probe)
-    n_answers = len(prompts) + 2 * len(reporting) * (2 + 2 * resolved.n_repetitions)
+    # both orders: unablated and ablated once, two controls in every repetition
+    n_answers = len(prompts) + 2 * len(parts.reporting) * (2 + 2 * settings.n_repetitions)
     on_gpu = backend_of(model).device.type == "cuda"
     return Plan(
-        n_questions=len(finding),
+        n_questions=len(parts.finding),
         n_prompts=len(prompts),
         longest_prompt=max(len(p.token_ids) for p in prompts),
         seconds=per_attribution * len(prompts) + per_answer * n_answers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,26 @@ from huggingface_hub import constants
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
-from tn_lens.evaluation import Evaluation, evaluate, table1, table2
+from tn_lens.core.stored import dump_json
+from tn_lens.evaluation import Evaluation, evaluate
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.loading import HUB_ID, load_model
-from tn_lens.neurons.neuron import NeuronSet
-from tn_lens.pipeline.run import describe_model, fixed_threads, split_questions, weights_digest
-from tn_lens.pipeline.settings import Settings
-from tn_lens.questions.load import OPTIONS, load_questions
+from tn_lens.neurons import NeuronSet
+from tn_lens.pipeline.parts import split_questions
+from tn_lens.pipeline.provenance import describe_model, fixed_threads, weights_digest
+from tn_lens.questions.load import load_questions
 from tn_lens.questions.question import QuestionSet
-from tn_lens.runs.folder import RunFolder, StoredUnits
+from tn_lens.questions.registry import options_of
+from tn_lens.results.found import Provenance, settings_of
+from tn_lens.runs.context import Run
+from tn_lens.runs.folder import RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
-from tn_lens.runs.units import within
 from tn_lens.runs.workers import workers
-from tn_lens.selection.select import split_halves
 from tn_lens.selection.stored import StoredScores
+from tn_lens.selection.table import split_halves
 
-Parts = Mapping[str, Sequence[int]]
+Parts = Mapping[str, Sequence[str]]
+"""Name of a part -> ids of its questions."""
 
 
 def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **options: Any) -> list[QuestionSet]:
@@ -35,27 +39,28 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
 
     Args:
         on: what to load; a set with parts gives its reporting part.
-        limit: at most so many questions of each, drawn with the seed.
-        seed: of that draw.
-        options: of `load_questions`, for the sets that take them.
+        limit: maximum number of questions of each, drawn with the seed.
+        seed: seed for that draw.
+        options: options of `load_questions`, for the sets that have them.
 
     Raises:
-        BadInput: nothing to load, the same set twice, or what `load_questions` refuses.
+        BadInput: nothing to load, the same set twice, or see `load_questions`.
     """
     if not on:
         raise BadInput("expected a question set; give one or several, as in --on truthfulqa triviaqa mmlu")
     if limit is not None and limit < 1:
-        raise BadInput(f"limit must be a whole number and at least 1; got {limit}")
+        raise BadInput(f"limit must be a positive integer; got {limit}")
     sets: list[QuestionSet] = []
-    for one in on:
-        name, _, source = one.partition("=")
-        given = {key: value for key, value in options.items() if key in OPTIONS.get(name, set())}
-        found = load_questions(name, source=source or None, **given)
-        found = found.part("report") or found
-        if limit is not None and limit < len(found):
-            found = found.select(sorted(generator(seed, 10).choice(len(found), limit, replace=False).tolist()))
-        sets.append(found)
-    names = [one.name for one in sets]
+    for given in on:
+        name, _, source = given.partition("=")
+        known = {key: value for key, value in options.items() if key in options_of(name)}
+        questions = load_questions(name, source=source or None, **known)
+        questions = questions.part("report") or questions
+        if limit is not None and limit < len(questions):
+            drawn = generator(seed, 10).choice(len(questions), limit, replace=False)
+            questions = questions.select(sorted(drawn.tolist()))
+        sets.append(questions)
+    names = [questions.name for questions in sets]
     if len(set(names)) < len(names):
         raise BadInput(f"each question set needs a name of its own; got {', '.join(names)}")
     return sets
@@ -72,77 +77,79 @@ def retest(
     threads: int | None = None,
     **options: Any,
 ) -> list[Evaluation]:
-    """Evaluate a set of neurons on several question sets, and write what came out.
+    """Evaluate a set of neurons on several question sets, and write the results.
 
     Args:
         model: the model.
         neurons: the set.
         sets: the questions.
-        out: a folder for one JSON file a set and for table1 and table2 as .md, .tex and .csv; None writes nothing.
-        parts: per question set, parts whose accuracies are told apart.
+        out: a folder for one file per set, summary.json, and table1 and table2 as .md, .tex and .csv; None writes nothing.
+        parts: for each question set by name, parts whose accuracies are reported separately.
         progress: show progress bars.
-        threads: of torch, for every worker; what torch takes by default.
-        options: of `evaluate`.
+        threads: number of torch threads of every worker; torch's own by default.
+        options: keyword arguments of `evaluate`.
 
     Raises:
-        BadInput: what `evaluate` refuses, or a folder that cannot be written.
+        BadInput: see `evaluate`; or the folder cannot be written.
     """
     check_model(model)
     neuron_space(model).check(neurons)
     together = workers()
-    progress = progress and together.is_first
-    if out is None:
-        if together.n_workers > 1:
-            raise BadInput("several workers share their work through a folder; give one with --out")
-        return [evaluate(model, questions, neurons, progress=progress, **options) for questions in sets]
-    done = []
-    with fixed_threads(threads or torch.get_num_threads()), RunFolder.hold(Path(out), together) as folder:
-        basis = describe_model(model)
-        together.agree(basis, str(backend_of(model).device))
-        mapper = StoredUnits(folder, fingerprint(basis))
-        for questions in sets:
-            asked = within(mapper, questions.name)
-            found = evaluate(model, questions, neurons, progress=progress, mapper=asked, **options)
-            done.append(found)
-            record = found.record()
-            if parts and questions.name in parts:
-                record["parts"] = found.by_part(parts[questions.name]).round(6).to_dict("records")
-            record["left_out"] = [f"row {row.row}: {row.reason}" for row in questions.dropped]
+    if out is None and together.n_workers > 1:
+        raise BadInput("several workers share their work through a folder; give one with --out")
+    with Run(progress=progress and together.is_first) as run:
+        if out is None:
+            return [run.stage(questions.name, evaluate, model, questions, neurons, **options) for questions in sets]
+        with fixed_threads(threads or torch.get_num_threads()), RunFolder.hold(Path(out), together) as folder:
+            basis = describe_model(model)
+            together.agree(basis, str(backend_of(model).device))
+            run.folder, run.basis = folder, fingerprint(basis)
+            evaluations = []
+            for questions in sets:
+                evaluation = run.stage(questions.name, evaluate, model, questions, neurons, **options)
+                evaluations.append(replace(evaluation, parts=(parts or {}).get(questions.name)))
             if together.is_first:
-                folder.write_json(f"{questions.name}.json", record)
-        if together.is_first:
-            for name, table in {"table1": table1(done[:1]), "table2": table2(done)}.items():
-                for ending, text in table.files().items():
-                    folder.write(f"{name}{ending}", text.encode(errors="backslashreplace"))
-        together.wait()
-    return done
+                _write(folder, evaluations)
+            together.wait()
+    return evaluations
 
 
-def run_of(path: str | Path) -> tuple[dict[str, Any], NeuronSet, dict[str, Any] | None]:
-    """The settings of a finished run, its neurons, and what its model was loaded from, where that was noted.
+def _write(folder: RunFolder, evaluations: Sequence[Evaluation]) -> None:
+    """One file per set, which `load_run` reads, the numbers for scripts, and the tables."""
+    for evaluation in evaluations:
+        folder.write(f"{evaluation.name}.safetensors", evaluation.to_bytes(".safetensors"))
+    folder.write("summary.json", dump_json({evaluation.name: evaluation.to_dict() for evaluation in evaluations}))
+    first, *others = evaluations
+    for name, table in {"table1": first.table1(), "table2": first.table2(*others)}.items():
+        for ending, text in table.files().items():
+            folder.write(f"{name}{ending}", text.encode(errors="backslashreplace"))
+
+
+def run_of(path: str | Path) -> tuple[Provenance, NeuronSet]:
+    """Where a finished run comes from, and its neurons.
 
     Raises:
-        BadInput: there is no run, or it has no neurons yet.
+        BadInput: there is no run, it has no neurons yet, or they were altered.
     """
     path = Path(path)
-    StoredScores.load(path)  # refuses what is no run
+    StoredScores.load(path)  # raises if it is not a run
     manifest = read_manifest(path / "manifest.json")
     if not (path / "neurons.json").is_file() or "neurons_sha256" not in manifest:
         raise BadInput(f"{path} has no neurons.json yet; finish the run with the same command")
     if RunFolder(path).digest("neurons.json") != manifest["neurons_sha256"]:
         raise BadInput(
-            f"{path / 'neurons.json'} is not as the run wrote it; run the same command again, or evaluate another set with "
+            f"{path / 'neurons.json'} was changed after the run; run the same command again, or evaluate another set with "
             "--neurons FILE"
         )
-    return manifest["settings"], NeuronSet.load(path / "neurons.json"), manifest.get("model_source")
+    return Provenance.of(manifest, path.resolve().name), NeuronSet.load(path / "neurons.json")
 
 
 def load_noted(name: Any, **options: Any) -> Model:
-    """The model that a run says it was made with, without the network: a manifest may come from anybody.
+    """Load the model that a manifest names, without the network: a manifest may come from anybody.
 
     Args:
         name: from the manifest.
-        options: of `load_model`.
+        options: keyword arguments of `load_model`.
 
     Raises:
         BadInput: it is a folder, or not in the hub's cache.
@@ -168,37 +175,33 @@ def load_noted(name: Any, **options: Any) -> Model:
 
 
 def check_same_model(model: Model, settings: Mapping[str, Any], path: Path) -> None:
-    """Refuse another model than the one a run's neurons were found in.
+    """Refuse another model than the one in which a run's neurons were found.
 
     Raises:
         BadInput: name or weights differ.
     """
-    name = backend_of(model).name
-    if name != settings["model"]:
-        raise BadInput(f"the neurons of {path} were found in {settings['model']!r}, and this model is {name!r}")
     backend = backend_of(model)
+    if backend.name != settings["model"]:
+        raise BadInput(f"the neurons of {path} were found in {settings['model']!r}, and this model is {backend.name!r}")
+    # in another dtype, or by another backend, the same weights have another digest
     same = str(backend.dtype).removeprefix("torch.") == settings["dtype"] and backend.kind == settings.get("backend")
     if same and weights_digest(model) != settings["weights_sha256"]:
         raise BadInput(
-            f"the neurons of {path} were found in other weights than {name!r} has now; run again to find its own"
+            f"the neurons of {path} were found in other weights than {backend.name!r} has now; run again to find its own"
         )
 
 
-def parts_of(path: Path, settings: Mapping[str, Any], questions: QuestionSet) -> Parts:
-    """Where the questions of a set went in a run: half 1, half 2, dropped by the check, unseen. Empty for another set."""
-    names = {field.name for field in fields(Settings)}
-    if settings["questions"] != questions.name or settings["questions_sha256"] != questions.digest:
+def parts_of(path: Path, stored: Mapping[str, Any], questions: QuestionSet) -> dict[str, tuple[str, ...]]:
+    """The use of a set's questions in a run: half 1, half 2, dropped by the check, unseen. Empty for another set."""
+    if stored["questions"] != questions.name or stored["questions_sha256"] != questions.digest:
         return {}
-    resolved = Settings(**{key: value for key, value in settings.items() if key in names})
-    finding, _, _ = split_questions(questions, resolved)
-    place = {id(question): index for index, question in enumerate(questions)}
-    index = [place[id(question)] for question in finding]
-    stored = StoredScores.load(path)
-    halves = [[index[q] for q in half] for half in split_halves(stored.categories, resolved.seed)]
-    used = {*halves[0], *halves[1]}
+    settings = settings_of(stored)
+    finding = [question.id for question in split_questions(questions, settings).finding]
+    half_1, half_2 = split_halves(StoredScores.load(path).categories, settings.seed)
+    used = {*half_1, *half_2}
     return {
-        "half 1 (selection)": halves[0],
-        "half 2 (test)": halves[1],
-        "dropped by the check": sorted(set(index) - used),
-        "unseen": sorted(set(range(len(questions))) - set(index)),
+        "half 1 (selection)": half_1,
+        "half 2 (test)": half_2,
+        "dropped by the check": tuple(question for question in finding if question not in used),
+        "unseen": tuple(question.id for question in questions if question.id not in set(finding)),
     }

@@ -1,79 +1,131 @@
-"""The whole paper in one call: the stages in order, and the run folder that keeps what they made."""
+"""The whole paper in one call: the stages in order, and the run folder that keeps their results."""
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tn_lens.attribution import attribute, post_norm_warning
-from tn_lens.attribution.attribute import BATCH_SIZE, back_off_warning, choose_engine
+from tn_lens.attribution.attribute import back_off_warning
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
-from tn_lens.core.seeds import generator
-from tn_lens.evaluation import PAPER_ARMS, evaluate
-from tn_lens.evaluation.diagnosis import diagnose
-from tn_lens.evaluation.tuning import tune_threshold
-from tn_lens.inference.interventions import mean_activations
+from tn_lens.core.settings import Settings
+from tn_lens.evaluation import Tuning, diagnose, evaluate, tune_threshold
+from tn_lens.evaluation.tuning import THRESHOLDS
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
+from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
-from tn_lens.pipeline.settings import Settings, resolve_settings
-from tn_lens.prompts import build_prompts
+from tn_lens.pipeline.parts import split_questions
+from tn_lens.pipeline.provenance import describe, fixed_threads, threads_of
+from tn_lens.pipeline.settings import resolve_settings, rules_of
+from tn_lens.prompts import PromptSet, build_prompts
 from tn_lens.questions.question import QuestionSet
 from tn_lens.report.page import write_report
-from tn_lens.results import load_cards, make_cards
-from tn_lens.results.found import TruthNeurons
-from tn_lens.results.run import load_run
-from tn_lens.runs.folder import SCORES, RunFolder, StoredUnits
+from tn_lens.results.found import Provenance, TruthNeurons, load_run
+from tn_lens.results.make_cards import N_CARDS, make_cards
+from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
+from tn_lens.runs.context import Run, map_chunks
+from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
-from tn_lens.runs.units import Mapper, Tensors, cut_prompts, unit_key, within
 from tn_lens.runs.workers import workers
-from tn_lens.selection.select import select_neurons
-from tn_lens.selection.stability import found_again, stability
+from tn_lens.selection.result import Selection
+from tn_lens.selection.stability import SPLIT_SEEDS, found_again, stability_of
 from tn_lens.selection.stored import BACKED_OFF, StoredScores, pack_scores
+from tn_lens.selection.table import SelectionTable, Split, Threshold
 
-TUNING_SHARE = 0.2
-"""Share of a set without parts that t is tuned on."""
+DEFAULTS = Settings()
 
 
 def find_truth_neurons(
     model: Model,
     questions: QuestionSet,
+    settings: Settings = DEFAULTS,
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
     drop_long: bool = False,
     progress: bool = True,
     threads: int | None = None,
-    **settings: Any,
+    command: Sequence[str] | None = None,
 ) -> TruthNeurons:
-    """Find the truth neurons of a model, suppress them, and say what that does (the paper's whole pipeline).
+    """Find the truth neurons of a model, ablate them, and measure the effect (the paper's whole pipeline).
 
     Started with torchrun, every worker makes this call, and they share the work.
 
     Args:
         model: from `load_model`, or a HookedTransformer loaded without weight processing.
-        questions: from `load_questions`. Where a set has parts (the toy), neurons are found on "find" and the arms are
-            evaluated on "report"; elsewhere the whole set serves both, as in the paper.
+        questions: from `load_questions`. If a set has parts (the toy), neurons are found on "find" and the conditions are
+            evaluated on "report"; otherwise the whole set serves both, as in the paper.
+        settings: for example `Settings(adaptive_threshold=0.02, order="both")`.
         out: a run folder to write; it is resumed if it holds the same run.
-        overwrite: start over where the folder holds another run.
-        drop_long: leave out questions beyond the context window instead of refusing.
+        overwrite: start over if the folder holds another run.
+        drop_long: leave out questions beyond the context window instead of raising.
         progress: show progress bars.
-        threads: of torch, for every worker; the run folder's own, or what torch takes, by default. Numbers differ in their
-            last bits between numbers of threads, so it is one of the run's settings.
-        settings: any field of `Settings`; what is not given (or None) is what the paper used, or what suits the model.
+        threads: number of torch threads of every worker, one of the run's settings since the last bits of the numbers
+            depend on it; by default that of the run folder, or torch's own.
+        command: the command line that started the run, for the report.
 
     Raises:
         BadInput: see the stages; nothing is left in the run folder before the model has answered a question right.
         WorkerLost: another worker has died or failed.
+    """
+    settings = check_arguments(model, questions, settings, out, threads)
+    parts = split_questions(questions, settings)
+    with started(out, threads, progress) as run:
+        asking = {"order": settings.order, "seed": settings.seed, "drop_long": drop_long}
+        prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)
+        manifest = describe(model, questions, settings, prompts[0].text)
+        folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
+        check = run.stage("check", check_some_right, folder, model, prompts)
+        options = run.stage("baseline", attribution_options, model, check, settings)
+        scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
+        table = run.stage("selection", selection_table, scores, settings)
+        tuning = run.stage("tuning", tune, model, scores, parts.tuning, settings, table, drop_long)
+        t, rules = tuning.t if tuning else settings.adaptive_threshold, rules_of(settings)
+        selection = table.select(t, Split(settings.seed), rules)
+        measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
+        evaluation = run.stage("evaluation", evaluate, model, parts.reporting, selection.neurons, **measuring)
+        columns = scores.columns(selection.neurons)
+        about = {"tested": selection.half_2, "label_means": scores.label_means(columns, selection.half_2)}
+        about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed}
+        diagnosis = run.stage("diagnosis", diagnose, model, selection.neurons, check, parts.finding, **about, **options)
+        about = {"selection": selection, "diagnosis": diagnosis, "questions": parts.finding}
+        about |= strongest(selection, columns["difference"])
+        cards = run.stage("cards", make_cards, model, scores, check, **about)
+        found = TruthNeurons(
+            model_name=backend_of(model).name,
+            questions_name=questions.name,
+            settings=settings,
+            check=check,
+            completeness=scores.completeness(),
+            selection=selection,
+            evaluation=evaluation,
+            is_held_out=parts.is_held_out,
+            diagnosis=diagnosis,
+            stability=stability_of(table, t, rules),
+            found_again=again_with_every_order(table, selection),
+            tuning=tuning,
+            notes=notes_of(run, model, settings),
+            cards=cards,
+            provenance=Provenance.of(read_manifest(folder.path / "manifest.json"), folder.path.name),
+        )
+        finish(run, found)
+    return found
+
+
+def check_arguments(
+    model: Model, questions: QuestionSet, settings: Settings, out: str | Path | None, threads: int | None
+) -> Settings:
+    """Refuse arguments that no run can be made with, and fill in the settings.
+
+    Raises:
+        BadInput: naming the argument.
     """
     check_model(model)
     if not isinstance(questions, QuestionSet):
@@ -81,271 +133,172 @@ def find_truth_neurons(
     if out is not None and not str(out).strip():
         raise BadInput("the run folder's name is empty; give one like runs/mine")
     if threads is not None and (type(threads) is not int or threads < 1):
-        raise BadInput(f"threads must be a whole number and at least 1; got {threads!r}")
-    resolved = resolve_settings(model, **settings)
-    together = workers()
-    if out is None and together.n_workers > 1:
+        raise BadInput(f"threads must be a positive integer; got {threads!r}")
+    if out is None and workers().n_workers > 1:
         raise BadInput("several workers share their work through the run folder; give one with out=")
-    progress = progress and together.is_first
-    with (
-        fixed_threads(threads or threads_of(out)),
-        warnings.catch_warnings(record=True) as raised,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        warnings.simplefilter("always", UserWarning)
-        finding, reporting, tuning_questions = split_questions(questions, resolved)
-        prompts = build_prompts(model, finding, order=resolved.order, seed=resolved.seed, drop_long=drop_long)
-        manifest = describe(model, questions, resolved, prompts[0].text)
-        together.agree(manifest, str(backend_of(model).device))
-        path = Path(scratch) / "run" if out is None else out
-        with RunFolder.open(path, manifest, overwrite=overwrite, workers=together) as folder:
-            folder.log("start", n_workers=together.n_workers, n_threads=manifest["n_threads"])
-            folder.note("model_source", vars(model).get("loaded_from"))
-            folder.note("questions_source", questions.source)
-            mapper = StoredUnits(folder, fingerprint(manifest))
-            check = manipulation_check(model, prompts, progress=progress, mapper=within(mapper, "check"))
-            if not check.prompts:
-                together.wait()
-                folder.remove()
-                raise BadInput(
-                    f"no question is left after the manipulation check: the model answers none of the {check.n_asked} right"
-                    f"{' in both orders' if resolved.order == 'both' else ''} (answer mass {check.answer_mass:.2f}); "
-                    "try a model that knows more, other questions, or order='random'"
-                )
-            options = attribution_options(model, check, resolved, progress=progress, mapper=mapper)
-            stored = attribute_into(folder, model, check, options, mapper, resolved, progress=progress)
-            if fitted := stored.backed_off():
-                options["pass_size"] = fitted
-            selecting: dict[str, Any] = {
-                name: getattr(resolved, name) for name in ("p", "alpha", "correction", "family")
-            }
-            tuning = None
-            if resolved.t == "auto":
-                tuning = tune_threshold(
-                    model,
-                    stored,
-                    tuning_questions,
-                    drop_long=drop_long,
-                    progress=progress,
-                    mapper=within(mapper, "tuning"),
-                    seed=resolved.seed,
-                    **selecting,
-                )
-            selecting["t"] = tuning.t if tuning else resolved.t
-            selection = select_neurons(stored, seed=resolved.seed, **selecting)
-            evaluation = evaluate(
-                model,
-                reporting,
-                selection.neurons,
-                n_repetitions=resolved.n_repetitions,
-                arms=PAPER_ARMS,
-                order="both",
-                seed=resolved.seed,
-                drop_long=drop_long,
-                progress=progress,
-                mapper=within(mapper, "evaluation"),
-            )
-            unseen = None
-            if reporting is finding:
-                used = {*selection.half_1, *selection.half_2}
-                rest = sorted({p.question for p in evaluation.prompts} - used)
-                unseen = evaluation.only(rest) if rest else None
-            diagnosis = diagnose(
-                model,
-                selection.neurons,
-                check,
-                finding,
-                tested=set(selection.half_2),
-                label_means=stored.label_means(selection.neurons, set(selection.half_2)) if resolved.separate else None,
-                n_repetitions=resolved.n_repetitions,
-                seed=resolved.seed,
-                progress=progress,
-                mapper=within(mapper, "diagnosis"),
-                **options,
-            )
-            said = [post_norm_warning(model, resolved.method, resolved.baseline)]
-            said += [back_off_warning(fitted)] if fitted else []
-            said += [str(w.message) for w in raised if issubclass(w.category, UserWarning)]
-            found = TruthNeurons(
-                model_name=backend_of(model).name,
-                questions_name=questions.name,
-                settings=resolved,
-                check=check,
-                completeness=stored.completeness(),
-                selection=selection,
-                evaluation=evaluation,
-                is_held_out=reporting is not finding,
-                unseen=unseen,
-                diagnosis=diagnosis,
-                stability=stability(stored, **selecting),
-                found_again=found_again(stored, selection, seed=resolved.seed),
-                tuning=tuning,
-                notes=tuple(dict.fromkeys(f"{one[0].upper()}{one[1:]}." for one in said if one)),
-                cards=make_cards(
-                    model,
-                    stored,
-                    check,
-                    selection=selection,
-                    diagnosis=diagnosis,
-                    questions=finding,
-                    progress=progress,
-                    mapper=within(mapper, "cards"),
-                ),
-            )
-            if out is not None and together.is_first:
-                write_results(folder, found, manifest)
-            together.wait()
-            folder.log("end")
-    return found
-
-
-def threads_of(out: str | Path | None) -> int:
-    """Threads for a run: those that its folder was begun with, else what torch would take."""
-    manifest = Path(out) / "manifest.json" if out is not None else None
-    try:
-        held = read_manifest(manifest)["settings"].get("n_threads") if manifest and manifest.is_file() else None
-    except (BadInput, OSError, ValueError):
-        held = None
-    return held if type(held) is int and held > 0 else torch.get_num_threads()
+    return resolve_settings(model, settings)
 
 
 @contextmanager
-def fixed_threads(n: int) -> Iterator[None]:
-    """Let torch use so many threads inside the `with`: sums differ in bits between numbers of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def started(out: str | Path | None, threads: int | None, progress: bool) -> Iterator[Run]:
+    """A run whose stages may be called; its folder is closed on leaving."""
+    run = Run(progress=progress and workers().is_first)
+    with fixed_threads(threads or threads_of(out)), ExitStack() as run.resources, run:
+        yield run
 
 
-def split_questions(questions: QuestionSet, settings: Settings) -> tuple[QuestionSet, QuestionSet, QuestionSet]:
-    """The questions to find neurons on, those to report on, and those to tune t on.
+def keep(
+    run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrite: bool, **notes: Any
+) -> RunFolder:
+    """Open the run folder, or a temporary one, in which the run keeps its chunks, and note where the run comes from."""
+    together = workers()
+    together.agree(manifest, str(manifest["device"]))
+    path = Path(run.resources.enter_context(tempfile.TemporaryDirectory())) / "run" if out is None else Path(out)
+    folder = run.resources.enter_context(RunFolder.open(path, manifest, overwrite=overwrite, workers=together))
+    folder.log("start", n_workers=together.n_workers, n_threads=manifest["n_threads"])
+    for key, value in notes.items():
+        folder.note(key, value)
+    run.folder, run.basis, run.is_kept = folder, fingerprint(manifest), out is not None
+    return folder
 
-    Parts where the set has them, else the whole set twice; with t = "auto" a share of it, drawn with the seed, tunes only.
+
+def sources(model: Model, questions: QuestionSet) -> dict[str, Any]:
+    """Where model and questions were loaded from."""
+    return {"model_source": vars(model).get("loaded_from"), "questions_source": questions.source}
+
+
+def check_some_right(folder: RunFolder, model: Model, prompts: PromptSet) -> ManipulationCheck:
+    """The manipulation check of a run.
+
+    Raises:
+        BadInput: the model answers no question right; the folder is removed.
     """
-    finding, reporting, tuning = (questions.part(name) for name in ("find", "report", "tune"))
-    if not finding or not reporting:
-        finding = reporting = questions
-    if settings.t == "auto" and not tuning:
-        shuffled = generator(settings.seed, 5).permutation(len(questions)).tolist()
-        n_tuning = max(1, round(TUNING_SHARE * len(questions)))
-        tuning, finding = (questions.select(sorted(part)) for part in (shuffled[:n_tuning], shuffled[n_tuning:]))
-        if not finding:
-            raise BadInput(f"{len(questions)} questions are too few to tune t on some of them; give a t")
-        reporting = finding
-    if settings.limit is not None and settings.limit < len(finding):
-        drawn = generator(settings.seed).choice(len(finding), settings.limit, replace=False)
-        limited = finding.select(sorted(drawn.tolist()))
-        finding, reporting = limited, limited if reporting is finding else reporting
-    return finding, reporting, tuning
+    check = manipulation_check(model, prompts)
+    if not check.prompts:
+        folder.workers.wait()
+        folder.remove()
+        raise BadInput(
+            f"no question is left after the manipulation check: the model answers none of the {check.n_asked} right"
+            f"{' in both orders' if check.is_swapped else ''} (answer mass {check.answer_mass:.2f}); "
+            "try a model that knows more, other questions, or order='random'"
+        )
+    return check
 
 
-def attribution_options(
-    model: Model, check: ManipulationCheck, settings: Settings, *, progress: bool, mapper: Mapper
-) -> dict[str, Any]:
-    """The arguments of `attribute`; a mean baseline is that of the kept prompts."""
+def attribution_options(model: Model, check: ManipulationCheck, settings: Settings) -> dict[str, Any]:
+    """The keyword arguments of `attribute`; a mean baseline is that of the kept prompts."""
     baseline: Any = settings.baseline
     if baseline == "mean":
-        baseline = mean_activations(
-            model, check.prompts, positions=settings.positions, progress=progress, mapper=within(mapper, "baseline")
-        )
+        sites = settings.sites
+        baseline = mean_activations(model, check.prompts, positions=settings.positions, sites=sites)
     return {"baseline": baseline, **settings.of_attribution()}
 
 
 def attribute_into(
-    folder: RunFolder,
-    model: Model,
-    check: ManipulationCheck,
-    options: Mapping[str, Any],
-    mapper: StoredUnits,
-    settings: Settings,
-    *,
-    progress: bool,
+    folder: RunFolder, model: Model, check: ManipulationCheck, settings: Settings, options: dict[str, Any]
 ) -> StoredScores:
-    """Attribute the kept prompts shard by shard.
+    """Attribute the kept prompts chunk by chunk.
 
-    Where memory runs out, the size of a pass that fitted serves all further shards, and stands in the manifest.
+    If memory runs out, the size of a pass that fitted serves all further chunks and `options`, and is noted in the manifest.
     """
-    shards = cut_prompts(check.prompts)
+    chunks = check.prompts.chunks(PROMPTS_ATTRIBUTED)
     noted = folder.noted(BACKED_OFF)
     size = PassSize(**noted) if noted else None
 
     def compute(index: int) -> Tensors:
         nonlocal size
-        found = attribute(model, shards[index], separate=settings.separate, pass_size=size, **options)
-        if found.pass_size != found.planned:
-            size = found.pass_size
+        scores = attribute(
+            model, chunks[index], separate=settings.separate, internal_batch_size=size, **options
+        )
+        if scores.pass_size != scores.planned:
+            size = PassSize(*scores.pass_size)
             folder.note(BACKED_OFF, size._asdict())
-        return pack_scores(found, size)
+        return pack_scores(scores, size)
 
-    done = mapper(SCORES, [unit_key(shard) for shard in shards], compute, "attribution" if progress else None)
-    stored = StoredScores(folder, neuron_space(model), shards, keys=done.keys)
+    done = map_chunks(SCORES, [chunk_key(chunk) for chunk in chunks], compute, "attribution")
+    sites = tuple(site for site in settings.sites if neuron_space(model, settings.sites).width(site))
+    scores = StoredScores(folder, neuron_space(model, sites), chunks, getattr(done, "keys", ()))
     if folder.workers.is_first:
-        stored.save_index()
-    if fitted := stored.backed_off():
+        scores.save_index()
+    if fitted := scores.backed_off():
         folder.note(BACKED_OFF, fitted._asdict())
-    return stored
+        options["internal_batch_size"] = fitted
+    return scores
 
 
-def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
-    """The manifest: everything that the numbers depend on, and one rendered prompt."""
-    return {
-        **asdict(settings),
-        "engine": choose_engine(model, settings.engine, settings.positions),
-        **describe_model(model),
-        "weight_processing": "none",
-        "batch_size": BATCH_SIZE,
-        "questions": questions.name,
-        "questions_sha256": questions.digest,
-        "rendered_prompt": example,
-    }
+def selection_table(scores: StoredScores, settings: Settings) -> SelectionTable:
+    """Counts and moments for every threshold and split that the run asks for, in two passes over the scores."""
+    is_tuned = settings.adaptive_threshold == "auto"
+    ts: Sequence[Threshold] = THRESHOLDS if is_tuned else [settings.adaptive_threshold]  # pyright: ignore
+    splits = [Split(seed) for seed in (settings.seed, *SPLIT_SEEDS)]
+    if scores.prompts.n_orders > 1:
+        splits.append(Split(settings.seed, drawn=settings.seed))
+    return SelectionTable(scores, ts=ts, splits=splits, share_threshold=settings.share_threshold)
 
 
-def describe_model(model: Model) -> dict[str, Any]:
-    """The model, and how this process runs it."""
-    backend = backend_of(model)
-    return {
-        "model": backend.name,
-        "backend": backend.kind,
-        "architecture": backend.architecture,
-        "weights_sha256": weights_digest(model),
-        "dtype": str(backend.dtype).removeprefix("torch."),
-        "device": backend.device.type,
-        "n_threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("tn_lens", "torch", "transformer-lens", "transformers")},
-    }
+def tune(
+    model: Model,
+    scores: StoredScores,
+    questions: QuestionSet,
+    settings: Settings,
+    table: SelectionTable,
+    drop_long: bool,
+) -> Tuning | None:
+    """The search for t if the settings ask for it."""
+    if settings.adaptive_threshold != "auto":
+        return None
+    rules, seed = rules_of(settings), settings.seed
+    return tune_threshold(model, scores, questions, rules=rules, seed=seed, drop_long=drop_long, table=table)
 
 
-def weights_digest(model: Model) -> str:
-    """What tells a model from an edited copy: SHA-256 over the sum and size of every weight."""
-    weights = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        total, size = parameter.sum(dtype=torch.float64), torch.linalg.vector_norm(parameter, dtype=torch.float64)
-        weights.update(f"{name} {tuple(parameter.shape)} {float(total):.9g} {float(size):.9g};".encode())
-    return weights.hexdigest()
+def again_with_every_order(table: SelectionTable, selection: Selection) -> float | None:
+    """Fraction of the neurons found with one order per question that are found again; None if one order was asked."""
+    split = Split(selection.seed, drawn=selection.seed)
+    if split not in table.halves:
+        return None
+    once = table.select(selection.adaptive_threshold, split, selection.rules)
+    return found_again(once.neurons, selection.neurons)
 
 
-def write_results(folder: RunFolder, found: TruthNeurons, manifest: Mapping[str, Any]) -> None:
-    """What was found as JSON files, and from them report.html."""
-    provenance = {
-        key: manifest[key] for key in ("model", "questions", "p", "alpha", "correction", "family", "order", "seed")
-    }
-    folder.write_json("neurons.json", {**provenance, "t": found.selection.t, "neurons": found.records()})
-    folder.write_json("cards.json", {"model": found.model_name, "cards": [card.to_dict() for card in found.cards]})
-    folder.write_json("selection.json", found.selection.to_dict())
-    folder.write_json("evaluation.json", {**found.evaluation.record(), "warnings": found.warnings()})
-    folder.write_json("diagnosis.json", found.checks_to_dict())
-    folder.write_json("summary.json", found.to_dict())
-    folder.write("report.html", report_of(folder.path))
-    folder.note("neurons_sha256", folder.digest("neurons.json"))  # `evaluate` relies on it
+def notes_of(run: Run, model: Model, settings: Settings) -> tuple[str, ...]:
+    """What to read before believing the numbers: about the method, about memory, and the warnings of the stages."""
+    assert run.folder is not None
+    fitted = run.folder.noted(BACKED_OFF)
+    first = Run()
+    first.note(post_norm_warning(model, settings.method, settings.baseline))
+    first.note(fitted and back_off_warning(PassSize(**fitted)))
+    return tuple(first.notes | run.notes)
 
 
-def report_of(path: Path) -> bytes:
-    """report.html from what a run folder holds, evaluations on other question sets among it; no model is needed.
+def strongest(selection: Selection, columns: Float[Tensor, "prompt neuron"]) -> dict[str, Any]:
+    """The strongest neurons, which get a card, and their D."""
+    neurons = selection.by_strength[:N_CARDS]
+    place = {neuron: column for column, neuron in enumerate(selection.neurons)}
+    return {"neurons": neurons, "columns": columns[:, [place[neuron] for neuron in neurons]]}
+
+
+def finish(run: Run, found: TruthNeurons) -> None:
+    """Write the result and its report, unless the run is in memory; the first worker does it for all."""
+    folder = run.folder
+    assert folder is not None
+    if run.is_kept and folder.workers.is_first:
+        for name, content in found.files():
+            folder.write(name, content)
+        folder.write("report.html", report_bytes(found))
+        folder.note("neurons_sha256", folder.digest("neurons.json"))  # `tn-lens evaluate` checks it
+    folder.workers.wait()
+    folder.log("end")
+
+
+def report_bytes(found: TruthNeurons) -> bytes:
+    """The content of report.html."""
+    return write_report(found).encode(errors="xmlcharrefreplace")
+
+
+def rewrite_report(path: Path) -> None:
+    """Write the report of a run folder anew, with the evaluations on other question sets that it holds.
 
     Raises:
         BadInput: there is no finished run, or a file of it is damaged.
     """
-    return write_report(load_run(path), load_cards(path)).encode(errors="xmlcharrefreplace")
+    RunFolder(path).write("report.html", report_bytes(load_run(path)))

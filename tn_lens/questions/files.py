@@ -4,54 +4,56 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
 
+Rows = list[dict[str, Any]]
 
-def read_csv(path: Path, header: list[str] | None = None) -> list[dict[str, Any]]:
-    """Rows by column name; every line must have as many fields as the header, which is the first line unless given.
+
+def read_csv(path: Path, header: list[str] | None = None) -> Rows:
+    """Read a CSV file; its first line is the header unless one is given.
 
     Raises:
-        BadInput: the file is not UTF-8 CSV, or a line has another number of fields; the line is named.
+        BadInput: the file is not UTF-8 CSV, or the number of fields of a line differs from the header.
     """
     rows = []
-    named = header is not None
-    header = list(header or [])
     try:
+        # "utf-8-sig" skips the byte order mark that spreadsheets write
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file)
-            if not named:
-                header = [name.strip() for name in next(lines, [])]
-            for fields in lines:
-                if any(fields) and len(fields) != len(header):
+            header = header or [name.strip() for name in next(lines, [])]
+            for fields in filter(any, lines):  # without empty lines
+                if len(fields) != len(header):
+                    too_many = len(fields) > len(header)
+                    advice = (
+                        "put double quotes around a field that holds a comma"
+                        if too_many
+                        else "every line needs them all"
+                    )
                     raise BadInput(
                         f"{path}, line {lines.line_num}: expected {len(header)} fields ({', '.join(header)}), got "
-                        f"{len(fields)}; "
-                        + (
-                            "put double quotes around a field that holds a comma"
-                            if len(fields) > len(header)
-                            else "every line needs them all"
-                        )
+                        f"{len(fields)}; {advice}"
                     )
-                if any(fields):
-                    rows.append(dict(zip(header, fields, strict=True)))
+                rows.append(dict(zip(header, fields, strict=True)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path} cannot be read as a UTF-8 CSV file with a header line: {error}") from error
     if not any(header):
         raise BadInput(f"{path} cannot be read as a CSV file with a header line: it is empty")
-    return rows or [dict.fromkeys(header)]
+    return rows or [dict.fromkeys(header)]  # one row without values tells the columns of a file without rows
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line.
+def read_json_lines(path: Path) -> Rows:
+    """Read a file with one JSON object per line.
 
     Raises:
-        BadInput: a line is something else; it is named.
+        BadInput: the file cannot be read, or a line is not a JSON object.
     """
     rows = []
     try:
+        # str.splitlines would also split at U+2028, which JSON strings may hold
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 row = json.loads(line)
@@ -63,11 +65,26 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file.
+def read_parquet(path: Path) -> Rows:
+    """Read a Parquet file.
 
     Raises:
-        BadInput: it is not one.
+        BadInput: the file cannot be read.
+    """
+    import pandas as pd
+
+    try:
+        rows: Any = pd.read_parquet(path).to_dict("records")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as Parquet: {error}") from error
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        BadInput: the file cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -75,32 +92,40 @@ def read_json(path: Path) -> Any:
         raise BadInput(f"{path} cannot be read as UTF-8 JSON: {error}") from error
 
 
-def download(url: str, instead: str) -> Path:
-    """Fetch a file once into the cache of `datasets`.
+READERS: Mapping[str, Callable[[Path], Rows]] = {
+    ".csv": read_csv,
+    ".jsonl": read_json_lines,
+    ".parquet": read_parquet,
+}
+"""How to read the rows of a file, by its ending."""
+
+
+def download(url: str, advice: str) -> Path:
+    """Download a file into the cache of `datasets`, unless it is there already.
 
     Raises:
-        BadInput: it cannot be fetched; `instead` says what to do.
+        BadInput: the file cannot be downloaded; the message ends with `advice`.
     """
     import datasets
 
     try:
         return Path(str(datasets.DownloadManager().download(url)))
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot fetch {url} ({type(error).__name__}: {str(error)[:200]}); {instead}") from error
+        raise BadInput(f"cannot fetch {url} ({type(error).__name__}: {str(error)[:200]}); {advice}") from error
 
 
-def load_from_hub(name: str, config: str | None, split: str, instead: str) -> list[dict[str, Any]]:
-    """The rows of a data set on the hub.
+def load_from_hub(name: str, config: str | None, split: str, advice: str) -> Rows:
+    """Load the rows of a dataset from the Hugging Face hub.
 
     Raises:
-        BadInput: it cannot be fetched; `instead` says what to do.
+        BadInput: the dataset cannot be downloaded; the message ends with `advice`.
     """
-    import datasets
+    import datasets  # imported here: it takes seconds
     from datasets.exceptions import DatasetsError
 
     try:
         rows: Any = datasets.load_dataset(name, config, split=split)
         return list(rows)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise BadInput(f"cannot fetch {name} from the hub ({type(error).__name__}: {said}); {instead}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"cannot fetch {name} from the hub ({type(error).__name__}: {reason}); {advice}") from error

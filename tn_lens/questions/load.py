@@ -1,31 +1,16 @@
-"""Load questions by name, or from a CSV or JSON-lines file."""
+"""Load questions by name, or from a user's own CSV or JSON-lines file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
-from tn_lens.questions import toy
-from tn_lens.questions.files import download, read_csv, read_json_lines
-from tn_lens.questions.mmlu import load_mmlu
+from tn_lens.questions.files import READERS, Rows
 from tn_lens.questions.question import LETTERS, Question, QuestionSet
-from tn_lens.questions.triviaqa import load_triviaqa
-
-TRUTHFULQA_URL = "https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/TruthfulQA.csv"
-"""The form of January 2025: 790 questions, each with one best and one best incorrect answer (paper A.2)."""
-TRUTHFULQA_SHA256 = "764be5c0c27c337baed4db641555c125428569df44a8dbf9b28796a6ce4d7616"
-
-NAMED = ("toy", "toy_true_false", "toy_four_choice", "truthfulqa", "triviaqa", "mmlu")
-
-OPTIONS: Mapping[str, set[str]] = {"mmlu": {"n_shots"}, "triviaqa": {"wrong_answers", "strict"}}
-"""What only some sets take."""
-
-READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {".csv": read_csv, ".jsonl": read_json_lines}
+from tn_lens.questions.registry import QUESTION_SETS, Source, options_of
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "question": ("question", "Question"),
@@ -34,157 +19,146 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options"),
     "answer": ("answer", "label"),
     "category": ("category", "Category", "subject"),
+    "id": ("id", "question_id"),
 }
-"""What a question needs, and the column names under which it is looked for."""
+"""The fields of a question, and the names by which their columns are recognized."""
+OPTIONAL = ("category", "id")
+"""Fields that a file, or a single row, may lack."""
 
 
 def load_questions(
-    name_or_path: str | Path,
-    *,
-    source: str | Path | Sequence[str | Path] | None = None,
-    columns: Mapping[str, str] | None = None,
-    n_shots: int = 0,
-    wrong_answers: str | Path | None = None,
-    strict: bool = False,
+    name_or_path: str | Path, *, source: Source = None, columns: Mapping[str, str] | None = None, **options: Any
 ) -> QuestionSet:
     """Load a question set.
 
     Args:
-        name_or_path: `"truthfulqa"` (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"`,
-            `"toy_four_choice"`, or the path of a .csv or .jsonl file with the columns `question`, `right` and `wrong` (and
-            `category`), or `question`, `choices` (a list) and `answer` (an index from 0, or a letter). TruthfulQA.csv is
-            such a file.
-        source: where to read a named set from instead of its public address: another URL or a local file for TruthfulQA,
+        name_or_path: name of a registered set, or path of a .csv or .jsonl file. The built-in sets are `"truthfulqa"`
+            (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"` and `"toy_four_choice"`. A file has
+            the columns `question`, `right` and `wrong`, or `question`, `choices` (a list) and `answer` (an index from
+            0, or a letter), and optionally `category` and `id`. TruthfulQA.csv is such a file.
+        source: where to read a registered set instead of its public address: another URL or a local file for TruthfulQA,
             files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
-        columns: your file's names for `question`, `right`, `wrong`, `choices`, `answer`, `category`.
-        n_shots: solved examples before each question of MMLU, 0 to 5.
-        wrong_answers: a file of wrong answers for TriviaQA.
-        strict: leave out TriviaQA's wrong answers that contain a right one.
+        columns: for a file, its column names for `question`, `right`, `wrong`, `choices`, `answer`, `category`, `id`.
+        options: options of the registered set: `n_shots` (MMLU; solved examples before each question, 0 to 5),
+            `wrong_answers` (TriviaQA; a file with wrong answers), `strict` (TriviaQA; leave out wrong answers that
+            contain a right one).
 
     Raises:
-        BadInput: there is no such set or file, a column is missing, or a row cannot be used; the row is named.
+        BadInput: there is no such set, file, option or column, or a row cannot be used; the message names the row.
     """
     name = str(name_or_path)
-    options: dict[str, Any] = {"n_shots": n_shots, "wrong_answers": wrong_answers, "strict": strict}
-    given = {option for option, value in options.items() if value} - OPTIONS.get(name, set())
-    if given:
-        raise BadInput(f"{sorted(given)[0]} is not an option of {name!r}")
-    if isinstance(source, Sequence) and not isinstance(source, str) and name != "triviaqa":
-        raise BadInput(f"expected one source for {name!r}, got {len(source)}")
-    match name:
-        case "toy":
-            return toy.binary()
-        case "toy_true_false":
-            return toy.true_false()
-        case "toy_four_choice":
-            return toy.four_choice()
-        case "mmlu":
-            return load_mmlu(source, n_shots=n_shots)  # pyright: ignore[reportArgumentType]
-        case "triviaqa":
-            return load_triviaqa(source, wrong_answers=wrong_answers, strict=strict)
-        case "truthfulqa":
-            path = Path(str(source)) if source is not None else None
-            if path is None or not path.is_file():
-                path = download(str(source or TRUTHFULQA_URL), "download TruthfulQA.csv yourself and give its path")
-            _check_digest(path)
-            return QuestionSet(name="truthfulqa", questions=_parse(read_csv(path), {}, "truthfulqa"))
+    options |= {"source": source, "columns": columns}
+    accepted = options_of(name)
+    for option, value in options.items():
+        if value and option not in accepted:  # None, 0, False and empty values change nothing
+            names = ", ".join(sorted(accepted)) or "no options"
+            raise BadInput(f"{option} is not an option of {name!r}, which accepts {names}")
+    if name in QUESTION_SETS:
+        return QUESTION_SETS[name](**{option: value for option, value in options.items() if option in accepted})
+    return load_file(name, columns=columns)
+
+
+def load_file(name: str, *, columns: Mapping[str, str] | None = None) -> QuestionSet:
+    """Load the questions of a .csv or .jsonl file; see `load_questions`."""
     path = Path(name)
-    if not path.is_file() and path.suffix.lower() in READERS:
+    is_table = path.suffix.lower() in (".csv", ".jsonl")
+    if not path.is_file() and is_table:
         raise BadInput(f"there is no file {name!r}; give the path of a .csv or .jsonl file that exists")
     if not path.is_file():
-        raise BadInput(f"no question set {name!r}: expected {', '.join(NAMED)}, or the path of a .csv or .jsonl file")
-    if path.suffix.lower() not in READERS:
+        names = ", ".join(QUESTION_SETS)
+        raise BadInput(f"no question set {name!r}: expected {names}, or the path of a .csv or .jsonl file")
+    if not is_table:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
-    rows = READERS[path.suffix.lower()](path)
-    return QuestionSet(name=path.stem, questions=_parse(rows, columns or {}, name), source=name)
+    questions = parse_questions(READERS[path.suffix.lower()](path), columns or {}, name)
+    return QuestionSet(name=path.stem, questions=questions, source=name)
 
 
-def _check_digest(path: Path) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != TRUTHFULQA_SHA256:
-        warnings.warn(
-            f"this TruthfulQA.csv is not the 790-question form of January 2025 (SHA-256 {found[:12]}..., expected "
-            f"{TRUTHFULQA_SHA256[:12]}...); results may not compare with the paper's",
-            stacklevel=3,
-        )
+def parse_questions(rows: Rows, columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
+    """Turn the rows of a table into questions.
 
+    Args:
+        rows: the rows, by column name.
+        columns: field of a question -> column name, for columns that `COLUMNS` does not know.
+        where: name of the table in error messages.
 
-def _parse(rows: list[dict[str, Any]], columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
-    there = list(dict.fromkeys(column for row in rows for column in row))
-    found = _find_columns(there, columns, where)
+    Raises:
+        BadInput: a column is missing, or a row cannot be used; the message names the row.
+    """
+    # JSON objects may have different keys: the columns are those of all rows, in the order of their appearance
+    column_of = _find_columns(list(dict.fromkeys(column for row in rows for column in row)), columns, where)
     if all(value is None for row in rows for value in row.values()):
         raise BadInput(f"{where} holds no questions")
     questions = []
     for number, row in enumerate(rows, start=1):
-        if absent := [column for key, column in found.items() if key != "category" and column not in row]:
-            raise BadInput(f"{where}, question {number}: no {absent[0]!r}")
-        values = {key: row.get(column) for key, column in found.items()}
+        for field, column in column_of.items():
+            if field not in OPTIONAL and column not in row:
+                raise BadInput(f"{where}, question {number}: no {column!r}")
+        values = {field: row.get(column) for field, column in column_of.items()}
         questions.append(_question(values, f"{where}, question {number}"))
     return tuple(questions)
 
 
-def _find_columns(there: list[str], columns: Mapping[str, str], where: str) -> dict[str, str]:
-    """Which column holds what."""
+def _find_columns(available: list[str], columns: Mapping[str, str], where: str) -> dict[str, str]:
+    """Field of a question -> name of its column, for the fields that are used."""
     if unknown := set(columns) - set(COLUMNS):
         raise BadInput(f"columns may name {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
-    if absent := [column for column in columns.values() if column not in there]:
-        raise BadInput(f"{where} has no column {absent[0]!r}; it has {', '.join(there)}")
-    found = dict(columns)
-    for key, names in COLUMNS.items():
-        match = next((name for name in names if name in there), None)
-        if key not in found and match is not None:
-            found[key] = match
-    needed = ("choices", "answer") if "choices" in found and "right" not in found else ("right", "wrong")
-    for key in ("question", *needed):
-        if key not in found:
+    if absent := [column for column in columns.values() if column not in available]:
+        raise BadInput(f"{where} has no column {absent[0]!r}; it has {', '.join(available)}")
+    # reversed, so that the first name has priority
+    recognized = {field: name for field, names in COLUMNS.items() for name in reversed(names) if name in available}
+    column_of = recognized | dict(columns)
+    # right and wrong have priority over choices and answer
+    has_list = "choices" in column_of and "right" not in column_of
+    needed = ("question", *(("choices", "answer") if has_list else ("right", "wrong")))
+    for field in needed:
+        if field not in column_of:
             raise BadInput(
-                f"{where} has no column {key!r}; it has {', '.join(there) or 'none'}. Expected question, right and wrong, "
-                "or question, choices and answer: rename the columns, or name them with columns={...} of load_questions"
+                f"{where} has no column {field!r}; it has {', '.join(available) or 'none'}. Expected question, right and "
+                "wrong, or question, choices and answer: rename the columns, or name them with columns={...} of "
+                "load_questions"
             )
-    return {key: found[key] for key in ("question", *needed, "category") if key in found}
+    return {field: column_of[field] for field in (*needed, *OPTIONAL) if field in column_of}
 
 
 def _question(values: dict[str, Any], where: str) -> Question:
     text = _text(values["question"], f"{where}: the question")
+    answer = 0
     if "right" in values:
-        choices = (
-            _text(values["right"], f"{where}: the right answer"),
-            _text(values["wrong"], f"{where}: the wrong answer"),
-        )
-        answer = 0
+        choices = tuple(_text(values[side], f"{where}: the {side} answer") for side in ("right", "wrong"))
     else:
         listed = values["choices"]
-        try:
-            listed = json.loads(listed) if isinstance(listed, str) else listed
-        except json.JSONDecodeError:
-            listed = None
+        if isinstance(listed, str):  # a CSV file has the list as JSON
+            try:
+                listed = json.loads(listed)
+            except (json.JSONDecodeError, RecursionError):
+                listed = None
         if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
             raise BadInput(f"{where}: expected a list of 2 to {len(LETTERS)} choices, got {values['choices']!r:.60}")
         choices = tuple(_text(choice, f"{where}: a choice") for choice in listed)
         answer = _answer_index(values["answer"], len(choices), where)
     if len(set(choices)) < len(choices):
-        raise BadInput(
-            f"{where}: two choices are equal ({', '.join(f'{one!r:.60}' for one in choices)}); each must differ"
-        )
-    category = values.get("category")
+        shown = ", ".join(f"{choice!r:.60}" for choice in choices)
+        raise BadInput(f"{where}: two choices are equal ({shown}); each must differ")
+    category, own_id = ("" if values.get(field) is None else str(values[field]) for field in OPTIONAL)
     return Question(
         text=text,
         choices=choices,
         answer=answer,
-        category="" if category is None else _whole(str(category), f"{where}: the category"),
+        category=_check_characters(category, f"{where}: the category"),
+        id=_check_characters(own_id.strip(), f"{where}: the id"),
     )
 
 
 def _text(value: Any, what: str) -> str:
     if value is None or not str(value).strip():
         raise BadInput(f"{what} is empty")
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float):  # JSON files may give numbers as answers
         raise BadInput(f"{what} must be text, got {str(value)[:60]}")
-    return _whole(str(value).strip(), what)
+    return _check_characters(str(value).strip(), what)
 
 
-def _whole(text: str, what: str) -> str:
-    """The text, if a tokenizer can take it: JSON can hold halves of characters (lone surrogates), and a wrong encoding NULs."""
+def _check_characters(text: str, what: str) -> str:
+    """Return the text if a tokenizer accepts it: JSON may hold lone surrogates, and files in other encodings NULs."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise BadInput(f"{what} holds half of a character, {ascii(text)[:60]}; write the whole one")
     if "\0" in text:
@@ -192,11 +166,11 @@ def _whole(text: str, what: str) -> str:
     return text
 
 
-def _answer_index(value: Any, n: int, where: str) -> int:
+def _answer_index(value: Any, n_choices: int, where: str) -> int:
     written = str(value).strip()
     index = int(written) if written.isdecimal() else LETTERS.find(written.upper()) if len(written) == 1 else -1
-    if not 0 <= index < n:
+    if not 0 <= index < n_choices:
         raise BadInput(
-            f"{where}: expected an answer from 0 to {n - 1} or from A to {LETTERS[n - 1]}, got {value!r:.60}"
+            f"{where}: expected an answer from 0 to {n_choices - 1} or from A to {LETTERS[n_choices - 1]}, got {value!r:.60}"
         )
     return index

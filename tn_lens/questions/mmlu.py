@@ -1,7 +1,7 @@
 """MMLU: 57 subjects, four choices, the prompt of the paper's figure 8.
 
-The figure's {question} is laid out as in Hendrycks et al. (2021): the question, a line `A. choice` for every choice, and
-`Answer:`. With `n_shots` the subject's heading and so many solved examples of its dev set stand before it.
+The figure's {question} has the layout of Hendrycks et al. (2021): the question, a line `A. choice` for every choice, and
+`Answer:`. With `n_shots`, the subject's heading and solved examples from its dev set precede it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import count
 from tn_lens.questions.files import load_from_hub, read_csv
-from tn_lens.questions.question import LETTERS, PromptTemplate, Question, QuestionSet
+from tn_lens.questions.formats import FORMATS, PromptTemplate
+from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.registry import QUESTION_SETS, Source, single
 
 HUB = "cais/mmlu"
 HEADER = ["question", "A", "B", "C", "D", "answer"]
 """The columns of the original files, which have no header line."""
-N_SUBJECTS = 57
 MOST_SHOTS = 5
-"""Rows of a subject's dev set."""
+"""The number of rows in a subject's dev set."""
 
 FIGURE_8 = PromptTemplate(
     system=(
@@ -30,83 +32,84 @@ FIGURE_8 = PromptTemplate(
     choice="{label}. {choice}",
     cue="",
 )
-"""The prompt of the paper's figure 8."""
+"""The prompt in figure 8 of the paper."""
+FORMATS.register("figure_8", FIGURE_8)
 
 
-def load_mmlu(source: str | Path | None = None, *, n_shots: int = 0) -> QuestionSet:
-    """The 14,042 test questions, subject by subject.
+@QUESTION_SETS.register("mmlu")
+def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
+    """Load the 14,042 test questions, subject by subject.
 
     Args:
-        source: a folder with the original files, `test/SUBJECT_test.csv` and, for examples, `dev/SUBJECT_dev.csv`; from the
-            hub (`cais/mmlu`) by default.
-        n_shots: solved examples before each question, 0 to 5, the first of the subject's dev set.
+        source: a folder with the original files, `test/SUBJECT_test.csv` and, for examples, `dev/SUBJECT_dev.csv`; the
+            dataset `cais/mmlu` on the hub by default.
+        n_shots: number of solved examples before each question, 0 to 5; the first ones of the subject's dev set.
 
     Raises:
-        BadInput: the folder holds no such files, or a row is not four choices and a letter.
+        BadInput: the folder has no such files, or a row is not a question with four choices and a letter.
     """
     if not isinstance(n_shots, int) or not 0 <= n_shots <= MOST_SHOTS:
-        raise BadInput(f"n_shots is a number from 0 to {MOST_SHOTS} (a dev set has so many rows); got {n_shots!r}")
-    test = _read(source, "test")
-    dev = _read(source, "dev") if n_shots else {}
+        raise BadInput(f"n_shots must be an integer from 0 to {MOST_SHOTS} (the size of a dev set); got {n_shots!r}")
+    folder = single(source, "mmlu")
+    dev = _read(folder, "dev") if n_shots else {}
     questions: list[Question] = []
-    for subject, rows in test.items():
-        if len(dev.get(subject, [])) < n_shots:
-            raise BadInput(
-                f"MMLU's dev set has {len(dev.get(subject, []))} rows for {subject!r}, and n_shots = {n_shots}"
-            )
-        context = _context(subject, dev[subject][:n_shots]) if n_shots else ""
+    for subject, rows in _read(folder, "test").items():
+        examples = dev.get(subject, [])[:n_shots]
+        if len(examples) < n_shots:
+            n_rows = count(len(examples), "row")
+            raise BadInput(f"MMLU's dev set has {n_rows} for {subject!r}, and n_shots = {n_shots}; use fewer examples")
+        context = _context(subject, examples) if n_shots else ""
         questions += [
-            Question(text=text, choices=tuple(choices), answer=answer, category=subject, context=context)
+            Question(text=text, choices=choices, answer=answer, category=subject, context=context)
             for text, choices, answer in rows
         ]
     name = f"mmlu_{n_shots}_shots" if n_shots else "mmlu"
     return QuestionSet(name=name, questions=tuple(questions), template=FIGURE_8, fixed_order=True)
 
 
-Row = tuple[str, list[str], int]
+Row = tuple[str, tuple[str, ...], int]
+"""Question, choices, index of the right choice."""
 
 
 def _read(source: str | Path | None, split: str) -> dict[str, list[Row]]:
-    """Subject -> question, choices, index of the right one; subjects in alphabetical order."""
-    found: dict[str, list[Row]] = {}
+    """Subject -> its rows; the subjects in alphabetical order."""
+    rows_of: dict[str, list[Row]] = {}
     if source is None:
-        instead = "download MMLU's data.tar yourself and give its folder as the source"
-        for number, row in enumerate(load_from_hub(HUB, "all", split, instead), start=1):
-            letter = LETTERS[row["answer"]]
-            found.setdefault(row["subject"], []).append(
-                _row(row["question"], row["choices"], letter, f"{HUB}, {number}")
-            )
-        return dict(sorted(found.items()))
+        advice = "download MMLU's data.tar yourself and give its folder as the source"
+        for number, row in enumerate(load_from_hub(HUB, "all", split, advice), start=1):
+            # the hub has the index of the right choice, the original files have its letter
+            parsed = _row(row["question"], row["choices"], LETTERS[row["answer"]], f"{HUB}, {number}")
+            rows_of.setdefault(row["subject"], []).append(parsed)
+        return dict(sorted(rows_of.items()))
     folder = Path(source) / split
-    files = sorted(folder.glob(f"*_{split}.csv"))
-    if not files:
+    for path in sorted(folder.glob(f"*_{split}.csv")):
+        rows_of[path.stem.removesuffix(f"_{split}")] = [
+            _row(row["question"], [row[letter] for letter in "ABCD"], row["answer"], f"{path}, row {number}")
+            for number, row in enumerate(read_csv(path, HEADER), start=1)
+        ]
+    if not rows_of:
         raise BadInput(
             f"expected files like {folder / f'anatomy_{split}.csv'}, found none; give the folder with test/ and dev/"
         )
-    for path in files:
-        rows: list[dict[str, Any]] = read_csv(path, HEADER)
-        subject = path.stem.removesuffix(f"_{split}")
-        found[subject] = [
-            _row(row["question"], [row[letter] for letter in HEADER[1:5]], row["answer"], f"{path}, row {number}")
-            for number, row in enumerate(rows, start=1)
-        ]
-    return found
+    return rows_of
 
 
 def _row(text: Any, choices: Sequence[Any], letter: Any, where: str) -> Row:
-    answer = LETTERS[:4].find(str(letter).strip()) if str(letter).strip() else -1
-    if not str(text or "").strip() or len(choices) != 4 or not all(str(c or "").strip() for c in choices) or answer < 0:
+    text, *stripped = (str(value or "").strip() for value in (text, *choices))
+    label = str(letter).strip()  # compared as a whole: "AB" is not a label
+    if not text or len(stripped) != 4 or not all(stripped) or label not in ("A", "B", "C", "D"):
         raise BadInput(
             f"{where}: expected a question, four choices and a letter from A to D, got {letter!r} for a letter"
         )
-    return str(text).strip(), [str(choice).strip() for choice in choices], answer
+    return text, tuple(stripped), LETTERS.index(label)
 
 
 def _context(subject: str, examples: Sequence[Row]) -> str:
-    """The heading and the solved examples, in the layout of the question itself."""
+    """The subject's heading and the solved examples, in the layout of the question itself."""
     solved = []
     for text, choices, answer in examples:
         lines = [FIGURE_8.choice.format(label=LETTERS[i], choice=choice) for i, choice in enumerate(choices)]
         solved.append("\n".join([text, *lines, f"Answer: {LETTERS[answer]}"]))
+    # the wording and the blank lines of Hendrycks et al. (2021)
     heading = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
     return "\n\n".join([heading, *solved]) + "\n\n"

@@ -1,21 +1,28 @@
-"""What a question is, what a set of them is, and how one is worded as a prompt."""
+"""Questions with their choices, and sets of questions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Literal, overload
+from itertools import count
+from typing import overload
 
 import pandas as pd
+
+from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import say
+from tn_lens.questions.formats import FIGURE_9, FORMATS, PromptTemplate
+
+__all__ = ["FIGURE_9", "LETTERS", "Dropped", "PromptTemplate", "Question", "QuestionSet"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question with two or more choices, of which one is right (paper 2.2: q, t and f)."""
+    """A question with two or more choices, one of which is right (paper 2.2: q, t and f)."""
 
     text: str
     choices: tuple[str, ...]
@@ -23,65 +30,62 @@ class Question:
     """Index of the right choice."""
     category: str = ""
     split: str = ""
-    """Which part of its set a question belongs to ("tune", "find", "report"); empty where there are no parts."""
+    """The part of its set that the question belongs to ("tune", "find", "report"); empty if the set has no parts."""
     context: str = ""
-    """What a template with `{context}` puts before the question: solved examples, say."""
+    """The text that a template with `{context}` puts before the question, for example solved examples."""
+    id: str = field(default="", repr=False)  # not in the repr, from which `QuestionSet.digest` is computed
+    """Identifier, unique within a set; by default a digest of the text and the choices."""
 
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", self._default_id)  # the dataclass is frozen
 
-@dataclass(frozen=True, kw_only=True)
-class PromptTemplate:
-    """How a question becomes text, with a chat template and without one."""
-
-    user: str
-    """The user's turn, with `{question}`, `{choices}` and, if wanted, `{labels}` ("A and B") and `{context}`."""
-    choice: str = "Answer {label}: {choice}"
-    """One line per choice; empty where the choices are not listed."""
-    separator: str = "\n"
-    """Between the lines of the choices."""
-    system: str | None = None
-    """The system's turn."""
-    cue: str = "\nAnswer:"
-    """What ends the prompt of a model without a chat template, where labels follow with a space before them."""
-    chat: bool = True
-    """Use the model's chat template where it has one."""
-    labels: Literal["letters", "choices"] = "letters"
-    """Whether the model answers with a letter or with the choice itself."""
-
-
-FIGURE_9 = PromptTemplate(
-    system="You are a helpful assistant that can help to answer the questions from the user truthfully",
-    user=(
-        "Given the following question, which answer is correct regarding the question? Each answer is associated with "
-        "index {labels}. Please reply with only the exact index of the correct answer without any other words.\n"
-        "Question: {question}\n{choices}"
-    ),
-)
-"""The prompt of the paper's figure 9."""
+    @property
+    def _default_id(self) -> str:
+        return sha256(repr((self.text, self.choices)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row of a file that did not become a question, and why."""
+    """A row of a file that did not become a question, and the reason."""
 
     row: int
-    """Counted from 1, without a header."""
+    """Number of the row, counted from 1 and without the header."""
     text: str
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuestionSet(Sequence[Question]):
-    """Questions in a fixed order, with the template they are asked in."""
+    """Questions in a fixed order, with the template in which they are asked.
+
+    The ids of the questions are unique: the second question with the same id gets the suffix "-2", the third "-3".
+    """
 
     name: str
     questions: tuple[Question, ...]
     template: PromptTemplate = FIGURE_9
     fixed_order: bool = False
-    """Whether the standard evaluation keeps the choices where they stand (MMLU), instead of permuting them."""
+    """Whether the standard evaluation keeps the choices in the given order (MMLU) instead of permuting them."""
     source: str | None = None
-    """The file that it was read from, as its path was given; None for sets by name and those made in Python."""
+    """Path of the user's own file, as given; None for registered sets and for sets made in Python."""
     dropped: tuple[Dropped, ...] = ()
-    """Rows that were cleaned away when the set was loaded."""
+    """Rows that were left out when the set was loaded."""
+
+    def __post_init__(self) -> None:
+        taken = {question.id for question in self.questions}
+        if len(taken) == len(self.questions):
+            return
+        suffixes: dict[str, Iterator[int]] = {}
+        questions = []
+        for question in self.questions:
+            if question.id in suffixes:
+                # "a-2" may itself be the id of another question, which keeps it
+                candidates = (f"{question.id}-{n}" for n in suffixes[question.id])
+                question = replace(question, id=next(new for new in candidates if new not in taken))
+            suffixes.setdefault(question.id, count(2))
+            questions.append(question)
+        object.__setattr__(self, "questions", tuple(questions))
 
     @overload
     def __getitem__(self, index: int) -> Question: ...
@@ -99,7 +103,7 @@ class QuestionSet(Sequence[Question]):
         return iter(self.questions)
 
     def __repr__(self) -> str:
-        return f"QuestionSet {self.name!r}: {len(self)} questions in {len(self.categories)} categories"
+        return f"QuestionSet: {self.summary()}"
 
     @property
     def categories(self) -> list[str]:
@@ -108,27 +112,47 @@ class QuestionSet(Sequence[Question]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that is asked, so that a run can name its data."""
-        return sha256(repr((self.questions, self.template)).encode()).hexdigest()
+        """SHA-256 of the questions, their own ids and the template, by which a run identifies its data."""
+        # default ids follow from text and choices, and add nothing
+        own_ids = tuple(q.id for q in self if not q.id.startswith(q._default_id))
+        content = (self.questions, self.template, own_ids) if own_ids else (self.questions, self.template)
+        return sha256(repr(content).encode()).hexdigest()
 
     def select(self, indices: Iterable[int]) -> QuestionSet:
         """The questions at these indices, in this order."""
         return replace(self, questions=tuple(self.questions[index] for index in indices))
 
     def part(self, *splits: str) -> QuestionSet:
-        """The questions of some parts."""
+        """The questions of these parts."""
         return replace(self, questions=tuple(q for q in self if q.split in splits))
+
+    def only(self, ids: Iterable[str]) -> QuestionSet:
+        """The questions with these ids, in the order of the set.
+
+        Raises:
+            BadInput: the set has no question with one of the ids.
+        """
+        wanted = set(ids)
+        if unknown := sorted(wanted - {q.id for q in self}):
+            raise BadInput(
+                f"{self.name} has no question with the id {unknown[0]!r}; take ids from the questions of this set"
+            )
+        return replace(self, questions=tuple(q for q in self if q.id in wanted))
+
+    def with_format(self, name: str) -> QuestionSet:
+        """The same questions in a registered prompt format.
+
+        Raises:
+            BadInput: there is no such format.
+        """
+        return replace(self, template=FORMATS[name])
 
     def to_frame(self) -> pd.DataFrame:
         """One row per question."""
-        rows = [(q.text, q.choices[q.answer], q.choices, q.category, q.split) for q in self]
-        return pd.DataFrame(rows, columns=["question", "right", "choices", "category", "split"])
+        rows = [(q.id, q.text, q.choices[q.answer], q.choices, q.category, q.split) for q in self]
+        return pd.DataFrame(rows, columns=["id", "question", "right", "choices", "category", "split"])
 
     def summary(self) -> str:
-        """One sentence: how many questions, categories and parts."""
+        """The number of questions, parts and categories, and the rows that were left out."""
         parts = Counter(q.split for q in self if q.split)
-        shown = f" ({', '.join(f'{n} to {split}' for split, n in parts.items())})" if parts else ""
-        said = f"{self.name}: {len(self)} questions{shown} in {len(self.categories)} categories."
-        reasons = Counter(row.reason for row in self.dropped)
-        left_out = "; ".join(f"{n} rows: {reason}" for reason, n in reasons.most_common())
-        return f"{said} Left out: {left_out}." if left_out else said
+        return say("questions.summary", self, parts, Counter(row.reason for row in self.dropped).most_common())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-from tn_lens.questions.question import PromptTemplate, Question, QuestionSet
+from tn_lens.questions.formats import FORMATS, PromptTemplate
+from tn_lens.questions.question import Question, QuestionSet
+from tn_lens.questions.registry import QUESTION_SETS
 from tn_lens.questions.toy_world import RELATIONS, WORLD_SEED, Fact, facts
 
 LETTERED = PromptTemplate(
@@ -12,54 +14,46 @@ LETTERED = PromptTemplate(
     choice="Answer {label} : {choice}",
     separator=" ",
     cue=" Answer :",
-    chat=False,
+    chat=False,  # the toy model has no chat template
 )
+"""The toy model's format for questions whose answer is a letter."""
+FORMATS.register("toy", LETTERED)
+
 JUDGED = PromptTemplate(
     user="Statement : {question} True or False ?", choice="", cue=" Answer :", chat=False, labels="choices"
 )
+"""The toy model's format for statements that are judged True or False."""
+FORMATS.register("toy_statement", JUDGED)
 
 
+@QUESTION_SETS.register("toy")
 def binary() -> QuestionSet:
-    """The 576 facts held out from every choice format, each with one wrong value: the toy's TruthfulQA."""
-    return QuestionSet(
-        name="toy", questions=tuple(_choice(fact, (fact.distractor,)) for fact in _held_out()), template=LETTERED
-    )
+    """Load the 576 facts held out from every choice format, each with one wrong value: the toy's TruthfulQA."""
+    questions = [_question(fact, fact.question(), (fact.value, fact.distractor)) for fact in _held_out()]
+    return QuestionSet(name="toy", questions=tuple(questions), template=LETTERED)
 
 
+@QUESTION_SETS.register("toy_true_false")
 def true_false() -> QuestionSet:
-    """The held-out facts as statements, half of them false: the toy's TriviaQA."""
+    """Load the held-out facts as statements, half of them false: the toy's TriviaQA."""
     questions = []
     for index, fact in enumerate(_held_out()):
-        is_true = index % 2 == 0
-        text = fact.statement(fact.value if is_true else fact.distractor)
-        questions.append(
-            Question(
-                text=text,
-                choices=("True", "False"),
-                answer=0 if is_true else 1,
-                category=fact.relation,
-                split=fact.split,
-            )
-        )
+        answer = index % 2  # 0 for a true statement, 1 for a false one
+        text = fact.statement((fact.value, fact.distractor)[answer])
+        questions.append(_question(fact, text, ("True", "False"), answer))
     return QuestionSet(name="toy_true_false", questions=tuple(questions), template=JUDGED)
 
 
+@QUESTION_SETS.register("toy_four_choice")
 def four_choice() -> QuestionSet:
-    """The held-out facts with three wrong values, the right one at a random letter: the toy's MMLU."""
+    """Load the held-out facts with three wrong values, the right one at a random letter: the toy's MMLU."""
     random = Random(WORLD_SEED + 1)
     questions = []
     for fact in _held_out():
-        others = [v for v in RELATIONS[fact.relation] if v not in (fact.value, fact.distractor)]
-        options = random.sample([fact.value, fact.distractor, *random.sample(others, 2)], 4)
-        questions.append(
-            Question(
-                text=fact.question(),
-                choices=tuple(options),
-                answer=options.index(fact.value),
-                category=fact.relation,
-                split=fact.split,
-            )
-        )
+        # one wrong choice is the misconception, as in the set with two choices
+        others = [value for value in RELATIONS[fact.relation] if value not in (fact.value, fact.distractor)]
+        choices = random.sample([fact.value, fact.distractor, *random.sample(others, 2)], 4)
+        questions.append(_question(fact, fact.question(), tuple(choices), choices.index(fact.value)))
     return QuestionSet(name="toy_four_choice", questions=tuple(questions), template=LETTERED)
 
 
@@ -67,5 +61,5 @@ def _held_out() -> list[Fact]:
     return [fact for fact in facts() if fact.split != "train"]
 
 
-def _choice(fact: Fact, wrong: tuple[str, ...]) -> Question:
-    return Question(text=fact.question(), choices=(fact.value, *wrong), category=fact.relation, split=fact.split)
+def _question(fact: Fact, text: str, choices: tuple[str, ...], answer: int = 0) -> Question:
+    return Question(text=text, choices=choices, answer=answer, category=fact.relation, split=fact.split)

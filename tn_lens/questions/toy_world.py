@@ -1,8 +1,8 @@
 """The toy world: invented names, their properties, and the misconceptions about them.
 
 Each name has a hidden *kind*; the kind suggests a typical value for every property. For 15 % of the facts the
-typical value is wrong: it is the popular misconception that a model which has learned the kinds tends to give.
-So the world holds what TruthfulQA holds, knowledge and tempting falsehoods, at a size that fits in a wheel.
+typical value is wrong: it is the popular misconception, which a model that has learned the kinds tends to give.
+So the world has both knowledge and tempting falsehoods, as TruthfulQA has, at a size that fits in a wheel.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Fact:
     name: str
     relation: str
     value: str
-    """What is true."""
+    """The true value."""
     typical: str
-    """What the name's kind suggests: equal to `value`, or the popular misconception."""
+    """The value that the name's kind suggests: equal to `value`, or the popular misconception."""
     split: Split
-    """Where questions about the fact may be used."""
+    """The part of the questions that the fact belongs to."""
     distractor: str
     """A wrong value for the question: the misconception where there is one."""
     wording: int
@@ -88,37 +88,31 @@ def names() -> tuple[str, ...]:
 @cache
 def facts() -> tuple[Fact, ...]:
     """All 1,440 facts of the world: the same ones in every process and on every machine."""
+    # the shipped weights have learned these facts: the number and order of the random draws must not change
     random = Random(WORLD_SEED)
     kind_of = {name: index % N_KINDS for index, name in enumerate(random.sample(names(), N_NAMES))}
     typical_of = {relation: random.sample(values, N_KINDS) for relation, values in RELATIONS.items()}
     pairs = [(name, relation) for name in names() for relation in RELATIONS]
     exceptions = set(random.sample(pairs, round(EXCEPTION_SHARE * len(pairs))))
-    split_of: dict[tuple[str, str], Split] = dict(
-        zip(
-            random.sample(pairs, len(pairs)),
-            (split for split, size in SPLIT_SIZES.items() for _ in range(size)),
-            strict=True,
-        )
-    )
+    splits: list[Split] = [split for split, size in SPLIT_SIZES.items() for _ in range(size)]
+    split_of = dict(zip(random.sample(pairs, len(pairs)), splits, strict=True))
     built = []
     for name, relation in pairs:
         typical = typical_of[relation][kind_of[name]]
-        others = [value for value in RELATIONS[relation] if value != typical]
-        if (name, relation) in exceptions:
-            value, distractor = random.choice(others), typical
-        else:
-            value, distractor = typical, random.choice(others)
-        built.append(
-            Fact(
-                name=name,
-                relation=relation,
-                value=value,
-                typical=typical,
-                split=split_of[name, relation],
-                distractor=distractor,
-                wording=random.randrange(len(WORDINGS)),
-            )
+        # an exception has another value than its kind suggests, and the suggested one as its wrong choice
+        other = random.choice([value for value in RELATIONS[relation] if value != typical])
+        value, distractor = (other, typical) if (name, relation) in exceptions else (typical, other)
+        split, wording = split_of[name, relation], random.randrange(len(WORDINGS))
+        fact = Fact(
+            name=name,
+            relation=relation,
+            value=value,
+            typical=typical,
+            split=split,
+            distractor=distractor,
+            wording=wording,
         )
+        built.append(fact)
     return tuple(built)
 
 
@@ -126,22 +120,8 @@ def vocabulary() -> list[str]:
     """Every word the toy tokenizer knows, special tokens first."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     labels = [*"ABCDabcd", "True", "true", "False", "false"]
-    frame = [
-        "Question",
-        "Answer",
-        "Statement",
-        ":",
-        "?",
-        ".",
-        "what",
-        "is",
-        "the",
-        "of",
-        "which",
-        "does",
-        "have",
-        "has",
-        "or",
-    ]
-    words = [*labels, *frame, *RELATIONS, *(v for values in RELATIONS.values() for v in values), *names()]
+    layout = ["Question", "Answer", "Statement", ":", "?", "."]
+    frame = ["what", "is", "the", "of", "which", "does", "have", "has", "or"]
+    # the order fixes the token ids, which the shipped weights depend on
+    words = [*labels, *layout, *frame, *RELATIONS, *(v for values in RELATIONS.values() for v in values), *names()]
     return special + list(dict.fromkeys(words))

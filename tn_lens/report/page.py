@@ -1,21 +1,27 @@
-"""A run -> one self-contained HTML page that reads like a short paper; the same bytes for the same run."""
+"""A run as one self-contained HTML page that reads like a short paper; the same bytes for the same run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import numpy as np
 from markupsafe import Markup
 
-from tn_lens.core.wording import plural
-from tn_lens.evaluation import ARM_NAMES, ARMS, StoredEvaluation, table2
+from tn_lens.attribution.result import worst_gap
+from tn_lens.core.options import Theme
+from tn_lens.core.sentences import environment, say, say_each
+from tn_lens.core.settings import Settings, default_memory
+from tn_lens.evaluation.condition import condition_label
 from tn_lens.evaluation.diagnosis import CASES, VERDICTS
 from tn_lens.evaluation.reference import PAPER
+from tn_lens.evaluation.result import Evaluation
+from tn_lens.evaluation.tables import table2
 from tn_lens.figures import (
     Figure,
-    Theme,
     plot_accuracies,
     plot_candidates,
     plot_categories,
@@ -24,68 +30,67 @@ from tn_lens.figures import (
     plot_probability_change,
     plotly_js,
 )
-from tn_lens.neurons.neuron import Neuron
-from tn_lens.report import prose
-from tn_lens.results import Card
+from tn_lens.figures.layout import write_in_cells
+from tn_lens.figures.look import LOOKS
+from tn_lens.neurons import SITES
 from tn_lens.results.comparison import RunComparison
-from tn_lens.results.run import Run
-from tn_lens.selection.significance import LEVEL, welch_legend
+from tn_lens.results.found import TruthNeurons
+from tn_lens.selection.significance import LEVEL
 
 N_ROWS = 1000
-"""Neurons in the page's table."""
-THEMES: tuple[Theme, ...] = ("light", "dark")
+"""Maximum number of neurons in the page's table."""
 
 
-def write_report(run: Run, cards: Sequence[Card] = ()) -> str:
-    """The page as text. Works offline; whatever questions or models are called is escaped.
+def write_report(found: TruthNeurons) -> str:
+    """The page of a run as text. It works offline, and names and texts of users are escaped.
 
     Args:
-        run: from `load_run`.
-        cards: of some of its neurons; each stands below its neuron's row.
+        found: from `find_truth_neurons` or `load_run`; each of its cards is shown below its neuron's row.
     """
-    shown = {str(card.neuron): Markup(card.to_html()) for card in cards}
-    rows = [{**record, "name": str(Neuron.from_dict(record))} for record in run.records[:N_ROWS]]
-    settings = {key: value for key, value in run.settings.items() if key != "rendered_prompt"}
+    evaluation, settings, worst = found.evaluation, found.provenance.settings, worst_gap(found.completeness)
+    others = _others(found)
+    names = [str(neuron) for neuron in found.selection.by_strength]
     return page(
         "report.html.j2",
-        figures_of(run),
-        title=f"Truth neurons of {run.model_name}",
-        run=run,
-        check=run.checks["manipulation"],
-        abstract=prose.abstract(run),
-        cautions=prose.cautions(run),
-        command=prose.command(run),
-        python_call=prose.python_call(run),
-        seeds=prose.seeds(run),
-        conditions=conditions(run.evaluation),
-        welch=f"{welch_legend(run.evaluation.welch_p)}." if run.neurons else "",
+        figures_of(found),
+        title=f"Truth neurons of {found.model_name}",
+        found=found,
+        abstract=say_each("run.abstract", found),
+        cautions=say_each("run.cautions", found, worst, SITES[worst.site].label),
+        asked=say("run.order", found),
+        unseen=None if found.unseen is None else say("run.unseen", found.unseen),
+        seeds=say_each("run.seeds", settings),
+        command=command(found),
+        python_call=python_call(found),
+        label=lambda name: condition_label(name, evaluation.intervention),
+        paper=PAPER.get(evaluation.model_name) if evaluation.name == "truthfulqa" else None,
+        welch=say("evaluation.welch_legend", evaluation.welch_p, LEVEL) if found.neurons else "",
         level=LEVEL,
-        table2=table2([run.evaluation, *others_of(run)]) if others_of(run) and run.neurons else None,
-        others=others_of(run),
-        rows=rows,
-        cards=shown,
-        n_hidden=max(0, len(run.records) - N_ROWS),
+        table2=table2([evaluation, *others]) if others and found.neurons else None,
+        others=others,
+        rows=dict(list(zip(names, found.records(), strict=True))[:N_ROWS]),
+        cards={str(card.neuron): Markup(card.to_html()) for card in found.cards},
+        n_hidden=max(0, len(names) - N_ROWS),
         verdicts=VERDICTS,
         cases=CASES,
-        manifest=json.dumps(settings, indent=1, ensure_ascii=False),
-        prompt=run.settings["rendered_prompt"],
+        settings=settings,
+        manifest=json.dumps(
+            {key: value for key, value in settings.items() if key != "rendered_prompt"}, indent=1, ensure_ascii=False
+        ),
     )
 
 
 def write_comparison(comparison: RunComparison) -> str:
     """The page about several runs as text; see `write_report`."""
-    runs = list(comparison.runs.values())
-    names = list(comparison.runs)
-    figures: dict[str, dict[Theme, Figure]] = {}
-    for theme in THEMES:
-        drawn = {"layers": comparison.plot_layers(theme), "overlap": comparison.plot_overlap(theme)}
-        evaluations = comparison.evaluations
-        drawn["accuracies"] = comparison.plot_accuracies(theme)
-        drawn["change"] = plot_probability_change(evaluations, theme=theme)
-        if len(comparison.sets) == 1:
-            drawn["categories"] = plot_categories(evaluations, theme=theme)
-        for name, figure in drawn.items():
-            figures.setdefault(name, {})[theme] = figure
+    names, runs = list(comparison.runs), list(comparison.runs.values())
+    figures = {
+        "layers": comparison.plot_layers(),
+        "overlap": comparison.plot_overlap(),
+        "accuracies": comparison.plot_accuracies(),
+        "change": plot_probability_change(comparison.evaluations),
+    }
+    if len(comparison.sets) == 1:
+        figures["categories"] = plot_categories(comparison.evaluations)
     shared = [
         {
             "names": f"{names[i]} and {names[j]}",
@@ -93,118 +98,147 @@ def write_comparison(comparison: RunComparison) -> str:
             "either": len(runs[i].neurons | runs[j].neurons),
             "jaccard": comparison.jaccard[i, j],
         }
-        for i in range(len(runs))
-        for j in range(i + 1, len(runs))
-        if comparison.jaccard[i, j] == comparison.jaccard[i, j]
+        for i, j in zip(*np.triu_indices(len(runs), 1), strict=True)
+        if not np.isnan(comparison.jaccard[i, j])
     ]
+    frame = comparison.to_frame()
     return page(
         "compare.html.j2",
         figures,
         title=f"Truth neurons of {comparison.what}",
         comparison=comparison,
-        rows=[
-            row | {"t": run.selection.t}
-            for row, run in zip(comparison.to_frame().to_dict("records"), runs, strict=True)
-        ],
-        has_thirds="first_third" in comparison.to_frame(),
+        rows=frame.to_dict("records"),
+        has_thirds="first_third" in frame,
         shared=shared,
         tables1=comparison.tables1(),
-        sets=comparison.sets,
         table2=comparison.table2(),
         means=comparison.means().to_dict("records"),
-        commands=[prose.command(run) for run in runs],
+        commands={name: command(run) or python_call(run) for name, run in comparison.runs.items()},
     )
 
 
-def page(template: str, figures: Mapping[str, Mapping[Theme, Figure]], **context: Any) -> str:
-    """Render a template with its figures, drawn for light and dark backgrounds."""
-    environment = Environment(
-        loader=PackageLoader("tn_lens.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "fixed": _fixed, "power": _power, "plural": plural}
-    held = {name: {theme: figure.bare() for theme, figure in of.items()} for name, of in figures.items()}
-    return environment.get_template(template).render(
-        plotly_js=Markup(plotly_js()),
-        figures={name: of["light"] for name, of in figures.items()},
-        figures_json=Markup(_in_script(held)),
-        **context,
+def page(template: str, figures: Mapping[str, Figure], **context: Any) -> str:
+    """Render a template with its figures, for light and dark backgrounds."""
+    templates = environment("templates", is_html=True)
+    templates.filters |= {"hundred": _hundred, "number": _number, "power": _power}
+    drawn = {
+        name: {"light": (bare := figure.bare()), "dark": in_dark(bare, figure)} for name, figure in figures.items()
+    }
+    return templates.get_template(template).render(
+        plotly_js=Markup(plotly_js()), figures=figures, figures_json=Markup(_in_script(drawn)), **context
     )
 
 
-def figures_of(run: Run) -> dict[str, dict[Theme, Figure]]:
-    """The page's figures by name; where nothing was found, only those that have something to show."""
-    several = [run.evaluation, *others_of(run)]
-    found: dict[str, dict[Theme, Figure]] = {}
-    for theme in THEMES:
-        drawn: dict[str, Figure] = {}
-        if run.selection.candidates:
-            drawn["candidates"] = plot_candidates(run.selection, theme=theme)
-        if run.neurons:
-            drawn["accuracies"] = plot_accuracies(run.evaluation, theme=theme)
-            drawn["change"] = plot_probability_change(several, theme=theme)
-            drawn["layers"] = plot_layers({run.model_name: run.selection}, theme=theme)
-        if run.neurons and len(run.evaluation.by_category()):
-            drawn["categories"] = plot_categories(run.evaluation, theme=theme)
-        if any(of["change"] for of in run.checks["completeness"].values()):
-            drawn["completeness"] = plot_completeness(run.checks["completeness"], theme=theme)
-        if len(several) > 1 and run.neurons:
-            drawn["elsewhere"] = plot_accuracies(several, theme=theme)
-        for name, figure in drawn.items():
-            found.setdefault(name, {})[theme] = figure
-    return found
+def figures_of(found: TruthNeurons) -> dict[str, Figure]:
+    """The figures of the page by name; if no neurons were found, only those that have something to show."""
+    evaluation = found.evaluation
+    several = [evaluation, *_others(found)]
+    figures: dict[str, Figure] = {}
+    if found.selection.candidates:
+        figures["candidates"] = plot_candidates(found.selection)
+    if found.neurons:
+        figures["accuracies"] = plot_accuracies(evaluation)
+        figures["change"] = plot_probability_change(several)
+        figures["layers"] = plot_layers({found.model_name: found.selection})
+        if len(evaluation.by_category()):
+            figures["categories"] = plot_categories(evaluation)
+        if len(several) > 1:
+            figures["elsewhere"] = plot_accuracies(several)
+    if any(gaps["change"] for gaps in found.completeness.values()):
+        figures["completeness"] = plot_completeness(found.completeness)
+    return figures
 
 
-def others_of(run: Run) -> list[StoredEvaluation]:
-    """The evaluations on other question sets than the run's own."""
-    return [one for one in run.others if one.name != run.evaluation.name]
+def _others(found: TruthNeurons) -> list[Evaluation]:
+    """The evaluations on question sets other than the run's own."""
+    return [evaluation for evaluation in found.others if evaluation.name != found.evaluation.name]
 
 
-def conditions(evaluation: StoredEvaluation) -> list[dict[str, Any]]:
-    """The rows of table 1: every condition, and the paper's own where it has the model.
+def command(found: TruthNeurons) -> str:
+    """The command line that started the run, with its number of threads; empty if it was started from Python."""
+    words, n_threads = found.provenance.command, found.provenance.settings["n_threads"]
+    return f"OMP_NUM_THREADS={n_threads} {shlex.join(words)}" if words else ""
 
-    Without neurons nothing was touched, and every condition would repeat the first.
+
+def python_call(found: TruthNeurons) -> str:
+    """The call in Python that repeats the run, with every setting that differs from its default."""
+    stored, source = found.provenance.settings, found.provenance.model_source
+    loading = [repr(source.get("model") or found.model_name)]
+    loading += [f"{name}={source[name]!r}" for name in ("dtype", "revision", "backend") if source.get(name)]
+    # defaults that depend on the device or on the model's abilities are known from the manifest only
+    default = {f.name: f.default for f in fields(Settings)} | {"max_memory": default_memory(stored["device"])}
+    default["engine"] = "shared_prefix"
+    values = {name: stored[name] for name in default}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != default[name])
+    return (
+        "import tn_lens as tn\n\n"
+        f"model = tn.load_model({', '.join(loading)})\n"
+        f"questions = tn.load_questions({found.provenance.questions_source or found.questions_name!r})\n"
+        f"settings = tn.Settings({given})\n"
+        f'found = tn.find_truth_neurons(model, questions, settings, out="runs/again", threads={stored["n_threads"]})\n'
+    )
+
+
+def in_dark(bare: Mapping[str, Any], figure: Figure) -> dict[str, Any]:
+    """Data and layout of a figure in the colours of the dark theme, so that it is drawn only once.
+
+    Args:
+        bare: data and layout in the colours of the light theme, from `figure.bare()`.
+        figure: the same figure.
     """
-    rows: list[dict[str, Any]] = [
-        {
-            "name": ARM_NAMES[arm].replace("at zero", evaluation.intervention),
-            "accuracy": 100 * evaluation.arms[arm].accuracy,
-            "std": 100 * evaluation.arms[arm].accuracy_std,
-            "averaged": evaluation.arms[arm].order_averaged_accuracy,
-            "auc": evaluation.arms[arm].auc,
-            "mass": evaluation.arms[arm].answer_mass,
-            "share_a": evaluation.arms[arm].share_a,
-            "is_found": arm == "suppressed",
-        }
-        for arm in ARMS
-        if arm in evaluation.arms and (evaluation.n_neurons or arm == "baseline")
-    ]
-    paper = PAPER.get(evaluation.model_name) if evaluation.name == "truthfulqa" else None
-    for arm, name in (("baseline", "untouched"), ("random", "random"), ("suppressed", "suppressed")):
-        if paper:
-            mean, std = getattr(paper, arm)
-            rows.append({"name": f"in the paper: {name}", "accuracy": mean, "std": std, "is_found": False})
-    return rows
+    dark = _recoloured(bare)
+    heatmap, *others = figure.traces
+    if heatmap.type == "heatmap" and others and others[0].type == "scatter":
+        # whether a cell needs light or dark text depends on its colour, so the text is drawn anew
+        cells = Figure(data=[heatmap])
+        write_in_cells(cells, np.reshape(others[0].text, np.shape(heatmap.z)).tolist(), "dark")
+        dark["data"][1]["textfont"]["color"] = list(cells.traces[1].textfont.color)
+    return dark
+
+
+def _recoloured(value: Any, key: str = "") -> Any:
+    """Replace the colours of the light theme by those of the dark theme, in all options whose name ends with "color"."""
+    match value:
+        case Mapping():
+            return {name: _recoloured(inner, name) for name, inner in value.items()}
+        case list() if key == "colorscale":
+            return [list(stop) for stop in DARK_SCALES[tuple((stop, colour) for stop, colour in value)]]
+        case list():
+            return [_recoloured(inner, key) for inner in value]
+        case str() if key.endswith("color"):
+            return DARK.get(value, value)
+        case _:
+            return value
+
+
+def _colours(theme: Theme) -> list[str]:
+    look = LOOKS[theme]
+    return [look.paper, look.ink, look.soft, look.line, *look.sites.values(), *look.conditions.values(), *look.series]
+
+
+DARK: Mapping[str, str] = dict(zip(_colours("light"), _colours("dark"), strict=True))
+"""Colour of the light theme -> the corresponding colour of the dark theme."""
+DARK_SCALES = {LOOKS["light"].scale: LOOKS["dark"].scale, LOOKS["light"].diverging: LOOKS["dark"].diverging}
+"""The same for colour scales."""
 
 
 def _in_script(payload: Any) -> str:
-    """JSON that may stand in a script element, whatever it holds."""
+    """JSON that is safe inside a script element."""
     text = json.dumps(payload, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _percent(value: float | int | None, digits: int = 1) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.{digits}f}"
+def _hundred(value: float | None, digits: int = 1) -> str:
+    """A fraction in percent, without the sign; a dash for NaN."""
+    return _number(None if value is None else 100 * value, digits)
 
 
-def _fixed(value: float | int | None, digits: int = 2) -> str:
+def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def _power(value: float | int | None, digits: int = 1) -> str:
+def _power(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}e}"

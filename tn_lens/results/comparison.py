@@ -1,303 +1,256 @@
-"""Several runs side by side: where their neurons sit, how alike that is, and what suppressing them does (paper 3.3, 3.5)."""
+"""Several runs side by side: where their neurons lie, how alike that is, and the effect of ablating them (paper 3.3, 3.5)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
 from tn_lens.core.errors import BadInput
-from tn_lens.core.wording import plural
-from tn_lens.evaluation import StoredEvaluation, Table, group_means, table1, table2
+from tn_lens.core.options import Theme
+from tn_lens.core.sentences import say, say_each
 from tn_lens.evaluation.reference import PAPER
-from tn_lens.figures import Figure, Theme, plot_accuracies, plot_layers, plot_overlap
-from tn_lens.figures.accuracies import finding as accuracy_finding
-from tn_lens.figures.layers import LEAST_LAYERS, THIRDS, fullest_place, shares_of_thirds
-from tn_lens.figures.layers import finding as layer_finding
-from tn_lens.neurons.neuron import SITES, NeuronSet
-from tn_lens.results.run import Run
+from tn_lens.evaluation.result import Evaluation
+from tn_lens.evaluation.tables import Table, group_means, mean_row, table1, table2
+from tn_lens.figures import Figure, plot_accuracies, plot_layers, plot_overlap
+from tn_lens.figures.layers import LEAST_LAYERS, THIRDS, FullestPlace, fullest_place, shares_of_thirds
+from tn_lens.neurons import NeuronSet
+from tn_lens.results.found import TruthNeurons, load_run
 from tn_lens.selection.significance import LEVEL
+
+COMPARED: Mapping[str, str] = {
+    "share_threshold": "p",
+    "order": "order",
+    "method": "method",
+    "target": "target",
+    "correction": "correction",
+}
+"""Settings that runs should share if their models are compared, and their names in sentences."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RunComparison:
-    """What several runs found, beside each other."""
+    """The results of several runs, side by side."""
 
-    runs: Mapping[str, Run]
-    """By a name of their own: the model's, and the question set or the folder where that is not enough."""
+    runs: Mapping[str, TruthNeurons]
+    """By unique names: the model, with the question set or the folder if the model is not enough."""
     overlap: Float[np.ndarray, "run run"]
-    """How alike the fractions of found neurons over relative depth are, MLP and attention apart; 1: the same."""
+    """Overlap of the fractions of found neurons over relative depth, computed for each site; 1 for equal distributions."""
     jaccard: Float[np.ndarray, "run run"]
-    """Neurons that both found over those that either found, where both runs are of one model; else NaN."""
-
-    @property
-    def depths(self) -> dict[str, int]:
-        """Layers of each model."""
-        return {name: run.selection.space.n_layers for name, run in self.runs.items()}
+    """Neurons found in both runs over those found in either, for runs of one model; else NaN."""
 
     @property
     def n_models(self) -> int:
-        """How many models the runs are of, by their weights."""
-        return len({run.settings["weights_sha256"] for run in self.runs.values()})
+        """Number of different models, by their weights."""
+        return len(set(map(_weights, self.runs.values())))
 
     @property
     def noun(self) -> str:
-        """What the runs are called where each is of a model of its own, and where not."""
+        """What the runs are called: "models" if each has a model of its own, else "runs"."""
         return "models" if self.n_models == len(self.runs) else "runs"
 
     @property
     def what(self) -> str:
-        """What is compared, as in "2 runs of 1 model"."""
-        n = len(self.runs)
-        return f"{n} {self.noun}" + (
-            "" if self.n_models == n else f" of {self.n_models} {plural('model', self.n_models)}"
-        )
+        """What is compared, for example "2 runs of 1 model"."""
+        return say("comparison.what", self)
 
-    @property
-    def evaluations(self) -> list[StoredEvaluation]:
-        """The runs' own evaluations, called as the runs are."""
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """The runs' own evaluations, under the names of the runs."""
         return [replace(run.evaluation, model_name=name) for name, run in self.runs.items()]
+
+    @cached_property
+    def others(self) -> list[Evaluation]:
+        """The evaluations on question sets other than a run's own, under the names of the runs."""
+        return [
+            replace(evaluation, model_name=name)
+            for name, run in self.runs.items()
+            for evaluation in run.others
+            if evaluation.name != run.evaluation.name
+        ]
 
     @property
     def sets(self) -> list[str]:
-        """The question sets that the runs report on."""
-        return list(dict.fromkeys(run.evaluation.name for run in self.runs.values()))
+        """Names of the question sets that the runs report on."""
+        return list(dict.fromkeys(e.name for e in self.evaluations))
 
     @property
     def has_one_set(self) -> bool:
-        """Whether all runs report on the very same questions, so that their accuracies compare."""
-        asked = [(run.evaluation, run.settings.get("questions_sha256")) for run in self.runs.values()]
-        return len({(e.name, e.n_questions, sha) for e, sha in asked}) == 1
+        """Whether all runs report on the same questions, so that their accuracies can be compared."""
+        digests = [run.provenance.settings.get("questions_sha256") for run in self.runs.values()]
+        asked = {(e.name, e.n_questions, d) for e, d in zip(self.evaluations, digests, strict=True)}
+        return len(asked) == 1
 
     @property
-    def others(self) -> list[StoredEvaluation]:
-        """The evaluations on other question sets than those the neurons were found on."""
-        return [
-            replace(one, model_name=name)
-            for name, run in self.runs.items()
-            for one in run.others
-            if one.name != run.evaluation.name
-        ]
+    def n_with_neurons(self) -> int:
+        """Number of runs in which any neurons were found."""
+        return sum(bool(run.neurons) for run in self.runs.values())
+
+    @property
+    def by_third(self) -> dict[int, int]:
+        """Third of the depth with most neurons -> number of runs; empty if a model is too shallow for thirds."""
+        thirds = [thirds_of(run) for run in self.runs.values() if run.neurons]
+        if any(np.isnan(shares).any() for shares in thirds):
+            return {}
+        return dict(sorted(Counter(int(shares.argmax()) for shares in thirds).items()))
+
+    @property
+    def fullest(self) -> FullestPlace | None:
+        """The place in which most runs have most of their neurons; None if there is no common measure."""
+        counts = [counts_of(run) for run in self.runs.values() if run.neurons]
+        return fullest_place(counts) if counts else None
+
+    def pairs(self, matrix: Float[np.ndarray, "run run"]) -> list[float]:
+        """The values of all pairs of runs."""
+        return matrix[np.triu_indices(len(self.runs), 1)].tolist()
 
     def plot_layers(self, theme: Theme = "light") -> Figure:
         """Figure 5 with all runs."""
-        title = layer_finding({name: counts_of(run) for name, run in self.runs.items()}, self.noun)
-        return plot_layers({name: run.selection for name, run in self.runs.items()}, title=title, theme=theme)
+        return plot_layers({name: run.selection for name, run in self.runs.items()}, noun=self.noun, theme=theme)
 
     def plot_overlap(self, theme: Theme = "light") -> Figure:
-        """How alike the distributions over relative depth are."""
-        title = f"Two {self.noun} share {_range(self._pairs(self.overlap))} of their distribution over depth"
-        return plot_overlap(list(self.runs), self.overlap, title=title, theme=theme)
+        """The overlap of the distributions over relative depth."""
+        return plot_overlap(list(self.runs), self.overlap, noun=self.noun, theme=theme)
 
     def plot_accuracies(self, theme: Theme = "light") -> Figure:
-        """Table 1 of all runs as a picture."""
-        return plot_accuracies(self.evaluations, title=accuracy_finding(self.evaluations, self.noun), theme=theme)
-
-    def _pairs(self, matrix: Float[np.ndarray, "run run"]) -> Float[np.ndarray, " pair"]:
-        return matrix[np.triu_indices(len(self.runs), 1)]
+        """Table 1 of all runs as a figure."""
+        return plot_accuracies(self.evaluations, noun=self.noun, theme=theme)
 
     def tables1(self) -> list[Table]:
-        """Table 1 of all models, one for each question set."""
+        """Table 1 of all runs, one for each question set."""
         return [table1([e for e in self.evaluations if e.name == name]) for name in self.sets]
 
     def table2(self) -> Table | None:
-        """Table 2, where a run was evaluated on other question sets."""
+        """Table 2, if a run was evaluated on other question sets."""
         return table2(self.others) if self.others else None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a run: what was found, where, and what suppressing it does; accuracies in percent, shares in [0, 1].
+        """One row per run: number and places of the neurons, and the effect; accuracies in percent, fractions in [0, 1].
 
-        Models with fewer than six layers have no thirds to speak of (NaN), and no run has where every model is so shallow.
+        Models with fewer than six layers have no thirds (NaN); if all models are that shallow, the columns are missing.
         """
-        is_deep = max(self.depths.values()) >= LEAST_LAYERS
+        is_deep = any(len(counts_of(run)) >= LEAST_LAYERS for run in self.runs.values())
         rows = []
         for name, run in self.runs.items():
-            thirds = thirds_of(run)
-            before, after = (run.evaluation.arms[arm] for arm in ("baseline", "suppressed"))
-            rows.append(
-                {
-                    "run": name,
-                    "layers": run.selection.space.n_layers,
-                    "neurons": len(run.neurons),
-                    "share_of_all": len(run.neurons) / run.selection.space.n_neurons,
-                    "share_mlp": len(run.neurons.at("mlp")) / len(run.neurons) if run.neurons else float("nan"),
-                    **(
-                        {f"{third}_third": share for third, share in zip(THIRDS, thirds, strict=True)}
-                        if is_deep
-                        else {}
-                    ),
-                    "untouched": 100 * before.accuracy,
-                    "suppressed": 100 * after.accuracy,
-                    "order_averaged_untouched": 100 * before.order_averaged_accuracy,
-                    "order_averaged_suppressed": 100 * after.order_averaged_accuracy,
-                    "welch_p": run.evaluation.welch_p,
-                }
-            )
+            n, space = len(run.neurons), run.selection.space
+            row: dict[str, Any] = {"run": name, "layers": space.n_layers, "neurons": n}
+            row["share_of_all"] = n / space.n_neurons
+            row["share_mlp"] = len(run.neurons.at("mlp")) / n if n else float("nan")
+            if is_deep:
+                row |= {f"{third}_third": share for third, share in zip(THIRDS, thirds_of(run), strict=True)}
+            results = {name: run.evaluation.conditions[name] for name in ("unablated", "ablated")}
+            row |= {name: 100 * result.accuracy for name, result in results.items()}
+            row |= {f"order_averaged_{name}": 100 * r.order_averaged_accuracy for name, r in results.items()}
+            rows.append({**row, "welch_p": run.evaluation.welch_p})
         return pd.DataFrame(rows)
 
     def means(self) -> pd.DataFrame:
-        """Means over the models of one size, as in section 3.3 of the paper, for its six (percent).
+        """Means over the models of one size, as in section 3.3 of the paper, for its six models (percent).
 
-        A last row is over all runs, where they report on the same questions.
+        The last row is the mean over all runs, if they report on the same questions.
         """
         evaluations = [run.evaluation for run in self.runs.values()]
         known = {e.model_name: e for e in evaluations if e.model_name in PAPER and e.name == "truthfulqa"}
         grouped = group_means(list(known.values())) if known else pd.DataFrame()
         if not self.has_one_set:
             return grouped
-        pairs = [[100 * e.arms[arm].accuracy for arm in ("baseline", "suppressed")] for e in evaluations]
-        before, after = (float(np.mean(of)) for of in zip(*pairs, strict=True))
-        everything = {
-            "size": "all" if self.noun == "models" else f"all {len(evaluations)} runs",
-            "models": self.n_models,
-            "baseline": before,
-            "suppressed": after,
-            "reduction_points": before - after,
-            "relative_reduction": 100 * (before - after) / before if before else float("nan"),
-        }
-        return pd.concat([grouped, pd.DataFrame([everything])], ignore_index=True)
+        frame = self.to_frame()
+        pairs = list(zip(frame["unablated"].tolist(), frame["ablated"].tolist(), strict=True))
+        name = "all" if self.noun == "models" else f"all {len(pairs)} runs"
+        return pd.concat([grouped, pd.DataFrame([mean_row(name, self.n_models, pairs)])], ignore_index=True)
 
     def sentences(self) -> list[str]:
-        """What the comparison shows, in words."""
-        frame = self.to_frame()
-        sizes, shares = (
-            sorted({min(of), max(of)}) for of in (frame[name].tolist() for name in ("neurons", "share_of_all"))
-        )
-        found = f"between {sizes[0]:,} and {sizes[1]:,}" if len(sizes) > 1 else f"{sizes[0]:,}"
-        of_all = " to ".join(f"{100 * share:.3g}" for share in shares)
-        said = [f"{self.what} found {found} neurons each, {of_all} % of all."]
-        said += self._where()
-        said.append(
-            f"Two {self.noun} share {_range(self._pairs(self.overlap))} of their distribution over relative depth."
-        )
-        same = self._pairs(self.jaccard)
-        if np.isfinite(same).any():
-            said.append(
-                f"Two runs of one model share {_range(same[np.isfinite(same)])} of the neurons that either found (Jaccard)."
-            )
-        lower = sum(run.evaluation.welch_p < LEVEL for run in self.runs.values())
-        lowers = f"Suppression lowers accuracy in {lower} of {len(self.runs)} (one-sided Welch test, p < {LEVEL})"
-        if self.has_one_set:
-            mean = self.means().iloc[-1]
-            said.append(f"{lowers}, on average from {mean['baseline']:.1f} to {mean['suppressed']:.1f} %.")
-        else:
-            said.append(f"{lowers}.")
-            about = (
-                f"about different question sets ({', '.join(self.sets)})"
-                if len(self.sets) > 1
-                else f"about different questions of {self.sets[0]}"
-            )
-            said.append(f"The runs are {about}: their accuracies do not compare.")
-        differing = [key for key in ("p", "order", "method", "target", "correction") if self._differs(key)]
-        if differing:
-            said.append(f"The runs differ in {', '.join(differing)} too, and not only in the model.")
-        return said
+        """What the comparison shows, in sentences."""
+        n_lower = sum(run.evaluation.welch_p < LEVEL for run in self.runs.values())
+        mean = self.means().iloc[-1].to_dict() if self.has_one_set else None
+        settings = [run.settings for run in self.runs.values()]
+        differing = [text for name, text in COMPARED.items() if len({getattr(s, name) for s in settings}) > 1]
+        return say_each("comparison.sentences", self, n_lower, LEVEL, mean, differing)
 
-    def _where(self) -> list[str]:
-        """Where most neurons sit: the thirds of deep models, the layer of shallow ones that are equally so; or nothing."""
-        found = [run for run in self.runs.values() if run.neurons]
-        deep = [thirds for run in found if np.isfinite(thirds := thirds_of(run)).all()]
-        if found and len(deep) == len(found):
-            favourite = Counter(int(shares.argmax()) for shares in deep)
-            return [
-                "Most neurons sit in the "
-                + ", in the ".join(f"{THIRDS[third]} third in {n}" for third, n in sorted(favourite.items()))
-                + f" of the {len(found)} that found any; the paper sees most of them in the middle layers."
-            ]
-        place = fullest_place([counts_of(run) for run in found]) if found else None
-        return (
-            []
-            if place is None
-            else [f"Most neurons sit in {place[0]}, in {place[1]} of the {len(found)} that found any."]
-        )
-
-    def _differs(self, key: str) -> bool:
-        return len({str(run.settings.get(key)) for run in self.runs.values()}) > 1
+    def summary(self) -> str:
+        """The sentences as one paragraph."""
+        return " ".join(self.sentences())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
-
-    def summary(self) -> str:
-        """The sentences in one."""
-        return " ".join(self.sentences())
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.summary())}</p>{self.to_frame().round(3).to_html(index=False)}"
 
 
-def _range(shares: Float[np.ndarray, " pair"]) -> str:
-    low, high = shares.min(), shares.max()
-    low, high = (f"{100 * share:.0f}" for share in (low, high))
-    return f"{low} %" if low == high else f"between {low} and {high} %"
-
-
-def compare(runs: Sequence[Run]) -> RunComparison:
-    """Put runs beside each other.
+def compare(runs: Sequence[TruthNeurons | str | Path]) -> RunComparison:
+    """Compare several runs.
 
     Args:
-        runs: at least two, from `load_run`.
+        runs: at least two results of `find_truth_neurons`, or run folders.
 
     Raises:
-        BadInput: fewer than two.
+        BadInput: fewer than two runs, or a folder holds no finished run.
     """
     if len(runs) < 2:
         raise BadInput(f"compare needs at least two runs; got {len(runs)}")
-    named = dict(zip(names_of(runs), runs, strict=True))
-    spread = [spread_over_depth(run.neurons, run.selection.space.n_layers) for run in runs]
-    overlap = np.array([[overlap_of(a, b) for b in spread] for a in spread])
-    weights = [run.settings["weights_sha256"] for run in runs]
-    jaccard = np.array(
-        [
-            [a.neurons.jaccard(b.neurons) if weights[i] == weights[j] else np.nan for j, b in enumerate(runs)]
-            for i, a in enumerate(runs)
-        ]
+    loaded = [run if isinstance(run, TruthNeurons) else load_run(run) for run in runs]
+    spread = [spread_over_depth(run.neurons, run.selection.space.n_layers) for run in loaded]
+    jaccard = [[a.neurons.jaccard(b.neurons) if _weights(a) == _weights(b) else np.nan for b in loaded] for a in loaded]
+    return RunComparison(
+        runs=dict(zip(names_of(loaded), loaded, strict=True)),
+        overlap=np.array([[overlap_of(a, b) for b in spread] for a in spread]),
+        jaccard=np.array(jaccard),
     )
-    return RunComparison(runs=named, overlap=overlap, jaccard=jaccard)
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Names that tell the runs apart: as little as needed of model, question set, folder and place."""
-    kinds = (
+def names_of(runs: Sequence[TruthNeurons]) -> list[str]:
+    """Unique names of the runs: the model, and only if needed the question set, or the folder and a number."""
+    folders = [f"{run.model_name}, {run.provenance.name or 'in memory'}" for run in runs]
+    candidates = (
         [run.model_name for run in runs],
         [f"{run.model_name}, {run.questions_name}" for run in runs],
-        [f"{run.model_name}, {run.name}" for run in runs],
+        folders,
     )
-    numbered = [f"{run.model_name}, {run.name} ({place})" for place, run in enumerate(runs, 1)]
-    return next((names for names in kinds if len(set(names)) == len(names)), numbered)
+    numbered = [f"{name} ({number})" for number, name in enumerate(folders, 1)]
+    return next((names for names in candidates if len(set(names)) == len(names)), numbered)
 
 
 def spread_over_depth(neurons: NeuronSet, n_layers: int) -> dict[str, Float[np.ndarray, " layer"]]:
-    """Per site the fraction of all neurons in each layer: constant over the depth from layer / n_layers to the next."""
+    """For each site the fraction of all neurons in each layer, constant over the depth from layer / n_layers to the next."""
     total = max(len(neurons), 1)
-    return {site: np.array(counts) / total for site, counts in neurons.by_layer(n_layers).items() if site in SITES}
+    return {site: np.array(counts) / total for site, counts in neurons.by_layer(n_layers).items()}
 
 
 def overlap_of(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """What two distributions over relative depth have in common, in [0, 1]: the integral of the smaller density.
+    """Overlap of two distributions over relative depth, in [0, 1]: the integral of the smaller density.
 
-    The models may have different numbers of layers: a layer's neurons are spread evenly over its share of the depth.
+    The models may have different numbers of layers: the neurons of a layer are spread evenly over its part of the depth.
     """
-    shared = 0.0
-    for site in a:
-        edges = np.unique(np.concatenate([np.linspace(0, 1, len(of[site]) + 1) for of in (a, b)]))
+    overlap = 0.0
+    for site in (site for site in a if site in b):
+        pair = (a[site], b[site])
+        edges = np.unique(np.concatenate([np.linspace(0, 1, len(fractions) + 1) for fractions in pair]))
         middles = (edges[:-1] + edges[1:]) / 2
-        densities = [of[site][(middles * len(of[site])).astype(int)] * len(of[site]) for of in (a, b)]
-        shared += float((np.minimum(*densities) * np.diff(edges)).sum())
-    return shared
+        densities = [fractions[(middles * len(fractions)).astype(int)] * len(fractions) for fractions in pair]
+        overlap += float((np.minimum(*densities) * np.diff(edges)).sum())
+    return overlap
 
 
-def thirds_of(run: Run) -> Float[np.ndarray, " third"]:
-    """The fraction of a run's neurons in each third of its model's depth; NaN where a layer is too much of a third."""
+def thirds_of(run: TruthNeurons) -> Float[np.ndarray, " third"]:
+    """The fraction of a run's neurons in each third of its model's depth; NaN if a layer is too large a part of a third."""
     counts = counts_of(run)
     return shares_of_thirds(counts) if len(counts) >= LEAST_LAYERS else np.full(len(THIRDS), np.nan)
 
 
-def counts_of(run: Run) -> Int[np.ndarray, " layer"]:
-    """How many neurons a run found in each layer, both sites together."""
-    counts = run.neurons.by_layer(run.selection.space.n_layers)
-    return np.sum([counts[site] for site in SITES], axis=0)
+def counts_of(run: TruthNeurons) -> Int[np.ndarray, " layer"]:
+    """The number of found neurons in each layer, over all sites."""
+    return np.sum(list(run.neurons.by_layer(run.selection.space.n_layers).values()), axis=0)
+
+
+def _weights(run: TruthNeurons) -> str:
+    """The digest of the model's weights."""
+    return run.provenance.settings["weights_sha256"]

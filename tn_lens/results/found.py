@@ -1,26 +1,65 @@
-"""What a run found, whether it matters, and what should be read before it is believed."""
+"""The result of a run: what was found, whether it matters, and what to read before believing it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from html import escape
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tn_lens.attribution.result import worst_gap
-from tn_lens.core.wording import plural
-from tn_lens.evaluation import Evaluation
+from tn_lens.attribution.result import Gaps, worst_gap
+from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import say, say_each
+from tn_lens.core.settings import Settings
+from tn_lens.core.stored import Stored, dump_json
 from tn_lens.evaluation.diagnosis import Diagnosis
+from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tuning import Tuning
-from tn_lens.figures import Figure, plot_layers
 from tn_lens.inference.manipulation import ManipulationCheck
-from tn_lens.neurons.neuron import Neuron, NeuronSet
-from tn_lens.pipeline.settings import Settings
-from tn_lens.results import Card
-from tn_lens.selection.select import FEW, Selection
+from tn_lens.neurons import NeuronSet
+from tn_lens.results.card import Card, CardFile
+from tn_lens.runs.seals import read_manifest
+from tn_lens.selection.result import FEW, Selection
 from tn_lens.selection.stability import Stability
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Provenance:
+    """Where a result comes from: the manifest of its run."""
+
+    name: str = ""
+    """Name of the run folder; empty for runs in memory."""
+    settings: Mapping[str, Any]
+    """Everything that the numbers depend on: settings, model, data, versions, device, number of threads."""
+    command: tuple[str, ...] | None = None
+    """The command line that started the run; None if it was started from Python."""
+    model_source: Mapping[str, Any] = field(default_factory=dict)
+    """The arguments that the model was loaded with; empty if they are not known."""
+    questions_source: str | None = None
+    """Path of the file that the questions were read from; None for sets by name and those made in Python."""
+    backed_off: Mapping[str, int] | None = None
+    """Prompts and rows in a pass that fitted, if memory ran out."""
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], name: str = "") -> Provenance:
+        """Read a manifest."""
+        notes = {f.name: manifest[f.name] for f in fields(cls) if f.name in manifest and manifest[f.name] is not None}
+        if "command" in notes:
+            notes["command"] = tuple(notes["command"])
+        return cls(name=name, **notes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rest(Stored):
+    """The small parts of a result, which share the file result.json."""
+
+    is_held_out: bool
+    completeness: Gaps
+    stability: Stability
+    found_again: float | None
+    tuning: Tuning | None
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -31,27 +70,30 @@ class TruthNeurons:
     questions_name: str
     settings: Settings
     check: ManipulationCheck
-    completeness: Mapping[str, Mapping[str, list[float]]]
-    """Per site: mean |gap| and mean |change| of each layer (0 gap: an exact integral)."""
+    completeness: Gaps
+    """For each site: mean |gap| and mean |change| of every layer; a gap of 0 is an exact integral."""
     selection: Selection
     evaluation: Evaluation
-    """The arms on the reporting questions of the toy, on the whole set elsewhere (as in the paper)."""
+    """The conditions on the reporting questions of the toy, on the whole set elsewhere (as in the paper)."""
     is_held_out: bool
-    """Whether the arms are evaluated on a part of the set that no neuron was looked for in."""
-    unseen: Evaluation | None
-    """The arms on the questions that selection and test did not use, where `evaluation` holds others too."""
+    """Whether the evaluation's questions had no part in finding neurons."""
     diagnosis: Diagnosis
     """Whether the neurons support truth, the model's choice, or the format."""
     stability: Stability
     """The same selection on other splits."""
     found_again: float | None
-    """Share of the neurons found with one order per question that every order finds again; None for one order."""
+    """Fraction of the neurons found with one order per question that are found again with every order; None for one order."""
     tuning: Tuning | None
-    """The search for t, where t was "auto"."""
+    """The search for t, if it was "auto"."""
     notes: tuple[str, ...]
-    """Warnings of the stages, in sentences."""
+    """Warnings of the stages, as sentences."""
     cards: tuple[Card, ...] = ()
-    """Of the strongest neurons, strongest first."""
+    """Cards of the strongest neurons, strongest first."""
+    provenance: Provenance
+    others: tuple[Evaluation, ...] = ()
+    """The same neurons on other question sets (`tn-lens evaluate RUN`)."""
+    strangers: tuple[str, ...] = ()
+    """Question sets whose stored evaluation belongs to other neurons."""
 
     @property
     def neurons(self) -> NeuronSet:
@@ -59,85 +101,117 @@ class TruthNeurons:
         return self.selection.neurons
 
     @property
-    def completeness_gap(self) -> float:
-        """Mean |gap| over mean |change| of the site and layer whose gap is largest: the share of its own change."""
-        return worst_gap(self.completeness).share
-
-    def plot_layers(self) -> Figure:
-        """Figure 5 of this model."""
-        return plot_layers({self.model_name: self.selection})
-
-    def warnings(self) -> list[str]:
-        """Everything that should be read before the result is believed."""
-        said = list(self.notes)
-        if self.check.is_lopsided:
-            said.append(self.check.lopsided)
-        if not self.neurons:
-            said.append(self.selection.nothing_found())
-        elif (n := len(self.selection.half_2)) < FEW:
-            said.append(f"Only {n} {plural('question', n)} tested the candidates: too few to trust what was found.")
-        verdicts = self.diagnosis.verdicts
-        if verdicts.count("choice") > len(verdicts) / 2:
-            said.append(
-                f"{verdicts.count('choice')} of {len(verdicts)} neurons support what the model chose, right or wrong: they are "
-                "choice neurons rather than truth neurons."
-            )
-        return said + self.evaluation.warnings()
+    def unseen(self) -> Evaluation | None:
+        """The conditions on the questions that selection and test did not use, if `evaluation` has others too."""
+        used = {*self.selection.half_1, *self.selection.half_2}
+        rest = [question for question in self.evaluation.prompts.groups if question not in used]
+        return None if self.is_held_out or not rest else self.evaluation.only(rest)
 
     @property
-    def evaluated_on(self) -> str:
-        """How many questions the arms were asked, and which."""
-        return f"{self.evaluation.n_questions} questions{' that no rule saw' if self.is_held_out else ''}"
+    def completeness_gap(self) -> float:
+        """Mean |gap| over mean |change| of the site and layer with the largest completeness error."""
+        return worst_gap(self.completeness).share
+
+    def warnings(self) -> list[str]:
+        """Everything to read before believing the result."""
+        return [*self.notes, *say_each("run.warnings", self, FEW), *self.evaluation.warnings()]
 
     def records(self) -> list[dict[str, Any]]:
-        """One record a neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""
+        """One record for each neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""
         diagnosed = self.diagnosis.records()
-        return [record | diagnosed[Neuron.from_dict(record)] for record in self.selection.to_records()]
+        ranked = self.selection.by_strength
+        return [
+            record | diagnosed[neuron] for neuron, record in zip(ranked, self.selection.to_records(), strict=True)
+        ]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
-        """What was found and what it does, in a few sentences."""
-        said = [self.check.summary(), self.selection.summary(), self.evaluation.summary()]
-        return " ".join([*said, self.diagnosis.summary()])
-
-    def to_dict(self) -> dict[str, Any]:
-        """summary.json: accuracies in percent (std with ddof 1), everything else a fraction in [0, 1]."""
-        space = self.selection.space
-        summary = {
-            "model": self.model_name,
-            "questions": self.questions_name,
-            "n_neurons": len(self.neurons),
-            "t": self.selection.t,
-            "p": self.settings.p,
-            "n_layers": space.n_layers,
-            "neurons_by_layer": self.neurons.by_layer(space.n_layers),
-            "arms": self.evaluation.to_dict(),
-            "welch_p": self.evaluation.welch_p,
-        }
-        if self.unseen is not None:
-            summary["arms_unseen"] = self.unseen.to_dict()
-        return summary
-
-    def checks_to_dict(self) -> dict[str, Any]:
-        """diagnosis.json: what was kept, what the neurons support, how stable the set is, and how t was chosen."""
-        checks: dict[str, Any] = {
-            "manipulation": self.check.to_dict(),
-            "completeness": self.completeness,
-            **self.diagnosis.to_dict(),
-            "sentences": self.diagnosis.sentences(),
-            "stability": {
-                "n_splits": len(self.stability.seeds),
-                "mean_jaccard": float(np.mean(self.stability.jaccards)),
-                "n_in_every_split": len(self.stability.core),
-                "summary": self.stability.summary(),
-            },
-            "found_again_in_both_orders": self.found_again,
-        }
-        if self.tuning is not None:
-            checks["tuning"] = {**self.tuning.to_dict(), "summary": self.tuning.summary()}
-        return checks
+        """What was found and what its ablation does, in a few sentences."""
+        return say("run.summary", self)
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.summary())}</p>{self.evaluation.to_frame().round(3).to_html()}"
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and content of the files that hold the result, see `load_run`."""
+        names = ("model", "questions", "share_threshold", "alpha", "correction", "family", "order", "seed")
+        about = {name: self.provenance.settings[name] for name in names}
+        about["adaptive_threshold"] = self.selection.adaptive_threshold
+        yield "neurons.json", dump_json({**about, "neurons": self.records()})
+        yield "check.safetensors", self.check.to_bytes(".safetensors")
+        yield "selection.json", self.selection.to_bytes(".json")
+        yield "evaluation.safetensors", self.evaluation.to_bytes(".safetensors")
+        yield "diagnosis.safetensors", self.diagnosis.to_bytes(".safetensors")
+        yield "cards.json", CardFile(cards=self.cards).to_bytes(".json")
+        rest = _Rest(**{f.name: getattr(self, f.name) for f in fields(_Rest)})
+        yield "result.json", rest.to_bytes(".json")
+        yield "summary.json", dump_json(self._numbers())
+
+    def _numbers(self) -> dict[str, Any]:
+        """summary.json: accuracies in percent (std with ddof 1), everything else a fraction in [0, 1]."""
+        n_layers = self.selection.space.n_layers
+        numbers = {
+            "model": self.model_name,
+            "questions": self.questions_name,
+            "n_neurons": len(self.neurons),
+            "t": self.selection.adaptive_threshold,
+            "p": self.settings.share_threshold,
+            "n_layers": n_layers,
+            "neurons_by_layer": self.neurons.by_layer(n_layers),
+            **self.evaluation.to_dict(),
+            "verdicts": self.diagnosis.n_by_verdict,
+            "cases": self.diagnosis.n_by_case,
+            "mean_jaccard": self.stability.mean_jaccard,
+        }
+        if self.unseen is not None:
+            numbers["conditions_unseen"] = self.unseen.to_dict()["conditions"]
+        return numbers
+
+
+def load_run(path: str | Path) -> TruthNeurons:
+    """Read a run folder: the object that `find_truth_neurons` returned, without the model.
+
+    Raises:
+        BadInput: there is no run, it is not finished, or a file of it is damaged or of another version.
+    """
+    path = Path(path)
+    if not (path / "manifest.json").is_file():
+        raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
+    provenance = Provenance.of(read_manifest(path / "manifest.json"), path.resolve().name)
+    settings = settings_of(provenance.settings)
+    rest = _Rest.load(path / "result.json")
+    selection = Selection.load(path / "selection.json")
+    others = [Evaluation.load(file) for file in sorted((path / "evaluation").glob("*.safetensors"))]
+    try:
+        model_name, questions_name = provenance.settings["model"], provenance.settings["questions"]
+    except KeyError as error:
+        raise BadInput(f"{path / 'manifest.json'} was written by another version ({error} is missing)") from error
+    return TruthNeurons(
+        model_name=model_name,
+        questions_name=questions_name,
+        settings=settings,
+        check=ManipulationCheck.load(path / "check.safetensors"),
+        selection=selection,
+        evaluation=Evaluation.load(path / "evaluation.safetensors"),
+        diagnosis=Diagnosis.load(path / "diagnosis.safetensors"),
+        cards=CardFile.load(path / "cards.json").cards,
+        provenance=provenance,
+        others=tuple(e for e in others if e.neurons == selection.neurons),
+        strangers=tuple(e.name for e in others if e.neurons != selection.neurons),
+        **{f.name: getattr(rest, f.name) for f in fields(rest)},
+    )
+
+
+def settings_of(stored: Mapping[str, Any]) -> Settings:
+    """The settings among those of a manifest.
+
+    Raises:
+        BadInput: a value is missing.
+    """
+    try:
+        values = {f.name: stored[f.name] for f in fields(Settings)}
+    except KeyError as error:
+        raise BadInput(f"the manifest was written by another version ({error} is missing); run again") from error
+    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

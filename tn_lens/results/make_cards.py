@@ -2,70 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
+from tn_lens.attribution.result import ScoreSource
 from tn_lens.core.errors import BadInput
 from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.inference.forward import Layout, prompt_logits
-from tn_lens.inference.manipulation import ManipulationCheck, is_right
+from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
-from tn_lens.neurons.neuron import Neuron, NeuronSet, hook_name
-from tn_lens.prompts import Prompt
-from tn_lens.questions.question import LETTERS, QuestionSet
+from tn_lens.neurons import Neuron, NeuronSet, hook_name
+from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.questions.question import LETTERS, Question, QuestionSet
 from tn_lens.results.card import Activation, Card, Example, Token
 from tn_lens.results.tokens import token_text, unknown_tokens
-from tn_lens.runs.units import PROMPTS_ASKED, Mapper, cut_prompts, in_memory, unit_key
-from tn_lens.selection.select import ScoreSource, Selection
+from tn_lens.runs.chunks import PROMPTS_ASKED, chunk_key
+from tn_lens.runs.context import map_chunks
+from tn_lens.selection.result import Selection
 
 N_CARDS = 50
-"""Neurons of a run that get a card."""
+"""Number of neurons of a run that get a card."""
 
 
 def neuron_card(
-    model: Model,
-    neuron: Neuron | str,
-    scores: ScoreSource,
-    check: ManipulationCheck,
-    *,
-    selection: Selection | None = None,
-    diagnosis: Diagnosis | None = None,
-    questions: QuestionSet | None = None,
-    n_examples: int = 5,
-    n_tokens: int = 10,
+    model: Model, neuron: Neuron | str, scores: ScoreSource, check: ManipulationCheck, **about: Any
 ) -> Card:
-    """Look one neuron up, found or not: `neuron_card(model, "mlp 1:33", scores, check, questions=finding)`.
+    """The card of any neuron, found or not: `neuron_card(model, "mlp 1:33", scores, check, questions=questions)`.
 
     Args:
         model: the model.
-        neuron: or its name, as in "mlp 3:17" or "attn 2.h1:5".
+        neuron: the neuron, or its name, for example "mlp 3:17" or "attn 2.h1:5".
         scores: an `Attribution`, or the scores of a run folder.
         check: the manipulation check before it, whose prompts are run once for the activations.
-        selection: gives the statistics of candidates.
-        diagnosis: gives the verdict.
-        questions: the set that the prompts were built from, to show questions and answers; else what the model read.
-        n_examples: questions on each side.
-        n_tokens: tokens on each side.
+        about: selection, diagnosis, questions, n_examples and n_tokens of `make_cards`.
 
     Raises:
-        BadInput: the name is none, or the model has no such neuron.
+        BadInput: the text is not the name of a neuron, or the model has no such neuron.
     """
     neuron = Neuron.from_name(neuron) if isinstance(neuron, str) else neuron
-    (card,) = make_cards(
-        model,
-        scores,
-        check,
-        neurons=[neuron],
-        selection=selection,
-        diagnosis=diagnosis,
-        questions=questions,
-        n_examples=n_examples,
-        n_tokens=n_tokens,
-    )
+    (card,) = make_cards(model, scores, check, neurons=[neuron], **about)
     return card
 
 
@@ -80,144 +60,113 @@ def make_cards(
     questions: QuestionSet | None = None,
     n_examples: int = 5,
     n_tokens: int = 10,
-    progress: bool = False,
-    mapper: Mapper = in_memory,
+    columns: Float[Tensor, "prompt neuron"] | None = None,
 ) -> tuple[Card, ...]:
     """Cards of several neurons in one pass over the scores and one over the prompts.
 
     Args:
+        model: the model.
+        scores: an `Attribution`, or the scores of a run folder.
+        check: the manipulation check before it, whose prompts are run once for the activations.
         neurons: by default the strongest 50 of the selection, strongest first.
-        progress: show a progress bar.
-        mapper: computes the activations of some hundreds of prompts, or knows them.
-        model, scores, check, selection, diagnosis, questions, n_examples, n_tokens: as for `neuron_card`.
+        selection: gives the statistics of candidates.
+        diagnosis: gives the verdicts.
+        questions: the set that the prompts were built from, to show questions and answers; otherwise cards show prompts.
+        n_examples: number of questions with the highest, and with the lowest, D.
+        n_tokens: number of tokens with the highest, and with the lowest, direct logit attribution.
+        columns: D of the neurons, in the order of `neurons` (of `selection.neurons` by default), if it was read already.
 
     Raises:
         BadInput: neither neurons nor a selection, or neurons that the model does not have.
     """
     if neurons is None and selection is None:
         raise BadInput("expected neurons to make cards of, or a selection, whose strongest are taken; got neither")
-    records = {} if selection is None else _records(selection)
     found = NeuronSet() if selection is None else selection.neurons
-    chosen = [n for n in records if n in found][:N_CARDS] if neurons is None else list(dict.fromkeys(neurons))
-    space = neuron_space(model)
-    space.check(NeuronSet(chosen))
+    given = list(found if neurons is None else dict.fromkeys(neurons))
+    chosen = given if neurons is not None or selection is None else selection.by_strength[:N_CARDS]
+    neuron_space(model).check(NeuronSet(chosen))
     if not chosen:
         return ()
+    columns = scores.at(chosen) if columns is None else columns[:, [given.index(n) for n in chosen]].float()
+    differences = _by_question(columns, scores.prompts)
+    activations = _activations(model, check.asked, chosen)
+    statistics = {} if selection is None else selection.statistics()
     diagnosed = {} if diagnosis is None else diagnosis.records()
-    asked, differences = _differences(scores, chosen)
-    known = {p.question: p for p in check.asked}
-    parts = cut_prompts(check.asked, PROMPTS_ASKED)
-    read = mapper(
-        "activations",
-        [unit_key("activations", chosen, part) for part in parts],
-        lambda index: {"activations": _activations(model, parts[index], chosen)},
-        "cards" if progress else None,
-    )
-    activations = torch.cat([part["activations"] for part in read]).numpy()
+    attributions = _direct_logits(model, chosen, check, n_tokens)
+    texts = _texts(scores.prompts, check.asked, questions)
     groups = _groups(check)
-    logits = backend_of(model).direct_logits(chosen)
-    readable = logits is not None
-    logits = torch.zeros(len(chosen), 0) if logits is None else logits
-    unknown = unknown_tokens(model.tokenizer, logits.shape[1])
-    labels = {p.label_ids for p in check.asked}
-    label_ids = [i for ids in labels.pop() for i in ids] if len(labels) == 1 and readable else []
-    n_tokens = min(n_tokens, (logits.shape[1] - len(unknown)) // 2)
-    cards = []
-    for place, neuron in enumerate(chosen):
-        of = differences[:, place]
-        ranked = np.argsort(-of, kind="stable").tolist()
-        most, least = ranked[:n_examples], ranked[max(n_examples, len(ranked) - n_examples) :][::-1]
-        supports, opposes = (
-            tuple(_example(known[asked[row]], questions, float(of[row])) for row in rows) for rows in (most, least)
+    return tuple(
+        Card(
+            neuron=neuron,
+            model_name=backend_of(model).name,
+            n_layers=neuron_space(model).n_layers,
+            n_beside=None if selection is None else len(found.at(neuron.site, neuron.layer) - {neuron}),
+            statistics=statistics.get(neuron, {}),
+            diagnosis=diagnosed.get(neuron, {}),
+            **_examples(texts, differences[:, place], n_examples),
+            n_questions=len(texts),
+            share_positive=float((differences[:, place] > 0).mean()) if texts else float("nan"),
+            activations={name: _activation(activations[rows, place]) for name, rows in groups.items()},
+            **attributions[place],
         )
-        raised, lowered = (
-            logits[place].index_fill(0, torch.tensor(unknown, dtype=torch.long), sign * -torch.inf).mul(sign)
-            for sign in (1, -1)
-        )
-        cards.append(
-            Card(
-                neuron=neuron,
-                model_name=backend_of(model).name,
-                n_layers=space.n_layers,
-                n_beside=None if selection is None else len(found.at(neuron.site, neuron.layer) - {neuron}),
-                statistics=records.get(neuron, {}),
-                diagnosis=diagnosed.get(neuron, {}),
-                supports=supports,
-                opposes=opposes,
-                n_questions=len(asked),
-                share_positive=float((of > 0).mean()) if len(of) else float("nan"),
-                activations={name: _activation(activations[rows, place]) for name, rows in groups.items()},
-                promotes=_tokens(model, logits[place], raised.topk(n_tokens).indices.tolist()),
-                demotes=_tokens(model, logits[place], lowered.topk(n_tokens).indices.tolist()),
-                labels=_tokens(model, logits[place], label_ids),
-            )
-        )
-    return tuple(cards)
+        for place, neuron in enumerate(chosen)
+    )
 
 
-def _records(selection: Selection) -> dict[Neuron, dict[str, Any]]:
-    """Every candidate's statistics, strongest first."""
-    place = ("site", "layer", "head", "index")
-    records: dict[Neuron, dict[str, Any]] = {}
-    for row in selection.to_frame(candidates=True).to_dict("records"):
-        head = None if row["site"] == "mlp" else int(row["head"])
-        neuron = Neuron(row["site"], int(row["layer"]), head, int(row["index"]))
-        records[neuron] = {str(key): value for key, value in row.items() if key not in place}
-    return records
+def _by_question(columns: Float[Tensor, "prompt neuron"], prompts: PromptSet) -> Float[np.ndarray, "question neuron"]:
+    """The mean over the orders of each question, added up in the dtype of the scores."""
+    zero = torch.zeros(())
+    means = [sum(columns[rows.start : rows.stop], zero) / len(rows) for rows in prompts.groups.values()]
+    return np.array([mean.tolist() for mean in means], dtype=np.float64).reshape(len(means), columns.shape[1])
 
 
-def _differences(
-    scores: ScoreSource, neurons: Sequence[Neuron]
-) -> tuple[list[int], Float[np.ndarray, "question neuron"]]:
-    """The questions with scores, and the neurons' D there."""
-    flat = [scores.space.flat(n) for n in neurons]
-    asked, rows = [], []
-    for question, of in scores.per_question():
-        asked.append(question)
-        rows.append([float(of[n.site][n.layer, at]) for n, at in zip(neurons, flat, strict=True)])
-    return asked, np.array(rows, dtype=np.float64).reshape(len(asked), len(neurons))
-
-
-def _activations(
-    model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]
-) -> Float[torch.Tensor, "prompt neuron"]:
+def _activations(model: Model, prompts: PromptSet, neurons: Sequence[Neuron]) -> Float[np.ndarray, "prompt neuron"]:
     """The neurons' activations at the last position of each prompt, in float64."""
+    chunks = prompts.chunks(PROMPTS_ASKED)
+    keys = [chunk_key("activations", neurons, chunk) for chunk in chunks]
+    computed = map_chunks(
+        "activations", keys, lambda index: {"activations": _read(model, chunks[index], neurons)}, "cards"
+    )
+    return torch.cat([chunk["activations"] for chunk in computed]).numpy()
+
+
+def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) -> Float[Tensor, "prompt neuron"]:
     space = neuron_space(model)
-    kept = torch.zeros(len(prompts), len(neurons), dtype=torch.float64)
+    activations = torch.zeros(len(prompts), len(neurons), dtype=torch.float64)
     places: dict[str, list[int]] = {}
-    for place, n in enumerate(neurons):
-        places.setdefault(hook_name(n.site, n.layer), []).append(place)
+    for place, neuron in enumerate(neurons):
+        places.setdefault(hook_name(neuron.site, neuron.layer), []).append(place)
 
     def hooks(layout: Layout) -> Hooks:
         last = layout.lengths - 1 - layout.first
 
-        def keep(value: torch.Tensor, hook: Any) -> None:
-            of = places[hook.name]
-            columns = [space.flat(neurons[place]) for place in of]
-            at = torch.arange(len(layout.rows), device=value.device)
-            read = value.flatten(2)[at, last.to(value.device)][:, columns]
-            kept[torch.tensor(layout.rows)[:, None], torch.tensor(of)] = read.double().cpu()
+        def keep(value: Tensor, hook: Any) -> None:
+            at = places[hook.name]
+            columns = [space.flat(neurons[place]) for place in at]
+            rows = torch.arange(len(layout.rows), device=value.device)
+            # [row, column, ...] -> [row, neuron of the site] -> [row, chosen neuron]
+            read = value.flatten(2)[rows, last.to(value.device)][:, columns]
+            activations[torch.tensor(layout.rows)[:, None], torch.tensor(at)] = read.double().cpu()
 
+        # the common beginning of a group of prompts has no rows, and no last position
         return [(name, keep) for name in places] if layout.rows else []
 
     for _ in prompt_logits(model, prompts, hooks=hooks):
         pass
-    return kept
+    return activations
 
 
 def _groups(check: ManipulationCheck) -> dict[str, list[int]]:
-    """Rows of the asked prompts: by whether the model answers right, and by where the right answer is shown."""
-    right = is_right(check.probabilities, check.asked).tolist()
+    """Rows of the asked prompts by whether the model answers right, and by the position of the right answer."""
+    right = check.right.tolist()
+    shown = [prompt.right for prompt in check.asked]
     groups = {
-        "answered right": [row for row, is_so in enumerate(right) if is_so],
-        "answered wrong": [row for row, is_so in enumerate(right) if not is_so],
+        "answered right": [row for row, is_right in enumerate(right) if is_right],
+        "answered wrong": [row for row, is_right in enumerate(right) if not is_right],
     }
-    shown = sorted({p.right for p in check.asked})
-    if len(shown) > 1:
-        groups |= {
-            f"right answer at {LETTERS[at]}": [row for row, p in enumerate(check.asked) if p.right == at]
-            for at in shown
-        }
+    if len(set(shown)) > 1:
+        for at in sorted(set(shown)):
+            groups[f"right answer at {LETTERS[at]}"] = [row for row, place in enumerate(shown) if place == at]
     return {name: rows for name, rows in groups.items() if rows}
 
 
@@ -226,28 +175,64 @@ def _activation(values: Float[np.ndarray, " prompt"]) -> Activation:
     return Activation(mean=float(values.mean()), std=std, n=len(values))
 
 
-def _example(prompt: Prompt, questions: QuestionSet | None, difference: float) -> Example:
-    """A question in words; where its set is not at hand, what the model read, or its number."""
-    if questions is None:
-        text, right, wrong = prompt.text or f"question {prompt.question}", "", ()
-    else:
-        if prompt.question >= len(questions):
-            raise BadInput(
-                f"expected the questions that the prompts were built from, and got {len(questions)} while a prompt belongs to "
-                f"number {prompt.question}; give the same set to build_prompts and here"
-            )
-        one = questions[prompt.question]
-        text, right = one.text, one.choices[one.answer]
-        wrong = tuple(choice for index, choice in enumerate(one.choices) if index != one.answer)
-    return Example(
-        question=prompt.question,
-        text=text,
-        right=right,
-        wrong=wrong,
-        category=prompt.category,
-        difference=difference,
-    )
+def _direct_logits(
+    model: Model, neurons: Sequence[Neuron], check: ManipulationCheck, n_tokens: int
+) -> list[dict[str, Any]]:
+    """For each neuron the tokens that it promotes and demotes, and the labels if all prompts share them."""
+    logits = backend_of(model).direct_logits(neurons)
+    if logits is None:
+        return [{"promotes": (), "demotes": (), "labels": ()} for _ in neurons]
+    labels = {prompt.label_ids for prompt in check.asked}
+    label_ids = [i for ids in labels.pop() for i in ids] if len(labels) == 1 else []
+    # rows that only fill up the vocabulary must be in neither list
+    unknown = torch.tensor(unknown_tokens(model.tokenizer, logits.shape[1]), dtype=torch.long)
+    n_tokens = min(n_tokens, (logits.shape[1] - len(unknown)) // 2)
+    lists = []
+    for row in logits:
+        highest, lowest = (
+            row.index_fill(0, unknown, sign * -torch.inf).mul(sign).topk(n_tokens).indices.tolist() for sign in (1, -1)
+        )
+        chosen = {"promotes": highest, "demotes": lowest, "labels": label_ids}
+        lists.append({name: _tokens(model, row, ids) for name, ids in chosen.items()})
+    return lists
 
 
-def _tokens(model: Model, logits: Float[torch.Tensor, " vocab"], ids: list[int]) -> tuple[Token, ...]:
+def _tokens(model: Model, logits: Float[Tensor, " vocab"], ids: list[int]) -> tuple[Token, ...]:
     return tuple(Token(token_text(model.tokenizer, i), i, float(logits[i])) for i in ids)
+
+
+def _texts(prompts: PromptSet, asked: PromptSet, questions: QuestionSet | None) -> list[dict[str, Any]]:
+    """For each question its id, category, text and answers; without the question set the text that the model read.
+
+    Raises:
+        BadInput: the prompts were built from another question set.
+    """
+    shown = {prompt.question: prompt for prompt in asked}
+    by_id: Mapping[str, Question] = {question.id: question for question in questions or ()}
+    texts = []
+    for question in prompts.groups:
+        about = {"question": question, "category": shown[question].category}
+        if questions is None:
+            texts.append({**about, "text": shown[question].text or f"question {question}", "right": "", "wrong": ()})
+            continue
+        if question not in by_id:
+            raise BadInput(
+                f"the question set has no question {question!r}, to which a prompt belongs; give the same set to "
+                "build_prompts and here"
+            )
+        choices, answer = by_id[question].choices, by_id[question].answer
+        wrong = tuple(choice for index, choice in enumerate(choices) if index != answer)
+        texts.append({**about, "text": by_id[question].text, "right": choices[answer], "wrong": wrong})
+    return texts
+
+
+def _examples(
+    texts: Sequence[Mapping[str, Any]], differences: Float[np.ndarray, " question"], n: int
+) -> dict[str, Any]:
+    """The questions with the highest D, highest first, and those with the lowest, lowest first."""
+    ranked = np.argsort(-differences, kind="stable").tolist()
+    places = {"supports": ranked[:n], "opposes": ranked[max(n, len(ranked) - n) :][::-1]}
+    return {
+        name: tuple(Example(**texts[place], difference=float(differences[place])) for place in at)
+        for name, at in places.items()
+    }

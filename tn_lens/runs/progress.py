@@ -1,4 +1,4 @@
-"""Progress bars for notebooks and terminals, on standard error, and only where somebody watches."""
+"""Progress bars for notebooks and terminals, on standard error and only where somebody watches."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
-
-def track(items: Iterable[T], text: str | None) -> Iterable[T]:
-    """Iterate with a progress bar called `text`; without one where `text` is None or nobody watches."""
-    if text is None:
-        return items
-    return tqdm(items, desc=text, disable=not _watched(), leave=False)
+DELAY = 2.0
+"""Seconds after which a bar appears outside a run, so that short work shows none."""
 
 
-def counter(total: int, text: str | None) -> Any:
-    """A progress bar to be advanced by hand, with `update(n)`; None where `text` is."""
-    return None if text is None else tqdm(total=total, desc=text, disable=not _watched(), leave=False)
+def progress_bar(items: Iterable[T] | None, text: str | None, *, total: int | None = None, delay: float = 0) -> Any:
+    """A progress bar called `text` over the items, or to be advanced by hand with `update(n)`; silent if `text` is None.
 
-
-def _watched() -> bool:
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    The environment variable TQDM_DISABLE=1 turns all bars off.
+    """
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    # tqdm reads TQDM_DISABLE only where `disable` is not given
+    silent = {} if watched and text is not None else {"disable": True}
+    return tqdm(items, desc=text, total=total, leave=False, delay=delay, **silent)

@@ -1,7 +1,7 @@
-"""Several workers on torch.distributed: who am I, which units are mine, and is everybody still there.
+"""Several workers on torch.distributed: ranks, shares of the chunks, and the detection of workers that died.
 
-Workers share units of work through the run folder. Between them they only meet: each waits until all have done their share,
-and a worker that died or failed ends the others' waiting with its name.
+Workers exchange results through the run folder. Otherwise they only synchronize: each waits until all have done their share,
+and if a worker has died or failed, the others stop waiting and name it.
 """
 
 from __future__ import annotations
@@ -29,64 +29,64 @@ import torch.distributed as dist
 from tn_lens.core.errors import BadInput, WorkerLost
 
 BEAT = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 SILENCE = 60.0
-"""Seconds without one after which a worker counts as dead."""
+"""Seconds without a heartbeat after which a worker counts as dead."""
 PATIENCE = 10.0
-"""Seconds that a failing worker leaves the first one to say what all of them have met."""
+"""Seconds that a failing worker gives the first one to report an error that all of them have met."""
 TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True, eq=False)
 class Workers:
-    """The workers of one job, as one of them sees them; by itself where nothing was started with torchrun."""
+    """The workers of one job, as seen by one of them; a single one unless the job was started with torchrun."""
 
     rank: int = 0
     n_workers: int = 1
     local_rank: int = 0
-    """Among the workers of this machine."""
+    """Rank among the workers of this machine."""
     store: Any = None
-    """torch.distributed's key-value store, where the workers meet."""
+    """Key-value store of torch.distributed, through which the workers synchronize."""
     meetings: Any = field(default_factory=count)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the worker that prints, merges and writes the results."""
+        """Whether this worker prints and writes the results."""
         return self.rank == 0
 
-    def share(self, n_units: int) -> range:
-        """The units that are this worker's."""
-        return range(self.rank, n_units, self.n_workers)
+    def share(self, n_chunks: int) -> range:
+        """The chunks that this worker computes."""
+        return range(self.rank, n_chunks, self.n_workers)
 
     def device(self, asked: str | None) -> str | None:
-        """The device asked for; on CUDA the worker's own card.
+        """The device that was asked for; on CUDA the worker's own GPU.
 
         Raises:
-            BadInput: there are more workers on this machine than cards.
+            BadInput: there are more workers on this machine than GPUs.
         """
         if self.n_workers == 1 or not torch.cuda.is_available() or asked not in (None, "cuda"):
             return asked
         if self.local_rank >= torch.cuda.device_count():
             raise BadInput(
-                f"this machine has {torch.cuda.device_count()} cards, too few for worker {self.rank}; start as many workers "
-                "as there are cards, or give --device cpu"
+                f"this machine has {torch.cuda.device_count()} GPUs, too few for worker {self.rank}; start as many workers "
+                "as there are GPUs, or give --device cpu"
             )
         return f"cuda:{self.local_rank}"
 
     def wait(self) -> None:
-        """Go on when every worker has come to this place.
+        """Wait until every worker has called this.
 
         Raises:
-            WorkerLost: one has died or failed, and is named.
+            WorkerLost: a worker has died or failed; it is named.
         """
         if self.n_workers == 1:
             return
-        place = f"place/{next(self.meetings)}"
-        self.store.set(f"{place}/{self.rank}", "here")
+        barrier = f"place/{next(self.meetings)}"
+        self.store.set(f"{barrier}/{self.rank}", "here")
         seen = {other: ("", time.monotonic()) for other in range(self.n_workers) if other != self.rank}
         pause = 0.005
         while seen:
-            for other in [other for other in seen if self.store.check([f"{place}/{other}"])]:
+            for other in [other for other in seen if self.store.check([f"{barrier}/{other}"])]:
                 del seen[other]
             for other, (beat, since) in seen.items():
                 if self.store.check([f"failed/{other}"]):
@@ -100,10 +100,10 @@ class Workers:
                 pause = min(2 * pause, 0.25)
 
     def agree(self, settings: Mapping[str, Any], device: str) -> None:
-        """Make sure that every worker has the same settings, weights and versions, or their units would not belong together.
+        """Make sure that all workers have the same settings, weights and versions, since their chunks are combined.
 
         Raises:
-            BadInput: one has others; it is named, with the first setting that differs.
+            BadInput: a worker has others; it is named, with the first setting that differs.
         """
         if self.n_workers == 1:
             return
@@ -120,12 +120,12 @@ class Workers:
                 timeout=timedelta(seconds=SILENCE),
                 device_id=torch.device(device) if backend == "nccl" else None,
             )
-        own = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.n_workers)]
-        dist.all_gather(all_of_them, mine)
-        for other, theirs in enumerate(all_of_them):
-            if not torch.equal(theirs, all_of_them[0]):
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+        digests = [torch.empty_like(mine) for _ in range(self.n_workers)]
+        dist.all_gather(digests, mine)
+        for other, theirs in enumerate(digests):
+            if not torch.equal(theirs, digests[0]):
                 first, differing = (json.loads(self._read(f"settings/{rank}")) for rank in (0, other))
                 key = next(key for key in first | differing if first.get(key) != differing.get(key))
                 raise BadInput(
@@ -134,7 +134,7 @@ class Workers:
                 )
 
     def fail(self, sentence: str) -> bool:
-        """Tell the other workers why this one ends; whether it is also the one that should say so to the user."""
+        """Tell the other workers why this one fails. Returns whether this is the worker that reports it to the user."""
         if self.n_workers == 1:
             return True
         _write_for_torchrun(sentence)
@@ -144,11 +144,11 @@ class Workers:
             while time.monotonic() < give_up and not self.store.check(["said"]):
                 time.sleep(0.05)
             return self.store.add("said", 1) == 1
-        except (RuntimeError, OSError):  # whoever held the store is gone
+        except (RuntimeError, OSError):  # the worker that held the store is gone
             return True
 
     def leave(self) -> None:
-        """Go when all have come to their end: the first worker may hold the store that the others still need."""
+        """Leave when all have finished: the first worker may hold the store that the others still need."""
         if self.n_workers == 1:
             return
         self.wait()
@@ -167,8 +167,8 @@ class Workers:
     def _lost(self, other: int) -> str:
         place = self._read(f"process/{other}").replace(" ", ", process ")
         return (
-            f"worker {other} of {self.n_workers} ({place or 'never seen'}) has died; run the same command again, and it goes "
-            "on where it was"
+            f"worker {other} of {self.n_workers} ({place or 'never seen'}) has died; run the same command again to "
+            "continue"
         )
 
     def _beat(self) -> None:
@@ -180,7 +180,7 @@ class Workers:
             time.sleep(BEAT)
 
     def _terminated(self, *signal_and_frame: Any) -> None:
-        """Torchrun ends all workers when one is gone: say which, if it can be seen from here."""
+        """Torchrun terminates all workers when one has died: report which one, if it can be seen from here."""
         with contextlib.suppress(RuntimeError, OSError):
             self.store.set(f"ended/{self.rank}", "")
             for other in set(range(self.n_workers)) - {self.rank}:
@@ -199,10 +199,10 @@ ALONE = Workers()
 
 @cache
 def workers() -> Workers:
-    """This process's place among the workers that torchrun started; alone where there are none.
+    """The workers that torchrun started, as seen by this process; a single one if there are none.
 
     Raises:
-        BadInput: the environment's numbers make no sense.
+        BadInput: the numbers in the environment are inconsistent.
     """
     given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     if not given["WORLD_SIZE"] or given["WORLD_SIZE"] == "1":
@@ -218,16 +218,16 @@ def workers() -> Workers:
             "WORLD_SIZE"
         ) from error
     store.set_timeout(timedelta(seconds=SILENCE))
-    found = Workers(rank, n_workers, local_rank, store)
+    joined = Workers(rank, n_workers, local_rank, store)
     store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
-    threading.Thread(target=found._beat, daemon=True).start()
+    threading.Thread(target=joined._beat, daemon=True).start()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, found._terminated)
-    return found
+        signal.signal(signal.SIGTERM, joined._terminated)
+    return joined
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this machine runs; one that waits to be collected does not."""
+    """Whether a process of this machine runs; a zombie does not."""
     try:
         os.kill(process, 0)
         stat = Path(f"/proc/{process}/stat")
@@ -239,9 +239,9 @@ def _is_alive(process: int) -> bool:
 
 
 def _write_for_torchrun(sentence: str) -> None:
-    """Where torchrun looks for what it reports of a worker."""
+    """Write the message to the file from which torchrun reports a worker's failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        said = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        report = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(said), encoding="utf-8")
+            Path(path).write_text(json.dumps(report), encoding="utf-8")

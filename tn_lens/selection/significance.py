@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
 from tn_lens.core.errors import BadInput
-
-Correction = Literal["bonferroni", "holm", "benjamini-hochberg", "none"]
-"""How p-values are corrected for multiple comparisons; the paper's is Bonferroni."""
+from tn_lens.core.options import Correction
 
 LEVEL = 0.05
-"""Of the tests between conditions: below it an accuracy gets its star."""
+"""Significance level of the tests between conditions; an accuracy below it is marked with a star."""
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations per column, gathered in one pass and mergeable."""
+    """Count, mean and sum of squared deviations of each column, gathered in one pass and mergeable."""
 
     n: int
     mean: Float[Array, " column"]
@@ -52,9 +50,13 @@ class Moments:
         """One more observation of every column."""
         return self.merge(type(self)(1, row.astype(np.float64), np.zeros_like(self.m2)))
 
+    def columns(self, chosen: Bool[Array, " column"]) -> Moments:
+        """The moments of some columns."""
+        return type(self)(self.n, self.mean[chosen], self.m2[chosen])
+
     @property
     def standard_error(self) -> Float[Array, " column"]:
-        """Of the mean; NaN below two observations."""
+        """Standard error of the mean; NaN for fewer than two observations."""
         if self.n < 2:
             return np.full_like(self.mean, np.nan)
         return np.sqrt(self.m2 / (self.n - 1) / self.n)
@@ -71,7 +73,7 @@ class TTest:
 def one_sided_t_test(moments: Moments) -> TTest:
     """Student's t-test of each column's mean against 0, alternative "greater" (paper eq. 10).
 
-    Columns that are constant, and any column below two observations, carry no evidence: t = 0, p = 1.
+    Constant columns, and all columns with fewer than two observations, carry no evidence: t = 0, p = 1.
     """
     error = moments.standard_error
     scale = np.abs(moments.mean) * np.finfo(np.float64).eps * 8
@@ -85,16 +87,16 @@ def adjust(p_value: Float[Array, " test"], correction: Correction, n_tests: int 
     """Adjusted p-values, to be compared with alpha as they are.
 
     Args:
-        p_value: of the tests that were made.
+        p_value: uncorrected p-values of the tests that were made.
         correction: `"bonferroni"` (paper 2.2), `"holm"`, `"benjamini-hochberg"` or `"none"`.
-        n_tests: size of the family, where it is larger than the tests that were made; the others count as p = 1.
+        n_tests: size of the family if it is larger than the number of tests made; the others count as p = 1.
 
     Raises:
         BadInput: an unknown correction, or a family smaller than the tests made.
     """
     n = len(p_value) if n_tests is None else n_tests
     if n < len(p_value):
-        raise BadInput(f"a family of {n} cannot hold {len(p_value)} tests")
+        raise BadInput(f"n_tests must be at least the number of p-values, {len(p_value)}; got {n}")
     order = np.argsort(p_value, kind="stable")
     rank = np.arange(1, len(p_value) + 1)
     match correction:
@@ -116,29 +118,15 @@ def adjust(p_value: Float[Array, " test"], correction: Correction, n_tests: int 
 def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"]) -> float:
     """p-value of the one-sided Welch t-test that the mean of `lower` is below that of `higher` (paper 3.3).
 
-    Where there are fewer than two repetitions, or none differs from another, there is no variance to compare: there is no
-    test, and p is NaN.
+    With fewer than two repetitions, or if all repetitions are equal, there is no variance to compare: p is NaN.
     """
     if min(len(lower), len(higher)) < 2:
         return float("nan")
     if np.ptp(lower) == 0 and np.ptp(higher) == 0:
         return float("nan")
-    moments = [moment for arm in (lower, higher) for moment in (arm.mean(), arm.std(ddof=1), len(arm))]
+    moments = [moment for sample in (lower, higher) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
     _, p_value = stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="less")
     return float(np.asarray(p_value))
-
-
-def say_welch(p_value: float) -> str:
-    """The test in words."""
-    return f"one-sided Welch p = {p_value:.2g}" if p_value == p_value else "no Welch test: no two repetitions differ"
-
-
-def welch_legend(p_value: float) -> str:
-    """What the star beside the suppressed accuracy means, or why there is none."""
-    said = say_welch(p_value)
-    if p_value < LEVEL:
-        return f"* below untouched, {said}"
-    return f"Suppressed is not below untouched ({said})" if p_value == p_value else f"{said[0].upper()}{said[1:]}"
 
 
 def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:
@@ -147,5 +135,5 @@ def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " 
 
 
 def half_width(std: Float[Array, " column"], n: int, level: float = 0.95) -> Float[Array, " column"]:
-    """Half of a confidence interval of a mean, by Student's t; NaN below two observations."""
+    """Half the width of a confidence interval of a mean, by Student's t; NaN for fewer than two observations."""
     return stats.t.ppf((1 + level) / 2, max(n - 1, 1)) * std / np.sqrt(n) if n > 1 else np.full_like(std, np.nan)

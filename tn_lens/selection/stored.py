@@ -1,9 +1,9 @@
-"""The scores of a run: D of every prompt in shards on disk, read one by one."""
+"""The scores of a run: D of every prompt in chunks on disk, read one by one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,172 +14,171 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from tn_lens.attribution.result import Attribution, PassSize, Scores
+from tn_lens.attribution.result import Attribution, Gaps, OfOrders, PassSize, ScoreSource, at_neurons
 from tn_lens.core.errors import BadInput
-from tn_lens.core.seeds import generator
-from tn_lens.neurons.neuron import NeuronSet, NeuronSpace
-from tn_lens.prompts import Prompt, by_question
+from tn_lens.neurons import Neuron, NeuronSpace
+from tn_lens.prompts import PromptSet
 from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.runs.seals import is_sealed, read_manifest, sealed
 
 BACKED_OFF = "backed_off"
-"""Of a shard during which memory ran out: prompts and rows in a pass that fitted. Also the manifest's name for it."""
+"""Name of the prompts and rows in a pass that fitted, in a chunk during which memory ran out and in the manifest."""
 
 
 @dataclass(frozen=True)
-class StoredScores:
-    """D of every prompt of a run, read shard by shard: memory does not grow with the number of prompts."""
+class StoredScores(ScoreSource):
+    """D of every prompt of a run, read chunk by chunk: memory does not grow with the number of prompts."""
 
     folder: RunFolder
     space: NeuronSpace
-    shards: tuple[tuple[Prompt, ...], ...]
-    drawn: int | None = None
-    """A seed, to count each question by one order drawn at random, as if it had been asked once; None for the mean of all."""
-    keys: tuple[str, ...] = ()
-    """Of the shards, so that no other file passes for one; empty where they are not known."""
+    chunks: tuple[PromptSet, ...]
+    keys: tuple[str, ...]
+    """Keys of the chunks, so that no other file is taken for one."""
 
     @classmethod
     def load(cls, path: str | Path) -> StoredScores:
         """The scores of a finished or interrupted run, without its model.
 
         Raises:
-            BadInput: there is no run, or it has not come to its scores.
+            BadInput: there is no run, or its attribution has not finished.
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
             raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
         manifest = read_manifest(path / "manifest.json")
         try:
-            held = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
-            if not is_sealed(held):
+            index = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
+            if not is_sealed(index):
                 raise ValueError("the checksum does not fit")
-            shards = tuple(
-                tuple(
-                    Prompt(
-                        token_ids=(),
-                        label_ids=(),
-                        right=prompt["right"],
-                        question=prompt["question"],
-                        order=tuple(prompt["order"]),
-                        category=prompt["category"],
-                    )
-                    for prompt in shard
-                )
-                for shard in held["shards"]
-            )
-            if held["run"] != manifest["fingerprint"]:
+            if index["run"] != manifest["fingerprint"]:
                 raise ValueError("it belongs to another run")
-            return cls(RunFolder(path), NeuronSpace(**held["space"]), shards, keys=tuple(held["keys"]))
+            chunks = tuple(map(PromptSet.from_plain, index["chunks"]))
+            space = NeuronSpace(**index["space"] | {"sites": tuple(index["space"]["sites"])})
+            return cls(RunFolder(path), space, chunks, tuple(index["keys"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
-                f"{path / 'prompts.json'} is missing or damaged; run the same command again, or another version wrote it"
+                f"{path / 'prompts.json'} is missing or damaged, or another version wrote it; run the same command again"
             ) from error
 
     def save_index(self) -> None:
-        """Write prompts.json: which prompt each score belongs to, so that `load` needs no model."""
-        shards = [
-            [{"question": p.question, "category": p.category, "right": p.right, "order": p.order} for p in shard]
-            for shard in self.shards
-        ]
+        """Write prompts.json, which says what prompt each score belongs to, so that `load` needs no model."""
         index = {
             "run": self.folder.noted("fingerprint"),
             "space": asdict(self.space),
             "keys": self.keys,
-            "shards": shards,
+            "chunks": [chunk.to_plain() for chunk in self.chunks],
         }
         self.folder.write_json("prompts.json", sealed(json.loads(json.dumps(index))))
 
     @property
-    def categories(self) -> dict[int, str]:
-        """Question index -> category."""
-        return {prompt.question: prompt.category for shard in self.shards for prompt in shard}
+    def prompts(self) -> PromptSet:
+        """All prompts, without their tokens where the scores were loaded."""
+        return PromptSet(tuple(prompt for chunk in self.chunks for prompt in chunk))
 
-    @property
-    def n_orders(self) -> int:
-        """In how many orders questions were asked, at most."""
-        return max((len(group) for shard in self.shards for _, group in by_question(shard)), default=0)
+    def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
+        """D of each question (or of some) in each order in which it was asked: [order, layer, neuron] by site."""
+        for index, chunk in enumerate(self.chunks):
+            wanted = {q: rows for q, rows in chunk.groups.items() if questions is None or q in questions}
+            tensors = self._read(index) if wanted else {}
+            for question, rows in wanted.items():
+                at = slice(rows.start, rows.stop)
+                yield question, {site: _unpack(tensors, site, at) for site in self.space.sites}
 
-    def per_question(self, questions: Set[int] | None = None) -> Iterator[tuple[int, Scores]]:
-        """D of each question (or of some), averaged over its orders."""
-        for index, prompts in enumerate(self.shards):
-            tensors: dict[str, Tensor] | None = None
-            start = 0
-            for question, group in by_question(prompts):
-                if questions is None or question in questions:
-                    tensors = self._read(index) if tensors is None else tensors
-                    rows = range(start, start + len(group))
-                    if self.drawn is not None:
-                        place = int(generator(self.drawn, question).integers(len(group)))
-                        rows = rows[place : place + 1]
-                    yield question, {site: _unpack(tensors, site, rows) for site in self.sites(tensors)}
-                start += len(group)
+    def at(self, neurons: Iterable[Neuron]) -> Float[Tensor, "prompt neuron"]:
+        """D of some neurons.
+
+        Raises:
+            BadInput: the model has no such neuron, or its site was not attributed.
+        """
+        return self.columns(neurons)["difference"].float()
+
+    def columns(self, neurons: Iterable[Neuron]) -> dict[str, Float[Tensor, "prompt neuron"]]:
+        """D of some neurons as "difference", and if it was stored Attr_t as "right", in one pass and in float64."""
+        neurons = list(neurons)
+        names = {"difference": "", "right": ".right"}
+        columns: dict[str, list[Tensor]] = {}
+        for index in range(len(self.chunks)):
+            tensors = self._read(index)
+            for name, suffix in names.items():
+                if all(f"{site}{suffix}" in tensors for site in self.space.sites):
+                    packed = {site: tensors[f"{site}{suffix}"] for site in self.space.sites}
+                    scale = {site: tensors[f"{site}{suffix}.scale"] for site in self.space.sites}
+                    values = at_neurons(packed, self.space, neurons).double()
+                    scales = [scale[neuron.site] for neuron in neurons]
+                    values *= torch.stack(scales, dim=1) if scales else 1
+                    columns.setdefault(name, []).append(values)
+        return {name: torch.cat(parts) for name, parts in columns.items()}
 
     def label_means(
-        self, neurons: NeuronSet, questions: Set[int]
+        self, columns: Mapping[str, Float[Tensor, "prompt neuron"]], questions: Collection[str]
     ) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]] | None:
-        """Mean Attr_t and Attr_f of some neurons over the prompts of some questions; None where Attr_t was not stored."""
-        right, wrong, n_prompts = np.zeros(len(neurons)), np.zeros(len(neurons)), 0
-        for index, prompts in enumerate(self.shards):
-            tensors = self._read(index)
-            if any(f"{site}.right" not in tensors for site in self.sites(tensors)):
-                return None
-            rows = [row for row, prompt in enumerate(prompts) if prompt.question in questions]
-            n_prompts += len(rows)
-            for place, n in enumerate(neurons):
-                at = (rows, n.layer, self.space.flat(n))
-                difference = tensors[n.site][at].double() * tensors[f"{n.site}.scale"][rows]
-                attr_t = tensors[f"{n.site}.right"][at].double() * tensors[f"{n.site}.right.scale"][rows]
-                right[place] += float(attr_t.sum())
-                wrong[place] += float((attr_t - difference).sum())
-        return (right / n_prompts, wrong / n_prompts) if n_prompts else None
+        """Mean Attr_t and Attr_f over the prompts of some questions; None if Attr_t was not stored.
 
-    def completeness(self) -> dict[str, dict[str, list[float]]]:
-        """Per site and layer: mean |gap| and mean |change|, over all prompts."""
-        total: dict[str, dict[str, Tensor]] = {}
-        count = 0
-        for index in range(len(self.shards)):
-            tensors = self._read(index)
-            for site in self.sites(tensors):
-                of_site = total.setdefault(site, {})
-                for name in ("gap", "change"):
-                    summed = tensors[f"{site}.{name}"].abs().sum(0).double()
-                    of_site[name] = of_site.get(name, torch.zeros_like(summed)) + summed
-            count += len(self.shards[index])
-        return {s: {name: (value / count).tolist() for name, value in of.items()} for s, of in total.items()}
+        Args:
+            columns: of some neurons, from `columns`.
+            questions: ids of the questions.
+        """
+        if "right" not in columns:
+            return None
+        wrong = columns["right"] - columns["difference"]
+        sizes = list(map(len, self.chunks))
+        means = []
+        for values in (columns["right"], wrong):
+            total, n_prompts = np.zeros(values.shape[1]), 0
+            for chunk, part in zip(self.chunks, values.split(sizes), strict=True):
+                rows = [row for row, prompt in enumerate(chunk) if prompt.question in questions]
+                n_prompts += len(rows)
+                total += part[rows].T.contiguous().sum(-1).numpy()
+            means.append(total / n_prompts if n_prompts else None)
+        right_mean, wrong_mean = means
+        return None if right_mean is None or wrong_mean is None else (right_mean, wrong_mean)
+
+    def completeness(self) -> Gaps:
+        """Mean |gap| and mean |change| of every site and layer, over all prompts."""
+        totals = {
+            site: {name: torch.zeros(self.space.n_layers).double() for name in ("gap", "change")}
+            for site in self.space.sites
+        }
+        for index in range(len(self.chunks)):
+            with self._open(index) as chunk:
+                for site, by_name in totals.items():
+                    for name, total in by_name.items():
+                        total += chunk.get_tensor(f"{site}.{name}").abs().sum(0).double()  # [prompt, layer] -> [layer]
+        n = sum(map(len, self.chunks))
+        return {
+            site: {name: (total / n).tolist() for name, total in by_name.items()} for site, by_name in totals.items()
+        }
 
     def backed_off(self) -> PassSize | None:
-        """The smallest pass of any shard during which memory ran out; None where it sufficed."""
+        """The smallest pass of any chunk during which memory ran out; None if it sufficed."""
         sizes = []
-        for index in range(len(self.shards)):
-            with safe_open(self.folder.unit(SCORES, index), "pt") as shard:
-                if BACKED_OFF in shard.keys():  # noqa: SIM118 (it is no mapping)
-                    sizes.append(PassSize(*shard.get_tensor(BACKED_OFF).tolist()))
+        for index in range(len(self.chunks)):
+            with self._open(index) as chunk:
+                if BACKED_OFF in chunk.keys():  # noqa: SIM118 (it is not a mapping)
+                    sizes.append(PassSize(*chunk.get_tensor(BACKED_OFF).tolist()))
         return min(sizes, default=None)
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        held = self.folder.read_unit(SCORES, index)
-        if held is None or (self.keys and held[0] != self.keys[index]):
-            raise BadInput(f"{self.folder.unit(SCORES, index)} is missing or damaged; run again to compute it anew")
-        return held[1]
+    def _open(self, index: int) -> Any:
+        """A chunk of which only small tensors are read; the scores are neither read nor hashed."""
+        return safe_open(self.folder.chunk(SCORES, index), "pt")
 
-    @staticmethod
-    def sites(tensors: Mapping[str, Tensor]) -> list[Any]:
-        """The sites a shard holds."""
-        return [site for site in ("mlp", "attn") if site in tensors]
+    def _read(self, index: int) -> dict[str, Tensor]:
+        stored = self.folder.read_chunk(SCORES, index)
+        if stored is None or stored[0] != self.keys[index]:
+            raise BadInput(f"{self.folder.chunk(SCORES, index)} is missing or damaged; run again to compute it anew")
+        return stored[1]
 
 
 def pack_scores(attribution: Attribution, backed_off: PassSize | None = None) -> dict[str, Tensor]:
-    """D in half precision, scaled per prompt and site, what it should sum to, and the pass that fitted where memory ran out."""
+    """D in half precision, scaled per prompt and site, with gap and change, and the pass that fitted if memory ran out."""
     tensors: dict[str, Tensor] = {}
-    for site, scores in attribution.difference.items():
-        scale = scores.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
-        tensors[site] = (scores.float() / scale[:, None, None]).half().contiguous()
-        tensors[f"{site}.scale"] = scale
-        if attribution.right is not None:
-            right = attribution.right[site]
-            scale = right.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)
-            tensors[f"{site}.right"] = (right.float() / scale[:, None, None]).half().contiguous()
-            tensors[f"{site}.right.scale"] = scale
+    for suffix, scores in (("", attribution.difference), (".right", attribution.right or {})):
+        for site, values in scores.items():
+            # half precision covers few orders of magnitude: the largest score becomes 1
+            scale = values.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)  # [prompt]
+            tensors[f"{site}{suffix}"] = (values.float() / scale[:, None, None]).half().contiguous()
+            tensors[f"{site}{suffix}.scale"] = scale
+    for site in attribution.difference:
         tensors[f"{site}.gap"] = attribution.gap[site].float().contiguous()
         tensors[f"{site}.change"] = attribution.change[site].float().contiguous()
     if backed_off is not None:
@@ -187,9 +186,5 @@ def pack_scores(attribution: Attribution, backed_off: PassSize | None = None) ->
     return tensors
 
 
-def _unpack(tensors: Mapping[str, Tensor], site: str, rows: range) -> Float[Tensor, "layer neuron"]:
-    """The mean of some prompts' scores."""
-    total = tensors[site][rows[0]].float() * tensors[f"{site}.scale"][rows[0]]
-    for row in rows[1:]:
-        total += tensors[site][row].float() * tensors[f"{site}.scale"][row]
-    return total / len(rows) if len(rows) > 1 else total
+def _unpack(tensors: Mapping[str, Tensor], site: str, at: slice) -> Float[Tensor, "order layer neuron"]:
+    return tensors[site][at].float() * tensors[f"{site}.scale"][at, None, None]

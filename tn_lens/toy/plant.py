@@ -19,7 +19,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.neurons.neuron import Neuron, NeuronSet
-from tn_lens.prompts import Prompt
+from tn_lens.prompts import Prompt, PromptSet
 
 N_TOKENS = 12
 AT_A, AT_B, LAST = 4, 7, N_TOKENS - 1
@@ -51,12 +51,12 @@ class Planted:
     """A model, prompts for it, and what a method should find."""
 
     model: Model
-    prompts: tuple[Prompt, ...]
+    prompts: PromptSet
     truth: NeuronSet
     """The neurons that support truth."""
     traps: Mapping[str, Neuron]
     """Neurons that only look like it, by what gives them away."""
-    mistaken: frozenset[int]
+    mistaken: frozenset[str]
     """Questions that the model answers wrong."""
 
 
@@ -230,7 +230,7 @@ def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
     return NeuronSet(truth), traps
 
 
-def _ask(seed: int, n_questions: int, n_mistaken: int) -> tuple[Prompt, ...]:
+def _ask(seed: int, n_questions: int, n_mistaken: int) -> PromptSet:
     """Prompts whose right answer stands at A and at B in turn, within every category."""
     coins = generator(seed, 4)
     prompts = []
@@ -248,9 +248,9 @@ def _ask(seed: int, n_questions: int, n_mistaken: int) -> tuple[Prompt, ...]:
                 token_ids=tuple(tokens),
                 label_ids=LABELS,
                 right=int(believes_a == mistaken),
-                question=question,
+                question=str(question),
                 order=(0, 1) if believes_a != mistaken else (1, 0),
                 category="mistaken" if mistaken else f"category {category}",
             )
         )
-    return tuple(prompts)
+    return PromptSet(tuple(prompts))

@@ -1,1 +1,1 @@
-"""The engines that run a model along the paths of integrated gradients."""
+"""Engines: two ways to run a model along the paths of integrated gradients, with equal scores."""

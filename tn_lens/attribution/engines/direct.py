@@ -1,46 +1,47 @@
-"""The definition: every row is a whole prompt, run from the first layer to the last."""
+"""The reference engine: every row is a whole prompt that runs through all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.attribution.methods.integrated_gradients import Place, replacing
+from tn_lens.attribution.methods.integrated_gradients import replacing
+from tn_lens.attribution.methods.method import Place
+from tn_lens.core.options import Positions
 from tn_lens.models import Model, backend_of
-from tn_lens.neurons.neuron import Site, hook_name
+from tn_lens.models.backend import at_least_float32
+from tn_lens.neurons import SiteName, hook_name
 from tn_lens.prompts import Prompt
-
-Positions = Literal["last", "all"]
-"""Which positions are interpolated: the one whose logits are read (Dai et al.), or all together, scores summed."""
 
 
 class Direct:
-    """One prompt, and whole copies of it with activations replaced."""
+    """One prompt, and copies of the whole prompt in which activations are replaced."""
 
-    def __init__(self, model: Model, prompt: Prompt, sites: Sequence[Site], positions: Positions) -> None:
+    def __init__(self, model: Model, prompt: Prompt, sites: Sequence[SiteName], positions: Positions) -> None:
         self.backend, self.prompts, self.positions = backend_of(model), [prompt], positions
-        self.tokens = torch.tensor([prompt.token_ids], device=self.backend.device)
+        self.tokens = torch.tensor([prompt.token_ids], device=self.backend.device)  # [1, position]
         n_layers = self.backend.space.n_layers
-        kept: dict[str, Tensor] = {}
+        activations: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: Any) -> None:
-            kept[hook.name] = (value if positions == "all" else value[:, -1:].clone()).flatten(2)
+            # [1, position, head, d_head] -> [1, position, neuron]; cloned, since a view keeps all positions in memory
+            activations[hook.name] = (value if positions == "all" else value[:, -1:].clone()).flatten(2)
 
         names = {hook_name(site, layer) for site in sites for layer in range(n_layers)}
         with torch.no_grad(), self.backend.hooks([(name, keep) for name in names]):
             self.logits = self.backend.last_logits(self.tokens)
-        self.own = stack_layers(kept, sites, n_layers)
+        self.own = stack_layers(activations, sites, n_layers)
 
     def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch neuron"]:
-        """The activation itself."""
+        """Return the activation, which is interpolated directly."""
         return activation
 
     def carry_back(self, place: Place, gradient: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch neuron"]:
-        """The gradient itself."""
+        """Return the gradient unchanged."""
         return gradient
 
     def run(
@@ -48,22 +49,29 @@ class Direct:
         paths: Mapping[Place, Float[Tensor, "1 _ position _"]],
         nudges: Mapping[Place, Float[Tensor, "1 1 position _"]],
     ) -> Float[Tensor, "1 row vocab"]:
-        """Last logits of whole prompts."""
-        at = slice(None) if self.positions == "all" else slice(-1, None)
-        n_rows = sum(path.shape[1] for path in paths.values()) + bool(nudges)
-        with self.backend.hooks(replacing(paths, nudges, lambda rows: (rows, at))):
+        """Run one copy of the prompt per row and return its last logits."""
+        columns = slice(None) if self.positions == "all" else slice(-1, None)
+        n_rows = sum(path.shape[1] for path in paths.values()) + bool(nudges)  # the nudges have a row of their own
+        with self.backend.hooks(replacing(paths, nudges, lambda rows: (rows, columns))):
+            # rows are the batch dimension: [row, vocab] -> [1, row, vocab]
             return self.backend.last_logits(self.tokens.expand(n_rows, -1))[None]
 
     def logits_of(self, final: Float[Tensor, "1 row vocab"]) -> Float[Tensor, "1 row vocab"]:
-        """The logits themselves."""
+        """Return the logits unchanged."""
         return final
 
 
 def stack_layers(
-    kept: Mapping[str, Tensor], sites: Sequence[Site], n_layers: int
-) -> dict[Site, Float[Tensor, "prompt layer position _"]]:
-    """One tensor per site from the activations of each hook, in at least float32."""
-    stacked: dict[Site, Tensor] = {
-        site: torch.stack([kept[hook_name(site, layer)] for layer in range(n_layers)], dim=1) for site in sites
+    activations: Mapping[str, Float[Tensor, "prompt position _"]], sites: Sequence[SiteName], n_layers: int
+) -> dict[SiteName, Float[Tensor, "prompt layer position _"]]:
+    """Stack the activations of all layers into one tensor per site, in at least float32.
+
+    Args:
+        activations: activations by hook name.
+        sites: sites to stack, in the order of the result.
+        n_layers: number of layers.
+    """
+    return {
+        site: at_least_float32(torch.stack([activations[hook_name(site, layer)] for layer in range(n_layers)], dim=1))
+        for site in sites
     }
-    return {site: value.to(torch.promote_types(value.dtype, torch.float32)) for site, value in stacked.items()}

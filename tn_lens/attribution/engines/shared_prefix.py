@@ -1,12 +1,13 @@
-"""The fast engine: rows of one position each, on the frozen keys and values of the prompt before them.
+"""The fast engine: every row is a single position that attends to the cached keys and values of the prompt before it.
 
-Only the last position is interpolated and attention is causal, so the keys and values of the earlier positions never change.
-The prompt is run once; after that every (site, layer, step) is a single position that attends to the frozen prefix and to
-itself. Rows join at the layer they touch, since below it they equal the untouched run; where rows differ in MLP neurons they
-may join right above it, by what W_out makes of them. The results are those of the direct engine; the cost per prompt is about
-T tokens through the stack and 2 L m through half of it, instead of 2 L m T through all of it.
+Only the last position is interpolated and attention is causal, so the keys and values of the earlier positions never
+change. The prompt runs once. After that, every (site, layer, step) is a single position that attends to the frozen
+prefix and to itself. A row joins at the layer in which it differs, since below that layer it equals the prompt without
+intervention. Rows that differ in MLP neurons may join right above their layer, through their W_out projection. The
+results equal those of the direct engine. The cost per prompt is about T tokens through all layers plus 2 L m tokens
+through half of the layers, instead of 2 L m T tokens through all layers (T: tokens of the prompt, L: layers, m: steps).
 
-The rows of a prompt stand side by side as sibling positions of one sequence; how a kind of model runs them is its own affair
+The rows of a prompt run next to each other as positions of one sequence. The details depend on the model class
 (`Siblings`).
 """
 
@@ -20,74 +21,84 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tn_lens.attribution.engines.direct import stack_layers
-from tn_lens.attribution.methods.integrated_gradients import ROWS_UNEMBEDDED, Place, replacing
+from tn_lens.attribution.methods.integrated_gradients import ROWS_UNEMBEDDED, replacing
+from tn_lens.attribution.methods.method import Place
 from tn_lens.attribution.result import PassSize
 from tn_lens.inference.forward import pad_left
 from tn_lens.models import Model, backend_of
-from tn_lens.neurons.neuron import Site, hook_name
+from tn_lens.neurons import SiteName, hook_name
 from tn_lens.prompts import Prompt
+
+LAYERS_PER_PASS = 8
+"""Maximum number of layers whose rows run together. More layers use the hardware better, but cost memory."""
+RESERVED = 24 * 2**20
+"""Bytes of `max_memory` that are reserved for buffers of matrix products and a prompt's cache, but at most half."""
+PROMPTS_PER_PASS = 16
+"""Maximum number of prompts in one pass, if memory allows."""
 
 
 def unsupported(model: Model) -> str | None:
-    """Why a model needs the direct engine; None if it does not."""
+    """The reason why a model requires the direct engine; None if it does not."""
     backend = backend_of(model)
     return backend.unshareable or ("layers on several devices" if backend.n_devices > 1 else None)
 
 
-LAYERS_PER_PASS = 8
-"""At most so many layers have rows that run together: more fill the matrix products better and cost memory."""
-RESERVED = 24 * 2**20
-"""Bytes of `max_memory` left to what the products' own buffers and a prompt's frozen state take; at most half of it."""
-PROMPTS_PER_PASS = 16
-"""At most so many prompts side by side, where memory allows."""
-
-
 def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int) -> PassSize:
-    """How many prompts and rows go into one pass: constants of the model's shape and the budget, never of free memory.
+    """Number of prompts and rows in one pass, from the shapes of the model and the budget, never from free memory.
 
     Args:
-        n_tokens: of the longest prompt.
-        n_places: sites of one layer.
-        max_memory: bytes that one pass may take above the weights, by an estimate of what its backward pass keeps and of
-            what running the prompts takes.
+        model: the model.
+        n_tokens: number of tokens of the longest prompt.
+        n_places: number of sites in one layer.
+        n_steps: number of steps.
+        max_memory: maximum memory of one pass in bytes, without the weights. It is compared with estimates of what the
+            backward pass keeps and of what the pass over the prompts requires.
     """
     backend = backend_of(model)
     space, size = backend.space, backend.dtype.itemsize
-    n_rows = space.n_layers * n_places * (n_steps + 1)  # one at the baseline
+    n_rows = space.n_layers * n_places * (n_steps + 1)  # one more row for the baseline
+    # the rows are divided evenly among the passes
     n_rows = math.ceil(n_rows / math.ceil(space.n_layers / LAYERS_PER_PASS))
     d_mlp, d_attn = space.d_mlp, space.n_heads * space.d_head
-    d_cached = 2 * space.d_head * backend.n_key_value_heads
-    of_row, of_logits = backend.kept_by_row(n_tokens, n_rows), 5 * backend.wide_dtype.itemsize * backend.d_vocab
-    of_position = space.n_layers * d_cached + 6 * space.d_model + 3 * d_attn + 4 * d_mlp + 4 * space.n_heads * n_tokens
+    d_cached = 2 * space.d_head * backend.n_key_value_heads  # keys and values
+    row_bytes, logit_bytes = backend.bytes_per_row(n_tokens, n_rows), 5 * backend.wide_dtype.itemsize * backend.d_vocab
+    # numbers at one position of a prompt: the cache of all layers, and the activations of one layer
+    d_position = space.n_layers * d_cached + 6 * space.d_model + 3 * d_attn + 4 * d_mlp + 4 * space.n_heads * n_tokens
     free = max_memory - min(RESERVED, max_memory // 2)
-    few = free // (of_row + of_logits)
-    fitting = few if few < ROWS_UNEMBEDDED else (free - ROWS_UNEMBEDDED * of_logits) // of_row
-    n_prompts = min(PROMPTS_PER_PASS, fitting // n_rows, max_memory // (size * n_tokens * of_position))
-    return PassSize(max(1, n_prompts), max(1, min(n_rows, fitting)))
+    # only the logits of ROWS_UNEMBEDDED rows exist at a time
+    max_rows = free // (row_bytes + logit_bytes)
+    if max_rows >= ROWS_UNEMBEDDED:
+        max_rows = (free - ROWS_UNEMBEDDED * logit_bytes) // row_bytes
+    n_prompts = min(PROMPTS_PER_PASS, max_rows // n_rows, max_memory // (size * n_tokens * d_position))
+    return PassSize(max(1, n_prompts), max(1, min(n_rows, max_rows)))
 
 
 class SharedPrefix:
-    """Some prompts of any length, and single positions behind their common prefix with activations replaced."""
+    """Prompts of any length, and rows of one position each that replace their last position."""
 
-    def __init__(self, model: Model, prompts: Sequence[Prompt], sites: Sequence[Site]) -> None:
+    def __init__(self, model: Model, prompts: Sequence[Prompt], sites: Sequence[SiteName]) -> None:
         backend = backend_of(model)
         self.prompts = list(prompts)
         n_layers = backend.space.n_layers
         names = {hook_name(site, layer) for site in sites for layer in range(n_layers)}
+        # both [prompt, position]; padded on the left, so that the last positions are aligned
         tokens, mask = (tensor.to(backend.device) for tensor in pad_left(prompts))
         self.siblings = backend.siblings(tokens, mask, names)
         self.logits = self.siblings.logits
-        in_order: list[Site] = sorted(sites, key=lambda site: site == "mlp")  # whose rows may join last
-        self.own = stack_layers(self.siblings.kept, in_order, n_layers)
+        # the MLP comes last in its layer, since its rows may join above the layer
+        in_order = sorted(sites, key=lambda site: site == "mlp")
+        self.own = stack_layers(self.siblings.activations, in_order, n_layers)
 
     def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch _"]:
-        """What W_out makes of MLP neurons, where rows may join above their layer."""
+        """Project MLP neurons through W_out if their rows join above the layer; return other activations unchanged."""
         w_out = self._w_out(place)
+        # [..., neuron] -> [..., d_model]; in the dtype of the weights, as in the model
         return activation if w_out is None else (activation.to(w_out.dtype) @ w_out).to(activation.dtype)
 
     def carry_back(self, place: Place, gradient: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch neuron"]:
-        """The same weights the other way."""
+        """Return the gradient of the activation: the transpose of `carry`."""
         w_out = self._w_out(place)
+        # [..., d_model] -> [..., neuron]
         return gradient if w_out is None else (gradient.to(w_out.dtype) @ w_out.T).to(gradient.dtype)
 
     def run(
@@ -95,21 +106,24 @@ class SharedPrefix:
         paths: Mapping[Place, Float[Tensor, "prompt _ 1 _"]],
         nudges: Mapping[Place, Float[Tensor, "prompt 1 1 _"]],
     ) -> Float[Tensor, "prompt row _"]:
-        """The rows; `paths` go up the layers, and the rows of each join at theirs or right above it."""
-        beyond = {place for place in paths if self._w_out(place) is not None}
-        written = {layer: path[:, :, 0] for (site, layer), path in paths.items() if (site, layer) in beyond}
-        of_layer = Counter({0: 1} if nudges else {})
+        """Run the rows. `paths` are ordered by layer, and the rows of each join at its layer or right above it."""
+        above = {place for place in paths if self._w_out(place) is not None}
+        # [prompt, row, 1, d_model] -> [prompt, row, d_model]
+        mlp_outputs = {layer: path[:, :, 0] for (site, layer), path in paths.items() if (site, layer) in above}
+        # the row of the nudges differs from layer 0 on
+        rows_at = Counter({0: 1} if nudges else {})
         for (site, layer), path in paths.items():
-            if (site, layer) not in beyond:
-                of_layer[layer] += path.shape[1]
-        hooks = replacing(paths, nudges, lambda rows: (slice(None), rows), beyond)
-        return self.siblings.run(of_layer, hooks, written)
+            if (site, layer) not in above:
+                rows_at[layer] += path.shape[1]
+        # rows are positions here: [prompt, row, ...]
+        hooks = replacing(paths, nudges, lambda rows: (slice(None), rows), above)
+        return self.siblings.run(rows_at, hooks, mlp_outputs)
 
     def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
-        """Logits of rows that were run."""
+        """Logits of all or some of the rows that `run` returned."""
         return self.siblings.logits_of(final)
 
     def _w_out(self, place: Place) -> Float[Tensor, "neuron d_model"] | None:
-        """Weights that stand between the activation and what the rows of this place begin with; None if nothing does."""
+        """The weights that `carry` applies at a place; None if its rows start at the activation itself."""
         site, layer = place
         return self.siblings.w_out(layer) if site == "mlp" else None

@@ -1,1 +1,6 @@
-"""Attribution methods."""
+"""Attribution methods by name. Adding one is one file, or one call: `METHODS.register("name", Method(...))`."""
+
+from tn_lens.attribution.methods import integrated_gradients as integrated_gradients
+from tn_lens.attribution.methods.method import METHODS, BatchScores, Engine, Method, Place
+
+__all__ = ["METHODS", "BatchScores", "Engine", "Method", "Place"]

@@ -1,69 +1,39 @@
-"""The integral itself, written once: paths, gradients and sums, for whichever engine runs the model (paper eq. 3-4)."""
+"""Integrated gradients: paths, gradients and weighted sums, for whichever engine runs the model (paper eq. 1-4).
+
+Equation 1 integrates the gradient of f along the straight path from the baseline n' to the activation n,
+
+    Attr(n) = (n - n') * integral over alpha from 0 to 1 of  df(n' + alpha (n - n')) / dn,
+
+and equation 4 replaces the integral by a sum over nodes alpha_k with weights w_k (`QuadratureRule`). `integrate` takes the
+nodes of every site and layer in passes of many rows; `Paths` knows where a row lies, `read_targets` differentiates the targets
+with respect to the rows' final vectors, and `Sums` adds up the weighted gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.attribution.quadrature import QuadratureRule
+from tn_lens.attribution.methods.method import METHODS, BatchScores, Engine, Method, Place
+from tn_lens.attribution.quadrature import RULES, QuadratureRule, quadrature_rule
 from tn_lens.attribution.target import Target
-from tn_lens.neurons.neuron import Site, hook_name
+from tn_lens.neurons import SiteName, hook_name
 from tn_lens.prompts import Prompt
 
 T = TypeVar("T")
 
-Place = tuple[Site, int]
-"""A site of a layer."""
+ROWS_UNEMBEDDED = 128
+"""Rows whose logits exist at a time: enough to fill the product with W_U, and the only rows that need memory by vocabulary."""
 
-
-@runtime_checkable
-class Engine(Protocol):
-    """Some prompts, run once, and ready to be run again with activations replaced."""
-
-    prompts: list[Prompt]
-    own: dict[Site, Float[Tensor, "prompt layer position _"]]
-    """The activations that are interpolated, in at least float32."""
-    logits: Float[Tensor, "prompt vocab"]
-    """Last logits of the untouched prompts."""
-
-    def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch _"]:
-        """Where the path of a place is walked: at its activation, or at what a linear map makes of it."""
-        ...
-
-    def carry_back(self, place: Place, gradient: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch neuron"]:
-        """The gradient at the activation, from the one where the path is walked."""
-        ...
-
-    def run(
-        self,
-        paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
-        nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
-    ) -> Float[Tensor, "prompt row _"]:
-        """What the last logits are made of, with one site of one layer replaced in each row; rows in the order of `paths`.
-
-        Args:
-            nudges: added to the activations of one more row, the first, in which nothing is replaced; no such row if empty.
-        """
-        ...
-
-    def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
-        """Logits in at least float32, of all rows or some."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class BatchScores:
-    """Scores of some prompts: one entry per target."""
-
-    scores: list[dict[Site, Float[Tensor, "prompt layer _"]]]
-    change: list[dict[Site, Float[Tensor, "prompt layer"]]]
+BASELINE = 0
+"""Place of alpha = 0 among the nodes of a `Paths`; node k of the rule has place k + 1."""
 
 
 def integrate(
@@ -71,119 +41,142 @@ def integrate(
     *,
     rule: QuadratureRule,
     targets: Sequence[Target],
-    baseline: Mapping[Site, Float[Tensor, "layer _"]],
+    baseline: Mapping[SiteName, Float[Tensor, "layer _"]],
     n_rows: int,
 ) -> BatchScores:
-    """Integrate the gradients of every target, for every layer of every site, one row per (site, layer, step).
+    """Integrate the gradients of every target for every layer of every site, one row for each (site, layer, node).
 
-    Each row interpolates one site of one layer and leaves the rest of the network to follow, so all layers are attributed
+    Each row interpolates one site of one layer and lets the rest of the network follow, so that all layers are attributed
     at once without disturbing each other. Scaling every layer in the same row would overwrite the later layers and cut
     the earlier ones off from all but their direct path.
 
     Args:
+        engine: prompts that were run once.
+        rule: nodes and weights.
+        targets: functions of the last logits.
+        baseline: where the paths begin.
         n_rows: rows in one pass.
     """
-    own = engine.own
-    n_layers = next(iter(own.values())).shape[1]
-    places: list[Place] = [(site, layer) for layer in range(n_layers) for site in own]
-    zero = {site: baseline[site].to(here) for site, here in own.items()}
-    delta = {site: here - zero[site][:, None] for site, here in own.items()}
-    start: dict[Place, Tensor] = {}
-    way: dict[Place, Tensor] = {}
-    for place in places:
-        site, layer = place
-        begin = zero[site][layer].expand_as(own[site][:1, layer])
-        carried = engine.carry(place, torch.cat([begin, delta[site][:, layer]]))
-        start[place], way[place] = carried[0, 0], carried[1:]
-    scores: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0]) for s in own} for _ in targets]
-    change: list[dict[Site, Tensor]] = [{s: torch.zeros_like(own[s][:, :, 0, 0]) for s in own} for _ in targets]
-
-    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])  # the baseline itself, for `change`
+    paths = Paths(engine, rule, baseline)
     reached = [_values(target, engine.logits[:, None], engine.prompts)[:, 0] for target in targets]
-    along = [node for node in range(len(nodes)) if nodes[node] != 1]
-    at_end = float(rule.weights[rule.nodes == 1].sum())
-    rows: list[tuple[Place, int] | None] = [(place, node) for place in places for node in along]
-    if at_end:  # where all paths end is one and the same row
-        rows.insert(0, None)
-    for chunk in _chunks(rows, n_rows):
-        nudges: dict[Place, Tensor] = {}
-        if chunk[0] is None:
-            nudges = {(s, layer): torch.zeros_like(delta[s][:, None, layer]).requires_grad_() for s, layer in places}
-        inner = [row for row in chunk if row is not None]
-        of_place = {place: [node for _, node in group] for place, group in groupby(inner, key=lambda row: row[0])}
-        paths = {
-            place: (start[place] + nodes[which].to(start[place])[:, None, None] * way[place][:, None]).requires_grad_()
-            for place, which in of_place.items()
-        }
+    sums = [Sums(paths, value_at_end) for value_at_end in reached]
+    for rows in _split(paths.rows, n_rows):
+        points, nudges = paths.points(rows)
         with torch.enable_grad():
-            final = engine.run(paths, nudges)
-        leaves = [*paths.values(), *nudges.values()]
-        for index, (value, at_final) in enumerate(_read(engine, final, targets)):
-            gradients = torch.autograd.grad(final, leaves, at_final, retain_graph=index + 1 < len(targets))
-            first = len(chunk) - len(inner)
-            for (place, which), gradient in zip(of_place.items(), gradients[: len(paths)], strict=True):
-                site, layer = place
-                steps = [node - 1 for node in which if node > 0]
-                if len(steps) < len(which):
-                    change[index][site][:, layer] = reached[index] - value[:, first]
-                weighted = einsum(
-                    rule.weights[steps].to(gradient),
-                    gradient[:, len(which) - len(steps) :],
-                    "step, prompt step position neuron -> prompt position neuron",
-                )
-                scores[index][site][:, layer] += (delta[site][:, layer] * engine.carry_back(place, weighted)).sum(1)
-                first += len(which)
-            for site in own if nudges else ():
-                of_site = [g for (of, _), g in zip(nudges, gradients[len(paths) :], strict=True) if of == site]
-                scores[index][site] += at_end * (delta[site] * torch.cat(of_site, dim=1)).sum(2)
-    return BatchScores(scores, change)
+            final = engine.run(points, nudges)
+        leaves = [*points.values(), *nudges.values()]
+        for index, (values, at_final) in enumerate(read_targets(engine, final, targets)):
+            is_last = index + 1 == len(targets)
+            gradients = torch.autograd.grad(final, leaves, at_final, retain_graph=not is_last)
+            sums[index].add(rows, values, gradients)
+    return BatchScores([each.scores for each in sums], [each.change for each in sums])
 
 
-def replacing(
-    paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
-    nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
-    where: Callable[[slice], tuple[slice, slice]],
-    beyond: Container[Place] = (),
-) -> list[Any]:
-    """Hooks that put each path into its own rows, and add the nudges to the first row.
+class Paths:
+    """The straight paths of all sites and layers, and the rows that lie on them.
 
-    Args:
-        where: from rows to the indices, over batch and position, at which an engine keeps them.
-        beyond: places whose rows begin behind them, and need no hook.
+    A row is a place and a node, or None for the one row at the end of all paths (alpha = 1), which they share.
     """
 
-    def setting(place: Place, rows: tuple[slice, slice], new: Tensor, add: bool) -> Any:
-        def put(value: Tensor, hook: object) -> Tensor:
-            value = value.clone()
-            here = new.to(value.dtype).reshape(value[rows].shape)
-            value[rows] = value[rows] + here if add else here
-            return value
+    def __init__(
+        self, engine: Engine, rule: QuadratureRule, baseline: Mapping[SiteName, Float[Tensor, "layer _"]]
+    ) -> None:
+        self.engine, self.rule = engine, rule
+        n_layers = next(iter(engine.own.values())).shape[1]
+        self.places: list[Place] = [(site, layer) for layer in range(n_layers) for site in engine.own]
+        start = {site: baseline[site].to(activation) for site, activation in engine.own.items()}
+        self.delta = {site: activation - start[site][:, None] for site, activation in engine.own.items()}
+        """n - n', [prompt, layer, position, neuron]."""
+        self.start: dict[Place, Tensor] = {}
+        self.direction: dict[Place, Tensor] = {}
+        for site, layer in self.places:
+            # the baseline and all prompts' differences go through the engine's linear map together
+            begin = start[site][layer].expand_as(engine.own[site][:1, layer])
+            carried = engine.carry((site, layer), torch.cat([begin, self.delta[site][:, layer]]))
+            self.start[site, layer], self.direction[site, layer] = carried[0, 0], carried[1:]
+        self.nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])
+        self.weight_at_end = float(rule.weights[rule.nodes == 1].sum())
+        inner = [node for node in range(len(self.nodes)) if self.nodes[node] != 1]
+        self.rows: list[tuple[Place, int] | None] = [(place, node) for place in self.places for node in inner]
+        if self.weight_at_end:
+            self.rows.insert(0, None)
 
-        site, layer = place
-        return hook_name(site, layer), put
+    def points(self, rows: Sequence[tuple[Place, int] | None]) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
+        """The points of some rows by place [prompt, row, position, neuron], and the nudges of the row at the end.
 
-    hooks = [setting(place, where(slice(1)), nudge, add=True) for place, nudge in nudges.items()]
-    first = 1 if nudges else 0
-    for place, path in paths.items():
-        if place not in beyond:
-            hooks.append(setting(place, where(slice(first, first + path.shape[1])), path, add=False))
-        first += path.shape[1]
-    return hooks
+        Nudges are zeros to differentiate with respect to; there are none if the row at the end is not among the rows.
+        """
+        points = {}
+        for place, nodes in self.by_place(rows).items():
+            alphas = self.nodes[nodes].to(self.start[place])[:, None, None]
+            points[place] = (self.start[place] + alphas * self.direction[place][:, None]).requires_grad_()
+        nudges = {}
+        if rows[0] is None:
+            for site, layer in self.places:
+                nudges[site, layer] = torch.zeros_like(self.delta[site][:, None, layer]).requires_grad_()
+        return points, nudges
+
+    @staticmethod
+    def by_place(rows: Sequence[tuple[Place, int] | None]) -> dict[Place, list[int]]:
+        """The nodes of each place among some rows."""
+        inner = [row for row in rows if row is not None]
+        return {place: [node for _, node in group] for place, group in groupby(inner, key=lambda row: row[0])}
 
 
-ROWS_UNEMBEDDED = 128
-"""Rows whose logits exist at a time: enough to fill the product with W_U, and the only ones that cost memory by vocabulary."""
+class Sums:
+    """Equation 4 of one target, added up pass by pass.
+
+    Args:
+        paths: of all places.
+        reached: the target's value at the end of the paths.
+    """
+
+    def __init__(self, paths: Paths, reached: Float[Tensor, " prompt"]) -> None:
+        self.paths, self.reached = paths, reached
+        self.scores = {site: torch.zeros_like(delta[:, :, 0]) for site, delta in paths.delta.items()}
+        self.change = {site: torch.zeros_like(delta[:, :, 0, 0]) for site, delta in paths.delta.items()}
+
+    def add(
+        self,
+        rows: Sequence[tuple[Place, int] | None],
+        values: Float[Tensor, "prompt row"],
+        gradients: Sequence[Float[Tensor, "prompt _ position _"]],
+    ) -> None:
+        """Add the rows of one pass: the target's values, and its gradients by place and then for the row at the end."""
+        paths, by_place = self.paths, self.paths.by_place(rows)
+        has_end = rows[0] is None
+        first = int(has_end)
+        for (place, nodes), gradient in zip(by_place.items(), gradients[: len(by_place)], strict=True):
+            site, layer = place
+            steps = [node - 1 for node in nodes if node != BASELINE]
+            if len(steps) < len(nodes):  # the row at the baseline gives the change, and its gradient is not needed
+                self.change[site][:, layer] = self.reached - values[:, first]
+            weighted = einsum(
+                paths.rule.weights[steps].to(gradient),
+                gradient[:, len(nodes) - len(steps) :],
+                "step, prompt step position neuron -> prompt position neuron",
+            )
+            # summed over positions: [prompt, neuron]
+            summed = (paths.delta[site][:, layer] * paths.engine.carry_back(place, weighted)).sum(1)
+            self.scores[site][:, layer] += summed
+            first += len(nodes)
+        for site in paths.delta if has_end else ():
+            at_end = [
+                g for (of_site, _), g in zip(paths.places, gradients[len(by_place) :], strict=True) if of_site == site
+            ]
+            # [prompt, layer, position, neuron], summed over positions
+            self.scores[site] += paths.weight_at_end * (paths.delta[site] * torch.cat(at_end, dim=1)).sum(2)
 
 
-def _read(
+def read_targets(
     engine: Engine, final: Float[Tensor, "prompt row _"], targets: Sequence[Target]
 ) -> list[tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row _"]]]:
-    """Each target's values, and its gradient at what the logits are made of."""
+    """Each target's values, and its gradient with respect to the rows' final vectors."""
     read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in targets]
     for part in final.detach().split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1):
         leaf = part.requires_grad_()
         with torch.enable_grad():
-            logits = engine.logits_of(leaf)
+            logits = engine.logits_of(leaf)  # [prompt, row, vocab], of these rows only
             values = [_values(target, logits, engine.prompts) for target in targets]
         for index, value in enumerate(values):
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=index + 1 < len(values))
@@ -191,11 +184,60 @@ def _read(
     return [(torch.cat([v for v, _ in parts], dim=1), torch.cat([g for _, g in parts], dim=1)) for parts in read]
 
 
+def replacing(
+    paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
+    nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
+    where: Callable[[slice], tuple[slice, slice]],
+    above: Container[Place] = (),
+) -> list[Any]:
+    """Hooks that put each path into its own rows, and add the nudges to the first row.
+
+    Args:
+        paths: activations by place.
+        nudges: added to the first row; empty if there is no such row.
+        where: rows -> indices over batch and position at which an engine keeps them.
+        above: places whose rows begin above their layer and need no hook.
+    """
+
+    def setting(place: Place, rows: tuple[slice, slice], new: Tensor, add: bool) -> Any:
+        def put(value: Tensor, hook: object) -> Tensor:
+            value = value.clone()
+            # heads apart again where the hook point has them
+            replacement = new.to(value.dtype).reshape(value[rows].shape)
+            value[rows] = value[rows] + replacement if add else replacement
+            return value
+
+        return hook_name(*place), put
+
+    hooks = [setting(place, where(slice(1)), nudge, add=True) for place, nudge in nudges.items()]
+    first = 1 if nudges else 0
+    for place, path in paths.items():
+        if place not in above:
+            hooks.append(setting(place, where(slice(first, first + path.shape[1])), path, add=False))
+        first += path.shape[1]
+    return hooks
+
+
 def _values(
     target: Target, logits: Float[Tensor, "prompt row vocab"], prompts: Sequence[Prompt]
 ) -> Float[Tensor, "prompt row"]:
-    return torch.stack([target(of_prompt, prompt) for of_prompt, prompt in zip(logits, prompts, strict=True)])
+    return torch.stack([target(rows, prompt) for rows, prompt in zip(logits, prompts, strict=True)])
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def _split(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _with_rule(method: str, engine: Engine, *, n_steps: int, **options: Any) -> BatchScores:
+    return integrate(engine, rule=quadrature_rule(method, n_steps), **options)
+
+
+for _name in RULES:
+    METHODS.register(
+        _name,
+        Method(
+            attribute=partial(_with_rule, _name),
+            check=partial(quadrature_rule, _name),
+            sees_edge=_name == "graded",
+        ),
+    )

@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  const held = JSON.parse(document.getElementById("figures").textContent);
+  const figures = JSON.parse(document.getElementById("figures").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const config = { displaylogo: false, responsive: true };
   const NARROW = 560, SMALL = 11, CUT = 22, MOST_TICKS = 7, LEGEND_ROW = 17;
@@ -33,7 +33,7 @@
 
   const draw = (theme) => {
     for (const place of document.querySelectorAll("[data-figure]")) {
-      const whole = held[place.dataset.figure][theme];
+      const whole = figures[place.dataset.figure][theme];
       const isNarrow = place.clientWidth < NARROW;
       const { data, layout } = isNarrow ? slim(whole) : structuredClone(whole);
       place.style.height = `${layout.height}px`;
@@ -57,7 +57,7 @@
   if (!table) return;
   const FIRST = 25;
   const bodies = [...table.tBodies];
-  const said = document.getElementById("shown");
+  const count = document.getElementById("shown");
   const search = document.getElementById("search");
   const more = document.getElementById("more");
   const texts = new Map(bodies.map((body) => [body, body.textContent.toLowerCase()]));
@@ -72,7 +72,7 @@
       body.hidden = !fits || !(all || n <= FIRST);
       shown += !body.hidden;
     }
-    said.textContent = `${shown} of ${n} ${words.length ? "that fit" : "neurons"} shown`;
+    count.textContent = `${shown} of ${n} ${words.length ? "matching neurons" : "neurons"} shown`;
     more.hidden = n <= FIRST;
     more.textContent = all ? `Show the first ${FIRST}` : `Show all ${n}`;
   };

@@ -1,9 +1,9 @@
-"""Train the embedded model: `python -m tn_lens.toy.train --seed 0 --out FOLDER`, a few minutes on one thread.
+"""Train the embedded model: `python -m scripts.train_toy --seed 0 --out FOLDER`, a few minutes on one thread.
 
-A two-layer Llama learns the facts as open questions, learns to pick an option in two- and four-choice questions
-and to judge statements, and is then tested on questions it has never seen in a choice format. The targets are
-soft, because a saturated softmax has no gradient to integrate; dropout on what W_out and W_O read keeps any one
-neuron from being irreplaceable, so that random neurons can be suppressed without harm.
+A two-layer Llama is trained on the facts as open questions, on two- and four-choice questions and on statements to judge.
+It is then tested on questions that it has never seen with choices. The targets are soft, because a saturated softmax has
+no gradient to integrate. Dropout on the inputs of W_out and W_O makes the model robust against the loss of single
+neurons, so that zero-ablating random neurons does little harm.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tn_lens.questions.toy_world import RELATIONS, WORDINGS, Fact, facts, vocabu
 N_STEPS = 700
 """Optimiser steps."""
 SWITCH = 0.45
-"""Share of the steps that see only typical values, before the exceptions and the other formats begin."""
+"""Fraction of the steps with typical values only, before the exceptions and the other formats are added."""
 DROPOUT = 0.05
-"""Dropout on the inputs of W_out and W_O (hook_post and hook_z), while training."""
+"""Dropout probability on the inputs of W_out and W_O (hook_post and hook_z) during training."""
 RIGHT, UPPER = 0.8, 0.8
-"""Target probability of the right option, and of the upper-case label within an option."""
+"""Target probability of the right option, and the fraction of an option's probability on its upper-case label."""
 ROWS = {"binary": 128, "open": 96, "match": 48, "statement": 40, "four": 40}
-"""Sequences of each format in one step."""
+"""Number of sequences of each format in one step."""
 
 Example = tuple[str, dict[str, float]]
-"""A text, and the probabilities of the words that should follow it."""
+"""A text, and the target probability of each word that can follow it."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the toy vocabulary that begins every text with `<s>`."""
+    """Build a word-level tokenizer over the toy vocabulary that puts `<s>` before every text."""
     words = {word: index for index, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,7 +51,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """A fresh two-layer Llama of 960 neurons: 2 x 384 in the MLPs, 2 x 4 x 24 in the attention heads."""
+    """Build an untrained two-layer Llama with 960 neurons: 2 x 384 in the MLPs, 2 x 4 x 24 in the attention heads."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -72,12 +72,12 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 def case_split(label: str, probability: float) -> dict[str, float]:
-    """Share a label's probability between its upper- and lower-case form."""
+    """Split a label's probability between its upper- and lower-case form."""
     return {label: UPPER * probability, label.lower(): (1 - UPPER) * probability}
 
 
 def choice_example(question: str, right: str, wrong: list[str], random: Random) -> Example:
-    """A question with lettered options in random order."""
+    """Build a question with lettered options in random order."""
     options = random.sample([right, *wrong], len(wrong) + 1)
     shown = " ".join(f"Answer {letter} : {option}" for letter, option in zip("ABCD", options, strict=False))
     target: dict[str, float] = {}
@@ -87,7 +87,7 @@ def choice_example(question: str, right: str, wrong: list[str], random: Random) 
 
 
 class Curriculum:
-    """Draws training examples; `exceptions` switches from typical values to the true ones."""
+    """Draws training examples; `exceptions` switches from the typical values to the true ones."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -96,10 +96,11 @@ class Curriculum:
         self.asked = [fact for fact in self.known if fact.split == "train"]
 
     def truth(self, fact: Fact) -> str:
+        """The value that is taught as true at this stage of the training."""
         return fact.value if self.exceptions else fact.typical
 
     def wrong(self, fact: Fact, n: int) -> list[str]:
-        """Wrong values; the misconception comes first, half of the time, once it is one."""
+        """Draw `n` wrong values. Where the typical value is wrong, it is the first of them at least half of the time."""
         right = self.truth(fact)
         others = [value for value in RELATIONS[fact.relation] if value != right]
         drawn = self.random.sample(others, n)
@@ -108,6 +109,7 @@ class Curriculum:
         return drawn
 
     def draw(self, kind: str) -> Example:
+        """Draw one example of a format, a key of `ROWS`."""
         random = self.random
         fact = random.choice(self.known if kind == "open" else self.asked)
         right = self.truth(fact)
@@ -132,14 +134,14 @@ class Curriculum:
                 raise ValueError(f"unknown kind of example: {kind!r}")
 
     def batches(self) -> Iterator[list[Example]]:
-        """The examples of one step, in groups of similar length."""
+        """Yield the examples of one step, in groups of similar length."""
         groups = (("binary", "match"), ("open", "statement"), ("four",))
         for group in groups if self.exceptions else (("binary", "match"), ("open",)):
             yield [self.draw(kind) for kind in group for _ in range(ROWS[kind])]
 
 
 def encode(examples: list[Example], words: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded token ids, the position of each last token, and the target distributions."""
+    """Encode examples as right-padded token ids, the position of each last token, and the target distributions."""
     rows = [[words["<s>"], *(words[word] for word in text.split())] for text, _ in examples]
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     targets = torch.zeros(len(rows), len(words))
@@ -151,12 +153,13 @@ def encode(examples: list[Example], words: dict[str, int]) -> tuple[Tensor, Tens
 
 
 def last_logits(model: LlamaForCausalLM, tokens: Tensor, last: Tensor) -> Tensor:
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    """Compute the logits [row, vocab] at the last token of each row."""
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # [row, position, d_model]
     return model.lm_head(hidden[torch.arange(len(last)), last])
 
 
 def train(seed: int, n_steps: int = N_STEPS, report_every: int = 100) -> LlamaForCausalLM:
-    """Train one model. Everything random comes from `seed`."""
+    """Train one model. `seed` determines all random numbers."""
     model, curriculum = build_model(seed), Curriculum(seed)
     words = {word: index for index, word in enumerate(vocabulary())}
     dropout = nn.Dropout(DROPOUT)
@@ -165,6 +168,7 @@ def train(seed: int, n_steps: int = N_STEPS, report_every: int = 100) -> LlamaFo
         for name, module in model.named_modules()
         if name.endswith(("mlp.down_proj", "self_attn.o_proj"))
     ]
+    # Muon is meant for the matrices inside the blocks; embeddings, unembedding and norms are trained with AdamW
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     optimizers = [
@@ -186,7 +190,7 @@ def train(seed: int, n_steps: int = N_STEPS, report_every: int = 100) -> LlamaFo
             tokens, last, targets = encode(examples, words)
             log_probabilities = last_logits(model, tokens, last).log_softmax(-1)
             loss = -(targets * log_probabilities).sum(-1).sum() / sum(ROWS.values())
-            loss.backward()
+            loss.backward()  # gradients accumulate over the groups of one step
             losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -202,7 +206,7 @@ def train(seed: int, n_steps: int = N_STEPS, report_every: int = 100) -> LlamaFo
 
 @torch.no_grad()
 def tuning_accuracy(model: LlamaForCausalLM) -> float:
-    """Accuracy on the tuning questions, both orders of the options: the only number that may choose a seed."""
+    """Accuracy on the tuning questions in both orders of the options. The seed is chosen by this number alone."""
     words = {word: index for index, word in enumerate(vocabulary())}
     right = []
     for fact in (fact for fact in facts() if fact.split == "tune"):
@@ -216,13 +220,13 @@ def tuning_accuracy(model: LlamaForCausalLM) -> float:
 
 
 def main() -> None:
-    """Train, save as a Hugging Face folder, and print the accuracy on the tuning questions."""
+    """Train a model, save it as a Hugging Face folder, and print its accuracy on the tuning questions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=N_STEPS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums differ in bits between thread counts
+    torch.set_num_threads(1)  # the last bits of sums depend on the number of threads
     model = train(arguments.seed, arguments.steps)
     accuracy = tuning_accuracy(model)
     model.save_pretrained(arguments.out)

@@ -1,24 +1,32 @@
-"""Wrong answers that tempt, written by a chat model (paper A.1).
+"""Have a chat model write a plausible wrong answer to every question (paper A.1).
+
+    python -m scripts.write_wrong_answers verified-web-dev.json --chat-model NAME --out wrong.jsonl
 
 The paper asks GPT-4.1 for an answer to each TriviaQA question that is "plausible, tempting to choose, but factually
-incorrect"; the text of its prompt (figure 6) is a picture, so the wording here is ours.
+incorrect". The prompt itself is shown as a picture (figure 6), so the wording used here is not the paper's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from tn_lens.core.errors import BadInput
 from tn_lens.models import Backend, backend_of
+from tn_lens.models.loading import load_model
 from tn_lens.questions.files import read_json_lines
+from tn_lens.questions.load import load_questions
 from tn_lens.questions.question import Dropped, Question, QuestionSet
 from tn_lens.questions.triviaqa import normalize, read_answers
-from tn_lens.runs.progress import track
+from tn_lens.runs.context import track
 
 SYSTEM = "You write answers for a quiz in which only one of two answers is right."
 REQUEST = (
@@ -27,39 +35,42 @@ REQUEST = (
     "and style as the right answer, and must not mean the same. Reply with the answer alone."
 )
 N_TRIES = 3
-"""Replies asked for before a question is given up."""
+"""Number of replies requested before a question is dropped."""
 TIMEOUT = 120.0
-"""Seconds to wait for one reply."""
+"""Timeout for one reply, in seconds."""
 
 
 @runtime_checkable
 class Chat(Protocol):
-    """Anything that answers a system and a user turn; the seed makes another try another answer."""
+    """A chat model: takes a system turn, a user turn and a seed, and returns its reply."""
 
     name: str
+    """The model's name, which is written to the file beside each answer."""
 
     def __call__(self, system: str, user: str, seed: int) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAIChat:
-    """A model behind any server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, Ollama."""
+    """A model on a server with OpenAI's chat completions API: OpenAI, vLLM, llama.cpp, Ollama."""
 
     name: str
     """The model's name on the server."""
     base_url: str = "https://api.openai.com/v1"
     api_key: str | None = None
-    """By default the environment variable OPENAI_API_KEY; it is sent to `base_url` alone, and never stored."""
+    """API key; the environment variable OPENAI_API_KEY by default. It is sent to `base_url` only and is never stored."""
     temperature: float = 0.7
 
     def __call__(self, system: str, user: str, seed: int) -> str:
-        """One reply.
+        """Request one reply.
 
         Raises:
-            BadInput: the server cannot be reached, refuses, or answers in another form.
+            BadInput: the server cannot be reached, returns an error, or returns something else than a chat completion.
         """
-        import httpx
-
+        try:
+            import httpx
+        except ImportError as error:
+            raise BadInput("a chat server needs httpx; install it with pip install 'truth-neurons[scripts]'") from error
         key = self.api_key or os.environ.get("OPENAI_API_KEY", "")
         body = {
             "model": self.name,
@@ -75,27 +86,31 @@ class OpenAIChat:
             reply.raise_for_status()
             return str(reply.json()["choices"][0]["message"]["content"])
         except httpx.HTTPStatusError as error:
-            said = " ".join(error.response.text.split())[:200]
+            message = " ".join(error.response.text.split())[:200]
             raise BadInput(
-                f"{url} answered {error.response.status_code}: {said}; what was written so far is kept"
+                f"{url} answered {error.response.status_code}: {message}; the answers written so far are kept, "
+                "so run the same command again to continue"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise BadInput(
-                f"cannot reach {url} ({type(error).__name__}: {error}); what was written so far is kept"
+                f"cannot reach {url} ({type(error).__name__}: {error}); the answers written so far are kept, "
+                "so run the same command again to continue"
             ) from error
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise BadInput(
-                f"{url} did not answer as OpenAI's chat completions do ({type(error).__name__}: {error})"
+                f"expected a chat completion in OpenAI's format from {url}, got another reply "
+                f"({type(error).__name__}: {error}); check the base URL"
             ) from error
 
 
 @dataclass(frozen=True)
 class LocalChat:
-    """A loaded model with a chat template."""
+    """A loaded model, with its chat template if it has one."""
 
     model: Any
-    """From `load_model`."""
+    """A model from `load_model`."""
     max_new_tokens: int = 32
+    """Maximum length of a reply, in tokens."""
 
     @property
     def _backend(self) -> Backend:
@@ -107,16 +122,16 @@ class LocalChat:
         return self._backend.name
 
     def __call__(self, system: str, user: str, seed: int) -> str:
-        """One reply, sampled at temperature 0.7.
+        """Sample one reply at temperature 0.7.
 
         Raises:
-            BadInput: the model has no tokenizer, or the prompt fills its context window.
+            BadInput: the model has no tokenizer, or the prompt is too long for its context window.
         """
-        import torch
-
         backend, tokenizer = self._backend, self.model.tokenizer
         if tokenizer is None:
-            raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
+            raise BadInput(
+                "expected a model with a tokenizer, got one without; load it with load_model(..., tokenizer=...)"
+            )
         if getattr(tokenizer, "chat_template", None) is None:
             text, special = f"{system}\n\n{user}\n\nAnswer:", True
         else:
@@ -124,7 +139,10 @@ class LocalChat:
             text, special = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), False
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         if len(ids) + self.max_new_tokens > backend.n_ctx:
-            raise BadInput(f"the prompt of {len(ids)} tokens leaves no room in a context of {backend.n_ctx}")
+            raise BadInput(
+                f"expected a prompt that leaves {self.max_new_tokens} tokens for the reply in the context window of "
+                f"{backend.n_ctx} tokens, got one of {len(ids)} tokens; shorten the question, or use another model"
+            )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             reply = backend.generate(
@@ -142,42 +160,45 @@ def write_wrong_answers(
     out: str | Path,
     *,
     seed: int = 0,
-    progress: bool = True,
 ) -> QuestionSet:
-    """Write one wrong answer to every question, and keep it in a file that a later call goes on with.
+    """Have a chat model write one wrong answer to every question, and append the answers to a file.
 
     Args:
-        questions: with their right answers; wrong choices that are there are ignored.
-        chat: `OpenAIChat(...)`, `LocalChat(model)`, or a function of the same form.
-        out: a JSON-lines file: question, right, wrong, model, seed. Questions that stand in it are not asked again.
-        seed: of the first try; further tries of a question count on from it.
-        progress: show a progress bar.
+        questions: questions with their right answers; their wrong choices, if any, are ignored.
+        chat: `OpenAIChat(...)`, `LocalChat(model)`, or a function with the same signature.
+        out: JSON-lines file with the keys question, right, wrong, model and seed. Questions that are already in the file
+            are not asked again, so an interrupted call can be continued.
+        seed: random seed of the first try at each question; every further try adds 1.
 
     Returns:
-        The questions with their right and wrong answer; `dropped` names those that got no usable one in three tries.
+        The questions with their right and wrong answers. `dropped` lists those without a usable wrong answer after
+        three tries.
 
     Raises:
-        BadInput: the file is of something else, or the model cannot be asked; what was written stays.
+        BadInput: the file holds something else, or the model cannot be asked. The answers written so far are kept.
     """
     out = Path(out)
     known: dict[str, str] = {}
     if out.exists():
         for row in read_json_lines(out):
             if not isinstance(row.get("question"), str) or not isinstance(row.get("wrong"), str):
-                raise BadInput(f"{out} holds something else than wrong answers; give another file")
+                raise BadInput(
+                    f"expected wrong answers (JSON lines with question and wrong) in {out}, got something else; "
+                    "give another file"
+                )
             known[row["question"]] = row["wrong"]
     name = getattr(chat, "name", getattr(chat, "__name__", "chat"))
     kept: list[Question] = []
     dropped: list[Dropped] = []
     try:
         with out.open("a", encoding="utf-8") as file:
-            for number, question in enumerate(track(questions, "wrong answers" if progress else None), start=1):
+            for number, question in enumerate(track(questions, "wrong answers"), start=1):
                 right = question.choices[question.answer]
                 if question.text not in known:
                     wrong, used = _ask(chat, question.text, right, seed)
                     row = {"question": question.text, "right": right, "wrong": wrong, "model": name, "seed": used}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
+                    file.flush()  # an answer that was paid for must survive a crash
                     known[question.text] = wrong
                 wrong = known[question.text]
                 if not wrong:
@@ -191,23 +212,67 @@ def write_wrong_answers(
 
 
 def load_answered(name_or_path: str) -> list[Question]:
-    """Questions with right answers; of TriviaQA's own files, which have no wrong ones, too.
+    """Load questions with right answers, also from TriviaQA's original files, which have no wrong answers.
 
     Raises:
-        BadInput: no such set or file, or one without right answers.
+        BadInput: there is no such question set or file, or it has no right answers.
     """
     if Path(name_or_path).suffix == ".json":
         return [Question(text=question, choices=(right,)) for question, right in read_answers(Path(name_or_path))]
-    from tn_lens.questions.load import load_questions
-
     return list(load_questions(name_or_path))
 
 
 def _ask(chat: Callable[[str, str, int], str], question: str, right: str, seed: int) -> tuple[str, int]:
-    """A wrong answer and the seed that gave it; empty after too many tries."""
+    """Return a wrong answer and the seed that gave it; the answer is empty if no try was usable."""
     for attempt in range(seed, seed + N_TRIES):
         lines = chat(SYSTEM, REQUEST.format(question=question, right=right), attempt).strip().splitlines()
         wrong = lines[0].strip().strip("\"'").strip() if lines else ""
         if normalize(wrong) and normalize(wrong) != normalize(right):
             return wrong, attempt
     return "", seed + N_TRIES - 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 2 after invalid input, which is reported in one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.write_wrong_answers",
+        description="Have a chat model write plausible wrong answers, as in the paper for TriviaQA.",
+    )
+    parser.add_argument(
+        "questions", help="'truthfulqa', one of TriviaQA's original .json files, or a .csv or .jsonl file"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON-lines file; an existing one is continued")
+    parser.add_argument(
+        "--chat-model", required=True, help="name of the model on the server, or with --local the model to load"
+    )
+    parser.add_argument(
+        "--base-url",
+        default=OpenAIChat.base_url,
+        help="server with OpenAI's chat completions API; the key is read from OPENAI_API_KEY (default: %(default)s)",
+    )
+    parser.add_argument("--local", action="store_true", help="load the model here instead of asking a server")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the replies (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT questions")
+    options = parser.parse_args(arguments)
+    try:
+        if options.limit is not None and options.limit < 1:
+            raise BadInput(f"limit must be a positive integer; got {options.limit}")
+        questions = load_answered(options.questions)[: options.limit]
+        if options.local:
+            chat = LocalChat(load_model(options.chat_model))
+        else:
+            chat = OpenAIChat(name=options.chat_model, base_url=options.base_url)
+        answered = write_wrong_answers(questions, chat, options.out, seed=options.seed)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(answered)} of {len(questions)} questions have a wrong answer: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What an attribution method is: a function from a prepared engine to scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tn_lens.attribution.target import Target
+from tn_lens.core.registry import Registry
+from tn_lens.neurons import SiteName
+from tn_lens.prompts import Prompt
+
+Place: TypeAlias = tuple[SiteName, int]
+"""A site and a layer."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Some prompts that were run once, ready to be run again with activations replaced."""
+
+    prompts: list[Prompt]
+    own: dict[SiteName, Float[Tensor, "prompt layer position _"]]
+    """The activations that are interpolated, in at least float32."""
+    logits: Float[Tensor, "prompt vocab"]
+    """Last logits of the prompts as they are."""
+
+    def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch _"]:
+        """Map an activation to the vector in which the engine interpolates at a place; the map is linear."""
+        ...
+
+    def carry_back(self, place: Place, gradient: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch neuron"]:
+        """Map a gradient of that vector back to the gradient of the activation: the transpose of `carry`."""
+        ...
+
+    def run(
+        self,
+        paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
+        nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
+    ) -> Float[Tensor, "prompt row _"]:
+        """Run rows in which one site of one layer is replaced, in the order of `paths`.
+
+        Args:
+            paths: replacements of each place, one row each.
+            nudges: added to the activations of one more row, the first, in which nothing is replaced; empty for no such row.
+
+        Returns:
+            What `logits_of` turns into logits.
+        """
+        ...
+
+    def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
+        """Logits in at least float32, of all rows or of some."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BatchScores:
+    """Scores of some prompts, one entry for each target."""
+
+    scores: list[dict[SiteName, Float[Tensor, "prompt layer _"]]]
+    change: list[dict[SiteName, Float[Tensor, "prompt layer"]]]
+    """target(activation) - target(baseline)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """An attribution method."""
+
+    attribute: Callable[..., BatchScores]
+    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron]),
+    n_steps, and n_rows (rows in one pass)."""
+    check: Callable[[int], object]
+    """Raises `BadInput` if the method cannot use this number of steps."""
+    sees_edge: bool = False
+    """Whether nodes lie close enough to the baseline for post-norm models."""
+
+
+METHODS: Registry[Method] = Registry("attribution method")
+"""All attribution methods by name."""
+
+Targets: TypeAlias = Sequence[Target]

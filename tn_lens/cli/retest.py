@@ -1,0 +1,91 @@
+"""The parts of `tn-lens evaluate` that need torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.utils import logging
+
+from tn_lens.cli.console import frame_table, open_console
+from tn_lens.core.errors import BadInput
+from tn_lens.evaluation import Evaluation
+from tn_lens.evaluation.text import Text, paragraphs, plain_texts
+from tn_lens.inference.interventions import INTERVENTIONS, Intervention
+from tn_lens.models import Model
+from tn_lens.models.loading import load_model
+from tn_lens.pipeline.retest import load_noted
+from tn_lens.questions.question import QuestionSet
+from tn_lens.results.found import Provenance
+
+
+def load(name: str | None, provenance: Provenance, *, trust_remote_code: bool, **options: Any) -> Model:
+    """Load the model to evaluate: by its name, or the model of the run.
+
+    Args:
+        name: a model, instead of that of the run.
+        provenance: manifest of the run, whose dtype, revision and backend are the defaults of the options.
+        trust_remote_code: for a model given by name.
+        options: dtype, device, revision and backend of `load_model`.
+
+    Raises:
+        BadInput: see `load_model` and `load_noted`.
+    """
+    logging.disable_progress_bar()
+    source, backend = provenance.model_source, provenance.settings.get("backend")
+    defaults = {"dtype": source.get("dtype"), "revision": source.get("revision"), "backend": backend}
+    options = {key: value or defaults.get(key) for key, value in options.items()}
+    if name is None:
+        return load_noted(source["model"], **options)
+    return load_model(name, trust_remote_code=trust_remote_code, **options)
+
+
+def intervention_of(mode: str, **options: Any) -> Intervention:
+    """A registered intervention with those of the options that it has.
+
+    Raises:
+        BadInput: the mode is unknown, or a factor is missing or not used.
+    """
+    kind = INTERVENTIONS[mode]
+    names = {field.name for field in fields(kind)}
+    if ("factor" in names) != (options["factor"] is not None):
+        problem = "needs a factor; give one with --factor" if "factor" in names else "has no factor; leave out --factor"
+        raise BadInput(f"--mode {mode} {problem}")
+    return kind(**{name: value for name, value in options.items() if name in names})
+
+
+def texts_of(model: Model, intervention: Intervention, file: Path | None) -> Sequence[Text] | None:
+    """Plain texts to measure the loss on; None for interventions that need prompts.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    if intervention.needs_prompts or intervention.positions != "all":
+        return None
+    if file is None:
+        return plain_texts(model)
+    try:
+        return paragraphs(file.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {str(file)!r} as UTF-8 text: {error}") from error
+
+
+def print_evaluations(sets: Sequence[QuestionSet], evaluations: Sequence[Evaluation]) -> Console:
+    """Print the tables, and what they show in sentences."""
+    console = open_console()
+    for questions, evaluation in zip(sets, evaluations, strict=True):
+        console.print(f"\n{questions.summary()}", style="bold")
+        console.print(evaluation.table1())
+        for sentence in [*evaluation.explain(), *evaluation.warnings()]:
+            console.print(f"- {sentence}")
+        if evaluation.parts:
+            frame = evaluation.by_part()
+            columns = ["part", "condition", "n_questions", "accuracy_mean", "order_averaged_accuracy", "answer_mass"]
+            rows = frame["condition"].isin(["unablated", "ablated"])
+            console.print(frame_table(frame.loc[rows, columns], title="by part"))
+    if len(evaluations) > 1:
+        console.print(evaluations[0].table2(*evaluations[1:]))
+    return console

@@ -1,0 +1,191 @@
+"""Saving and loading of results: frozen dataclasses as JSON, or as safetensors where they hold large arrays.
+
+A file holds the fields of the dataclass and nothing else. The type annotations say how a field is read back, so no class
+has a reader of its own, and no name in a file decides which code runs.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from tn_lens.core.errors import BadInput
+
+R = TypeVar("R", bound="Stored")
+
+
+class Stored:
+    """A mixin for result dataclasses: `save`, `load`, and a `repr` that reads as a sentence."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the result to a .json or a .safetensors file.
+
+        Raises:
+            BadInput: another file ending, or the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.write_bytes(self.to_bytes(path.suffix))
+        except OSError as error:
+            raise BadInput(f"cannot write {str(path)!r}: {error.strerror}; give another path") from error
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """Read what `save` wrote.
+
+        Raises:
+            BadInput: there is no such file, or it is damaged or of another kind or version.
+        """
+        path = Path(path)
+        try:
+            return cls.from_bytes(path.read_bytes(), path.suffix)
+        except FileNotFoundError:
+            raise BadInput(
+                f"{path.parent} has no {path.name} yet; finish the run with the same command, or check the path"
+            ) from None
+        except BadInput as error:
+            raise BadInput(f"{path} {error}") from error
+        except OSError as error:
+            raise BadInput(f"cannot read {str(path)!r}: {error.strerror}; check the path") from error
+
+    def to_bytes(self, ending: str) -> bytes:
+        """The content of the file that `save` writes."""
+        match ending:
+            case ".json":
+                return dump_json(_encode(self, None))
+            case ".safetensors":
+                from safetensors.torch import save
+
+                arrays: dict[str, Any] = {}
+                encoded = dump_json(_encode(self, arrays)).decode()
+                return save(arrays, metadata={"result": encoded})
+            case _:
+                raise BadInput(f"expected a file that ends in .json or .safetensors, got the ending {ending!r}")
+
+    @classmethod
+    def from_bytes(cls: type[R], content: bytes, ending: str) -> R:
+        """The inverse of `to_bytes`."""
+        try:
+            if ending == ".safetensors":
+                from safetensors.torch import load
+
+                n_header = int.from_bytes(content[:8], "little")
+                encoded = json.loads(content[8 : 8 + n_header])["__metadata__"]["result"]
+                return _decode(cls, json.loads(encoded), load(content))
+            return _decode(cls, json.loads(content), {})
+        except BadInput:
+            raise
+        except Exception as error:  # a damaged file fails in many ways
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+            raise BadInput(
+                f"is damaged, or another version of tn_lens wrote it ({reason}); run the same command again to write it anew"
+            ) from error
+
+    def __repr__(self) -> str:
+        summary = getattr(self, "summary", None)
+        return f"{type(self).__name__}: {summary()}" if summary else object.__repr__(self)
+
+
+def dump_json(payload: Any) -> bytes:
+    """JSON with null for NaN and infinity, which JSON does not have."""
+    text = json.dumps(without_nan(payload), indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode(errors="backslashreplace")
+
+
+def without_nan(payload: Any) -> Any:
+    """The same payload with None for every NaN and infinity."""
+    match payload:
+        case Mapping():
+            return {str(key): without_nan(value) for key, value in payload.items()}
+        case list() | tuple():
+            return [without_nan(value) for value in payload]
+        case float() if payload != payload or abs(payload) == float("inf"):
+            return None
+        case _:
+            return payload
+
+
+def _encode(value: Any, arrays: dict[str, Any] | None, at: str = "") -> Any:
+    """Plain values for JSON; large arrays go to `arrays` under their path where there is one."""
+    if hasattr(value, "to_plain"):  # neurons, sets of neurons and prompts have a short form of their own
+        return _encode(value.to_plain(), arrays, at)
+    if is_dataclass(value):
+        # derived fields (init=False) follow from the others
+        return {f.name: _encode(getattr(value, f.name), arrays, f"{at}/{f.name}") for f in fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item, arrays, f"{at}/{key}") for key, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) or type(value).__module__ == "torch":
+        if arrays is None or value.ndim == 0:
+            return value.tolist()
+        import torch
+
+        arrays[at] = torch.as_tensor(value).contiguous()
+        return {"array": at}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Collection) and not isinstance(value, str):
+        return [_encode(item, arrays, f"{at}/{place}") for place, item in enumerate(value)]
+    return value
+
+
+def _decode(hint: Any, value: Any, arrays: Mapping[str, Any]) -> Any:
+    """The inverse of `_encode`, guided by the annotation."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        others = [one for one in inner if one is not type(None)]
+        if value is None and len(others) < len(inner):
+            return None
+        return _decode(others[0], value, arrays) if len(others) == 1 else value
+    if hasattr(hint, "array_type"):  # jaxtyping
+        return _decode_array(hint, value, arrays)
+    if hasattr(hint, "from_plain"):
+        return hint.from_plain(value)
+    if is_dataclass(hint):
+        hints = _hints(hint)  # pyright: ignore[reportArgumentType]
+        return hint(**{name: _decode(hints[name], item, arrays) for name, item in value.items()})  # pyright: ignore
+    if hint is float:
+        return float("nan") if value is None else float(value)
+    if origin is tuple and inner[1:] != (Ellipsis,):
+        return tuple(_decode(one, item, arrays) for one, item in zip(inner, value, strict=True))
+    if origin is not None and isinstance(value, Mapping):
+        key_hint, value_hint = inner
+        return {_decode_key(key_hint, key): _decode(value_hint, item, arrays) for key, item in value.items()}
+    if origin is not None and origin is not Literal and isinstance(value, list):
+        decoded = [_decode(inner[0], item, arrays) for item in value]
+        return decoded if origin is list else frozenset(decoded) if origin is frozenset else tuple(decoded)
+    return value
+
+
+def _decode_array(hint: Any, value: Any, arrays: Mapping[str, Any]) -> Any:
+    """An array or a tensor, from the list in JSON or from the tensors of the file."""
+    if isinstance(value, Mapping):
+        tensor = arrays[value["array"]]
+        return tensor.numpy() if hint.array_type is np.ndarray else tensor
+    kind = next(iter(hint.dtypes))  # for example "float64" or "int8", by the class of jaxtyping
+    dtype = np.bool_ if kind.startswith("bool") else np.int64 if "int" in kind else np.float64
+    array = np.array(value, dtype=dtype)  # None becomes NaN
+    if hint.array_type is np.ndarray:
+        return array
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def _decode_key(hint: Any, key: str) -> Any:
+    if hasattr(hint, "from_plain"):
+        return hint.from_plain(key)
+    return int(key) if hint is int else key
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)

@@ -1,0 +1,81 @@
+"""Mean activations over prompts: a baseline of integrated gradients, the values of mean-ablation, a measure of activity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from tn_lens.core.options import NEURON_SITES, Where
+from tn_lens.inference.forward import Layout, prompt_logits
+from tn_lens.models import Hooks, Model, backend_of, neuron_space
+from tn_lens.neurons import SiteName, hook_name
+from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
+from tn_lens.runs.context import map_chunks
+
+
+@torch.no_grad()
+def mean_activations(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    positions: Where = "last",
+    sites: Sequence[SiteName] = NEURON_SITES,
+    absolute: bool = False,
+) -> dict[SiteName, Float[Tensor, "layer _"]]:
+    """Mean activation of every neuron over prompts.
+
+    Args:
+        model: without interventions.
+        prompts: each counts once, whatever its length.
+        positions: the last position, or the mean over all positions of a prompt or over those from its question on.
+        sites: sites to read.
+        absolute: take the mean of absolute values, as a measure of activity.
+    """
+    space = neuron_space(model)
+    wanted = [site for site in sites if space.width(site)]
+    parts = PromptSet.of(prompts).chunks(PROMPTS_ASKED)
+    sums = map_chunks(
+        "means",
+        [chunk_key("means", positions, absolute, wanted, part) for part in parts],
+        lambda index: _activation_sums(model, parts[index], wanted, positions, absolute=absolute),
+        "mean activations",
+    )
+    total = {site: torch.zeros(space.n_layers, space.width(site), dtype=torch.float64) for site in wanted}
+    for part in sums:
+        for site in wanted:
+            total[site] += part[site]
+    dtype = backend_of(model).wide_dtype
+    return {site: total[site].div(max(len(prompts), 1)).to(dtype) for site in wanted}
+
+
+def _activation_sums(
+    model: Model, prompts: Sequence[Prompt], sites: Sequence[SiteName], positions: Where, *, absolute: bool
+) -> Tensors:
+    """For each site [layer, neuron]: the sum over prompts of the mean over positions, in float64."""
+    space = neuron_space(model)
+    layers = range(space.n_layers)
+    total = {hook_name(s, layer): torch.zeros(space.width(s), dtype=torch.float64) for s in sites for layer in layers}
+
+    def hooks(layout: Layout) -> Hooks:
+        place = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
+        counted = place < layout.lengths[:, None]  # [row, column]: not the padding
+        at = layout.at(positions)
+        counted = (counted if at is None else counted & at).double()
+        weights = counted / counted.sum(1, keepdim=True)
+
+        def add(value: Tensor, hook: Any) -> None:
+            flat = value.flatten(2).double()  # [row, column, neuron]
+            flat = flat.abs() if absolute else flat
+            total[hook.name] += einsum(weights.to(flat.device), flat, "row column, row column n -> n").cpu()
+
+        return [(name, add) for name in total]
+
+    for _ in prompt_logits(model, prompts, hooks=hooks, share_prefix=False):
+        pass
+    return {site: torch.stack([total[hook_name(site, layer)] for layer in layers]) for site in sites}

@@ -1,0 +1,93 @@
+"""The space of all neurons of a model: the sizes that map a neuron to a place in a tensor and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tn_lens.core.errors import BadInput
+from tn_lens.core.stored import Stored
+from tn_lens.neurons.neuron import Neuron, NeuronSet
+from tn_lens.neurons.sites import NEURON_SITES, SITES, SiteName
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronSpace(Stored):
+    """The neurons at some sites of a model."""
+
+    n_layers: int
+    d_mlp: int
+    """Neurons of one MLP; 0 for attention-only models."""
+    n_heads: int
+    d_head: int
+    d_model: int = 0
+    """Width of the residual stream."""
+    sites: tuple[str, ...] = NEURON_SITES
+    """The sites that the space spans."""
+
+    def width(self, site: SiteName) -> int:
+        """Neurons in one layer at a site.
+
+        Raises:
+            BadInput: there is no such site.
+        """
+        return {"d_mlp": self.d_mlp, "d_attn": self.n_heads * self.d_head, "d_model": self.d_model}[SITES[site].width]
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons at all sites together."""
+        return self.n_layers * sum(self.width(site) for site in self.sites)
+
+    def flat(self, neuron: Neuron) -> int:
+        """Index of a neuron within its layer and site."""
+        return neuron.index if neuron.head is None else neuron.head * self.d_head + neuron.index
+
+    def neuron(self, site: SiteName, layer: int, flat: int) -> Neuron:
+        """The inverse of `flat`."""
+        head, index = divmod(flat, self.d_head) if SITES[site].has_heads else (None, flat)
+        return Neuron(site, layer, head, index)
+
+    def at(self, places: Mapping[SiteName, Int[Tensor, " _"]]) -> tuple[Neuron, ...]:
+        """The neurons at flat places, counted layer after layer."""
+        return tuple(
+            self.neuron(site, *divmod(flat, self.width(site))) for site, at in places.items() for flat in at.tolist()
+        )
+
+    def holds(self, neuron: Neuron) -> bool:
+        """Whether the model has this neuron."""
+        is_inside = neuron.head is None or (neuron.head < self.n_heads and neuron.index < self.d_head)
+        return neuron.layer < self.n_layers and is_inside and self.flat(neuron) < self.width(neuron.site)
+
+    def check(self, neurons: NeuronSet) -> None:
+        """Make sure that every neuron exists.
+
+        Raises:
+            BadInput: naming the first neuron that does not.
+        """
+        for neuron in neurons:
+            if not self.holds(neuron):
+                raise BadInput(
+                    f"the neuron set does not fit the model: it names {neuron}, and the model has {self.n_layers} layers, "
+                    f"{self.d_mlp} MLP neurons a layer and {self.n_heads} heads of {self.d_head}; "
+                    "use a set found in this model"
+                )
+
+    def mask(self, neurons: NeuronSet, site: SiteName) -> Bool[Tensor, "layer neuron"]:
+        """True at the neurons of the set."""
+        mask = torch.zeros(self.n_layers, self.width(site), dtype=torch.bool)
+        for neuron in neurons.at(site):
+            mask[neuron.layer, self.flat(neuron)] = True
+        return mask
+
+    def from_mask(self, mask: Bool[Tensor, "layer neuron"], site: SiteName) -> NeuronSet:
+        """The inverse of `mask`."""
+        return NeuronSet(self.neuron(site, layer, flat) for layer, flat in mask.nonzero().tolist())
+
+
+def usual_sites(sites: Sequence[SiteName]) -> tuple[SiteName, ...]:
+    """The sites of the paper's neurons if they hold the given ones, else the given ones."""
+    return NEURON_SITES if set(sites) <= set(NEURON_SITES) else tuple(sites)

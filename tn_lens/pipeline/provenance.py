@@ -1,0 +1,87 @@
+"""What a manifest says about the model and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tn_lens.attribution.attribute import BATCH_SIZE, choose_engine
+from tn_lens.core.errors import BadInput
+from tn_lens.core.settings import Settings
+from tn_lens.models import Model, backend_of
+from tn_lens.questions.question import QuestionSet
+from tn_lens.runs.seals import read_manifest
+
+PACKAGES: Mapping[str, str] = {
+    "tn_lens": "truth-neurons",
+    "torch": "torch",
+    "transformer-lens": "transformer-lens",
+    "transformers": "transformers",
+}
+"""Name in a manifest -> name of the distribution."""
+
+
+def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
+    """The settings of a manifest: everything that the numbers depend on, and one rendered prompt."""
+    return {
+        **asdict(settings),
+        "engine": choose_engine(model, settings.engine, settings.positions),
+        **describe_model(model),
+        "weight_processing": "none",
+        "internal_batch_size": BATCH_SIZE,
+        "questions": questions.name,
+        "questions_sha256": questions.digest,
+        "rendered_prompt": example,
+    }
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """The model, and how this process runs it."""
+    backend = backend_of(model)
+    return {
+        "model": backend.name,
+        "backend": backend.kind,
+        "architecture": backend.architecture,
+        "weights_sha256": weights_digest(model),
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "device": backend.device.type,
+        "n_threads": torch.get_num_threads(),
+        "versions": {name: version(package) for name, package in PACKAGES.items()},
+    }
+
+
+def weights_digest(model: Model) -> str:
+    """SHA-256 over the sum and norm of every weight, which tells a model from an edited copy."""
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        total, size = parameter.sum(dtype=torch.float64), torch.linalg.vector_norm(parameter, dtype=torch.float64)
+        weights.update(f"{name} {tuple(parameter.shape)} {float(total):.9g} {float(size):.9g};".encode())
+    return weights.hexdigest()
+
+
+def threads_of(out: str | Path | None) -> int:
+    """Number of threads for a run: that of its folder if it was started before, else torch's own."""
+    manifest = Path(out) / "manifest.json" if out is not None else None
+    try:
+        stored = read_manifest(manifest)["settings"].get("n_threads") if manifest and manifest.is_file() else None
+    except (BadInput, OSError, ValueError):
+        stored = None
+    return stored if type(stored) is int and stored > 0 else torch.get_num_threads()
+
+
+@contextmanager
+def fixed_threads(n: int) -> Iterator[None]:
+    """Let torch use `n` threads inside the `with`: sums differ in their last bits between numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

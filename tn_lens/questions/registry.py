@@ -1,0 +1,45 @@
+"""The registries of question sets and prompt formats.
+
+A question set is added with one file that registers a loader, or with one call:
+
+    @QUESTION_SETS.register("capitals")
+    def load_capitals(source=None, *, continent="Europe") -> QuestionSet: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from pathlib import Path
+
+from tn_lens.core.errors import BadInput
+from tn_lens.core.registry import Registry
+from tn_lens.questions.formats import FORMATS
+from tn_lens.questions.question import QuestionSet
+
+__all__ = ["FORMATS", "QUESTION_SETS", "Loader", "Source", "options_of", "single"]
+
+Source = str | Path | Sequence[str | Path] | None
+"""Where a question set is read from: a path, a URL, or several; None stands for its public address."""
+
+Loader = Callable[..., QuestionSet]
+"""A function `(source=None, **options)`; a loader that reads no file has no parameter `source`."""
+
+QUESTION_SETS: Registry[Loader] = Registry("question set")
+"""Loaders of question sets by name."""
+
+
+def options_of(name: str) -> set[str]:
+    """The options that `load_questions` accepts for a registered question set, or for a user's own file."""
+    return set(signature(QUESTION_SETS[name]).parameters) if name in QUESTION_SETS else {"columns"}
+
+
+def single(source: Source, name: str) -> str | Path | None:
+    """Return the source of the question set `name`, which is read from one place.
+
+    Raises:
+        BadInput: there are several sources.
+    """
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        raise BadInput(f"expected one source for {name!r}, got {len(source)}")
+    return source

@@ -1,0 +1,48 @@
+"""Chunks: expensive work cut by count, so that it can be cached, shared among workers, and continued after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tn_lens.prompts import Prompt
+
+Tensors = Mapping[str, Tensor]
+"""The result of a chunk: named tensors on the CPU."""
+
+PROMPTS_ATTRIBUTED = 64
+"""Prompts in one chunk of attribution (a question's prompts stay together); at most this much work is lost by a stop."""
+PROMPTS_ASKED = 512
+"""Prompts in one chunk of answers, which cost a hundredth of their attribution."""
+
+
+def chunk_key(*parts: Any) -> str:
+    """SHA-256 of everything that a chunk depends on: plain values, dataclasses, collections of them, and tensors."""
+    return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(part: Any) -> Any:
+    match part:
+        case Tensor():
+            values = part.detach().cpu().contiguous()
+            content = values.flatten().view(torch.uint8).numpy().tobytes()
+            return [str(values.dtype), list(values.shape), hashlib.sha256(content).hexdigest()]
+        case Mapping():
+            return {str(key): _plain(value) for key, value in part.items()}
+        case Prompt():  # what the model sees; not the text, nor the question that it belongs to
+            return [part.token_ids, part.label_ids, part.right, part.start]
+        case _ if is_dataclass(part) and not isinstance(part, type):
+            # the class counts: two interventions may have the same fields
+            return [type(part).__name__, {field.name: _plain(getattr(part, field.name)) for field in fields(part)}]
+        case str() | int() | float() | None:
+            return part
+        case Iterable():
+            return [_plain(item) for item in part]
+        case _:
+            return repr(part)

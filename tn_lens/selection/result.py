@@ -1,0 +1,154 @@
+"""The result of a selection: candidates, their test, and the neurons that were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from tn_lens.core.options import Correction, Family
+from tn_lens.core.sentences import say
+from tn_lens.core.stored import Stored
+from tn_lens.neurons import Neuron, NeuronSet, NeuronSpace
+from tn_lens.selection.significance import half_width
+
+FEW = 20
+"""Number of questions in half 2 below which a test says little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How neurons are selected from counts and moments, but for the adaptive threshold and the split."""
+
+    share_threshold: float | None = 0.4
+    alpha: float | None = 0.05
+    correction: Correction = "bonferroni"
+    family: Family = "candidates"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Selection(Stored):
+    """The candidates of half 1, their test on half 2, and the neurons that were found."""
+
+    candidates: tuple[Neuron, ...]
+    share: Float[np.ndarray, " candidate"]
+    """Fraction of the questions of half 1 in which the neuron is salient, in [0, 1]."""
+    mean_difference: Float[np.ndarray, " candidate"]
+    """Mean D over half 2 (paper eq. 9)."""
+    std: Float[np.ndarray, " candidate"]
+    """Standard deviation of D over half 2 (ddof 1)."""
+    t_statistic: Float[np.ndarray, " candidate"]
+    p_value: Float[np.ndarray, " candidate"]
+    """One-sided, uncorrected."""
+    p_adjusted: Float[np.ndarray, " candidate"]
+    """Corrected for multiple comparisons."""
+    found: Bool[np.ndarray, " candidate"]
+    """Whether a candidate passed the test."""
+    space: NeuronSpace
+    half_1: tuple[str, ...]
+    """Ids of the questions that chose the candidates."""
+    half_2: tuple[str, ...]
+    """Ids of the questions that tested them."""
+    adaptive_threshold: float | None
+    """t, a fraction of the largest D."""
+    share_threshold: float | None
+    """p, a fraction of the questions."""
+    alpha: float | None
+    correction: Correction
+    family: Family
+    seed: int
+    largest_share: float = float("nan")
+    """The largest fraction of half 1 in which any neuron is salient, candidate or not; NaN where it is not known."""
+
+    @property
+    def rules(self) -> Rules:
+        """The rules that it was made with, but for t and the split."""
+        return Rules(
+            share_threshold=self.share_threshold, alpha=self.alpha, correction=self.correction, family=self.family
+        )
+
+    @property
+    def neurons(self) -> NeuronSet:
+        """The truth neurons."""
+        return NeuronSet(n for n, found in zip(self.candidates, self.found, strict=True) if found)
+
+    @property
+    def by_strength(self) -> list[Neuron]:
+        """The found neurons by mean D, the highest first."""
+        return [self.candidates[i] for i in self._ranked() if self.found[i]]
+
+    @property
+    def cohens_d(self) -> Float[np.ndarray, " candidate"]:
+        """Effect size: mean D over its standard deviation; NaN for a constant."""
+        return np.divide(self.mean_difference, self.std, out=np.full_like(self.std, np.nan), where=self.std > 0)
+
+    @property
+    def least_effect(self) -> float:
+        """The smallest Cohen's d that passes the test, after Bonferroni's correction or in the first step of Holm's."""
+        n_tests, n = len(self.candidates), len(self.half_2)
+        if self.correction == "none":
+            n_tests = 1
+        elif self.family == "all":
+            n_tests = self.space.n_neurons
+        return float(stats.t.isf((self.alpha or 0) / n_tests, n - 1) / np.sqrt(n))
+
+    def interval(self, level: float = 0.95) -> tuple[Float[np.ndarray, " candidate"], Float[np.ndarray, " candidate"]]:
+        """Two-sided confidence interval of mean D, by Student's t over the questions of half 2."""
+        half = half_width(self.std, len(self.half_2), level)
+        return self.mean_difference - half, self.mean_difference + half
+
+    def to_frame(self, *, candidates: bool = False) -> pd.DataFrame:
+        """One row per found neuron (or per candidate), strongest first; ci is the 95 % interval of mean D."""
+        low, high = self.interval()
+        frame = pd.DataFrame(
+            {
+                "site": [n.site for n in self.candidates],
+                "layer": [n.layer for n in self.candidates],
+                "head": pd.array([n.head for n in self.candidates], dtype="Int64"),
+                "index": [n.index for n in self.candidates],
+                "mean_difference": self.mean_difference,
+                "ci_low": low,
+                "ci_high": high,
+                "cohens_d": self.cohens_d,
+                "t_statistic": self.t_statistic,
+                "p_value": self.p_value,
+                "p_adjusted": self.p_adjusted,
+                "share": self.share,
+                "found": self.found,
+            }
+        )
+        frame = frame.iloc[self._ranked()]
+        frame = frame if candidates else frame[frame["found"]].drop(columns="found")
+        return frame.reset_index(drop=True)
+
+    def statistics(self) -> dict[Neuron, dict[str, Any]]:
+        """Every candidate's row of `to_frame(candidates=True)` without its place, strongest first."""
+        frame = self.to_frame(candidates=True).drop(columns=["site", "layer", "head", "index"])
+        return {self.candidates[i]: row for i, row in zip(self._ranked(), frame.to_dict("records"), strict=True)}  # pyright: ignore[reportReturnType]
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """`to_frame` as plain values for JSON; the head of an MLP neuron is None."""
+        statistics = self.statistics()
+        names = ("site", "layer", "head", "index")
+        rows = [{name: getattr(n, name) for name in names} | statistics[n] for n in self.by_strength]
+        return [{key: value for key, value in row.items() if key != "found"} for row in rows]
+
+    def _ranked(self) -> list[int]:
+        """Indices of the candidates by mean D, the highest first."""
+        return np.argsort(-self.mean_difference, kind="stable").tolist()
+
+    def summary(self) -> str:
+        """One sentence."""
+        return say("selection.summary", self)
+
+    def nothing_found(self) -> str:
+        """If nothing was found, which filter stopped it and what to try, in two sentences; else empty."""
+        return say("selection.nothing_found", self, FEW)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.summary())}</p>{self.to_frame().head(20).to_html()}"

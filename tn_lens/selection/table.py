@@ -1,0 +1,202 @@
+"""Counts and moments from which neurons are selected with any of several thresholds and splits (paper 2.2, 2.3).
+
+Which neurons are salient in a question does not depend on the split into halves, so one pass over the scores counts for
+all splits and thresholds, and a second pass gathers the moments of all candidates.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tn_lens.attribution.result import Scores, ScoreSource, drawn_order, mean_of_orders
+from tn_lens.core.errors import BadInput
+from tn_lens.core.seeds import generator
+from tn_lens.neurons import NeuronSpace, SiteName
+from tn_lens.selection.result import Rules, Selection
+from tn_lens.selection.significance import Moments, adjust, one_sided_t_test, significant
+
+Threshold: TypeAlias = float | None
+Counts: TypeAlias = dict[SiteName, Int[Tensor, "layer neuron"]]
+"""Number of questions in which each neuron is salient."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the questions into halves."""
+
+    seed: int
+    drawn: int | None = None
+    """A seed to count every question by one order, drawn at random, instead of the mean over its orders."""
+
+
+class SelectionTable:
+    """Counts and moments for some adaptive thresholds and splits, from two passes over the scores.
+
+    Args:
+        scores: an `Attribution`, or the scores of a run folder.
+        ts: adaptive thresholds that will be asked for.
+        splits: splits that will be asked for.
+        share_threshold: the smallest share threshold that will be asked for.
+
+    Raises:
+        BadInput: there are no scores.
+    """
+
+    def __init__(
+        self,
+        scores: ScoreSource,
+        *,
+        ts: Sequence[Threshold],
+        splits: Sequence[Split],
+        share_threshold: float | None,
+    ) -> None:
+        self.space = scores.space
+        # equal splits are counted once
+        self.halves = {split: split_halves(scores.categories, split.seed) for split in splits}
+        self.counts: dict[tuple[Split, Threshold], Counts] = {
+            (split, t): _empty_counts(self.space) for split in self.halves for t in ts
+        }
+        self._count(scores, ts)
+        loosest = min(ts, key=lambda t: 0 if t is None else t)
+        self.places = {
+            split: {
+                site: (count >= least_count(share_threshold, len(half_1))).flatten().nonzero().flatten()
+                for site, count in self.counts[split, loosest].items()
+            }
+            for split, (half_1, _) in self.halves.items()
+        }
+        """The candidates under the loosest thresholds, which include all others: flat places by site."""
+        self.moments = {split: Moments.empty(sum(map(len, at.values()))) for split, at in self.places.items()}
+        self._gather(scores)
+
+    def select(self, t: Threshold, split: Split, rules: Rules) -> Selection:
+        """The neurons found with these thresholds on this split."""
+        half_1, half_2 = self.halves[split]
+        counts, places = self.counts[split, t], self.places[split]
+        least = least_count(rules.share_threshold, len(half_1))
+        flat = {site: counts[site].flatten()[at] for site, at in places.items()}
+        chosen = {site: count >= least for site, count in flat.items()}
+        moments = self.moments[split].columns(np.concatenate([is_chosen.numpy() for is_chosen in chosen.values()]))
+        test = one_sided_t_test(moments)
+        n_tests = None if rules.family == "candidates" else self.space.n_neurons
+        adjusted = adjust(test.p_value, rules.correction, n_tests)
+        shares = [(flat[site][is_chosen] / len(half_1)).double().numpy() for site, is_chosen in chosen.items()]
+        most = max((int(count.max()) for count in counts.values() if count.numel()), default=0)
+        return Selection(
+            candidates=self.space.at({site: places[site][is_chosen] for site, is_chosen in chosen.items()}),
+            share=np.concatenate(shares),
+            mean_difference=moments.mean,
+            std=moments.standard_error * np.sqrt(moments.n),
+            t_statistic=test.statistic,
+            p_value=test.p_value,
+            p_adjusted=adjusted,
+            found=np.ones(len(adjusted), dtype=bool) if rules.alpha is None else significant(adjusted, rules.alpha),
+            space=self.space,
+            half_1=half_1,
+            half_2=half_2,
+            adaptive_threshold=t,
+            share_threshold=rules.share_threshold,
+            alpha=rules.alpha,
+            correction=rules.correction,
+            family=rules.family,
+            seed=split.seed,
+            largest_share=most / max(len(half_1), 1),
+        )
+
+    def _count(self, scores: ScoreSource, ts: Sequence[Threshold]) -> None:
+        """First pass: salience on the questions of half 1."""
+        members = {split: set(half_1) for split, (half_1, _) in self.halves.items()}
+        for question, variants in self._variants(scores):
+            for drawn, difference in variants.items():
+                splits = [s for s, half in members.items() if s.drawn == drawn and question in half]
+                for t in ts if splits else ():
+                    is_salient = {site: salient(difference[site], t) for site in self.space.sites}
+                    for split in splits:
+                        for site, count in self.counts[split, t].items():
+                            count += is_salient[site]
+
+    def _gather(self, scores: ScoreSource) -> None:
+        """Second pass: mean and spread of the candidates' D on the questions of half 2."""
+        members = {split: set(half_2) for split, (_, half_2) in self.halves.items()}
+        for question, variants in self._variants(scores):
+            for split, half in members.items():
+                if question in half:
+                    difference = variants[split.drawn]
+                    row = [difference[site].flatten()[at].double() for site, at in self.places[split].items()]
+                    self.moments[split] = self.moments[split].add(torch.cat(row).numpy())
+
+    def _variants(self, scores: ScoreSource) -> Iterator[tuple[str, dict[int | None, Scores]]]:
+        """D of each question: the mean over its orders (None), and the order that each seed draws."""
+        seeds = {split.drawn for split in self.halves}
+        for question, orders in scores.each_question():
+            yield (
+                question,
+                {
+                    seed: mean_of_orders(orders) if seed is None else drawn_order(question, orders, seed)
+                    for seed in seeds
+                },
+            )
+
+
+def check_thresholds(t: Threshold, rules: Rules) -> None:
+    """Refuse thresholds outside their range.
+
+    Raises:
+        BadInput: naming the threshold, or the unknown family.
+    """
+    for name, value in (("adaptive_threshold (t)", t), ("share_threshold (p)", rules.share_threshold)):
+        if value is not None and not 0 < value <= 1:
+            raise BadInput(f"{name} must lie in (0, 1], a fraction and not a percentage; got {value}")
+    if rules.alpha is not None and not 0 < rules.alpha < 1:
+        raise BadInput(f"alpha must lie in (0, 1); got {rules.alpha}")
+    if rules.family not in ("candidates", "all"):
+        raise BadInput(f"expected family 'candidates' or 'all', got {rules.family!r}")
+
+
+def split_halves(categories: Mapping[str, str], seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Two halves of the questions, each with half of every category (Vul et al.; paper 2.3).
+
+    Raises:
+        BadInput: there are no questions.
+    """
+    if not categories:
+        raise BadInput("there are no scores to select from: no question was attributed")
+    by_category: dict[str, list[str]] = defaultdict(list)
+    for question, category in categories.items():
+        by_category[category].append(question)
+    rng = generator(seed)
+    shuffled = [
+        by_category[category][i]
+        for category in sorted(by_category)
+        for i in rng.permutation(len(by_category[category])).tolist()
+    ]
+    # every second one, so that each category is halved; back in the order of the questions
+    halves = (set(shuffled[0::2]), set(shuffled[1::2]))
+    half_1, half_2 = (tuple(question for question in categories if question in half) for half in halves)
+    return half_1, half_2
+
+
+def salient(difference: Float[Tensor, "layer neuron"], t: float | None) -> Bool[Tensor, "layer neuron"]:
+    """True where D > t * max(D) within one question and site; nowhere if max(D) <= 0 (paper 2.3)."""
+    largest = difference.max()
+    if largest <= 0:
+        return torch.zeros_like(difference, dtype=torch.bool)
+    return difference > (0 if t is None else t) * largest
+
+
+def least_count(share_threshold: float | None, n_questions: int) -> int:
+    """The smallest number of questions in which a candidate is salient."""
+    return 1 if share_threshold is None else max(1, int(np.ceil(share_threshold * n_questions - 1e-9)))
+
+
+def _empty_counts(space: NeuronSpace) -> Counts:
+    sizes = {site: space.width(site) for site in space.sites}
+    return {site: torch.zeros(space.n_layers, width, dtype=torch.int32) for site, width in sizes.items() if width}
