@@ -100,7 +100,7 @@ def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="?", help="path of TruthfulQA.csv; downloaded by default")
-    parser.add_argument("--n-questions", type=int, default=24)
+    parser.add_argument("--n-questions", type=int, default=24, help="number of questions to ask")
     parser.add_argument("--order-averaged", action="store_true", help="also ask every draw of a control in every order")
     arguments = parser.parse_args()
     all_questions = load_questions("truthfulqa", source=arguments.questions)

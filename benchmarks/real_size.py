@@ -172,8 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["Qwen2.5-3B-Instruct"], metavar="MODEL", help=", ".join(SHAPES))
     parser.add_argument("--prompts", type=int, default=1, metavar="N", help="also attribute N prompts together")
-    parser.add_argument("--captum", action="store_true")
-    parser.add_argument("--captum-steps", type=int, default=N_STEPS, metavar="N")
+    parser.add_argument("--captum", action="store_true", help="also measure captum")
+    parser.add_argument("--captum-steps", type=int, default=N_STEPS, metavar="N", help="number of steps for captum")
     parser.add_argument(
         "--dtype",
         default="bfloat16",

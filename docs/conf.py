@@ -64,7 +64,10 @@ myst_heading_anchors = 4
 autoapi_dirs = [str(PACKAGE)]
 autoapi_generate_api_docs = False
 autoapi_add_toctree_entry = False
-suppress_warnings = ["autoapi.python_import_resolution"]  # some modules and functions have the same name
+suppress_warnings = [
+    "autoapi.python_import_resolution",  # some modules and functions have the same name
+    "ref.python",  # axis names in annotations look like references to attributes
+]
 autoapi_python_class_content = "class"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -88,7 +91,12 @@ def imported_names(tree: ast.Module) -> dict[str, list[str]]:
 
 def read_stages() -> list[tuple[str, list[str]]]:
     """The modules with names that the package exports, in the order of the pipeline, and those names."""
-    return list(imported_names(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))).items())
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    stages: dict[str, list[str]] = {}
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            stages.setdefault(node.module, []).extend(name.name for name in node.names)
+    return list(stages.items())
 
 
 def module_tree(module: str) -> ast.Module:

@@ -20,7 +20,7 @@ import torch
 import tn_lens.toy
 from scripts.train_toy import DROPOUT, N_STEPS, ROWS, SWITCH
 from tn_lens import attribute, build_prompts, evaluate, load_model, load_questions, manipulation_check, select_neurons
-from tn_lens.evaluation import Evaluation
+from tn_lens.evaluation.result import Evaluation
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2, 3, 4)

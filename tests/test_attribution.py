@@ -10,7 +10,7 @@ from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from tests.conftest import PAPER_MODELS, POST_NORM, PRE_NORM
-from tn_lens import Prompt, attribute, build_prompts, mean_activations
+from tn_lens import Prompt, PromptSet, attribute, build_prompts, mean_activations
 from tn_lens.attribution import post_norm_warning, quadrature_rule, right_probability
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.target import TARGETS, probability_difference
@@ -56,7 +56,7 @@ def test_too_few_and_too_many_steps_are_refused(method: str, n_steps: int) -> No
 
 
 @pytest.fixture
-def prompts(tiny: Callable[..., Model]) -> list[Prompt]:
+def prompts(tiny: Callable[..., Model]) -> PromptSet:
     return build_prompts(tiny("Llama-3.1-8B-Instruct"), binary()[:3], order="random")
 
 
@@ -64,7 +64,7 @@ def prompts(tiny: Callable[..., Model]) -> list[Prompt]:
 @pytest.mark.parametrize("engine", ["direct", "shared_prefix"])
 def test_completeness_of_pre_norm_models(engine: str, name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
-    prompts = build_prompts(model, binary()[:2])
+    prompts = build_prompts(model, binary()[:2], order="given")
     found = attribute(model, prompts, method="gausslegendre", n_steps=64, engine=engine)
     assert found.completeness_gap < 1e-5
     assert all(found.change[site].abs().max() > 1e-4 for site in NEURON_SITES)
@@ -76,13 +76,13 @@ def test_completeness_of_post_norm_models_needs_another_path(
     engine: str, name: str, tiny: Callable[..., Model]
 ) -> None:
     model = tiny(name)
-    prompts = build_prompts(model, binary()[:2])
+    prompts = build_prompts(model, binary()[:2], order="given")
     assert attribute(model, prompts, n_steps=20, engine=engine).completeness_gap > 0.5, "the paper's rule misses it"
     assert attribute(model, prompts, n_steps=40, method="graded", engine=engine).completeness_gap < 0.05
-    others = mean_activations(model, build_prompts(model, binary()[10:30]))
+    others = mean_activations(model, build_prompts(model, binary()[10:30], order="given"))
     from_mean = attribute(model, prompts, n_steps=20, method="gausslegendre", baseline=others, engine=engine)
     assert from_mean.completeness_gap < 0.05
-    assert "normalises" in (post_norm_warning(model, "riemann_right", "zero") or "")
+    assert "normalizes" in (post_norm_warning(model, "riemann_right", "zero") or "")
     assert post_norm_warning(model, "graded", "zero") is None
     assert post_norm_warning(model, "riemann_right", "mean") is None
 
@@ -94,7 +94,7 @@ def test_pre_norm_models_are_not_warned_about(tiny: Callable[..., Model]) -> Non
 def test_post_norm_scores_are_gradient_times_activation_times_the_harmonic_number(tiny: Callable[..., Model]) -> None:
     """f(alpha z) does not depend on alpha > 0, so the gradient grows as 1 / alpha."""
     model = tiny("OLMo-2-1124-7B-Instruct")
-    prompts = build_prompts(model, binary()[:2])
+    prompts = build_prompts(model, binary()[:2], order="given")
     one, twenty = (attribute(model, prompts, n_steps=m).difference["mlp"][:, 1] for m in (1, 20))
     harmonic = sum(1 / k for k in range(1, 21))
     torch.testing.assert_close(twenty, harmonic * one, rtol=2e-2, atol=1e-2 * float(twenty.abs().max()))
@@ -122,7 +122,7 @@ def hooked_function(model: Model, prompt: Prompt, site: SiteName, layer: int) ->
 @pytest.mark.parametrize("engine", ["direct", "shared_prefix"])
 def test_scores_equal_captum(engine: str, name: str, captum_method: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
-    (prompt,) = build_prompts(model, binary()[5:6])
+    (prompt,) = build_prompts(model, binary()[5:6], order="given")
     found = attribute(model, [prompt], n_steps=7, method=captum_method, engine=engine, internal_batch_size=10)
     own = Direct(model, prompt, NEURON_SITES, "last").own
     for site in NEURON_SITES:
@@ -134,7 +134,7 @@ def test_scores_equal_captum(engine: str, name: str, captum_method: str, tiny: C
             torch.testing.assert_close(ours, expected[0], atol=1e-5 * scale, rtol=0)
 
 
-def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     """Scaling every layer at once overwrites the later layers: only the last layer keeps its scores."""
     model, prompt = tiny("Llama-3.1-8B-Instruct"), prompts[0]
     ours = attribute(model, [prompt]).difference["mlp"][0]
@@ -158,7 +158,7 @@ def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model
     assert early > 0.1
 
 
-def test_rows_do_not_depend_on_the_batch(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_rows_do_not_depend_on_the_batch(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     model = tiny("Qwen2.5-3B-Instruct")
     whole = attribute(model, prompts, n_steps=4, engine="direct", internal_batch_size=1000)
     for size in (1, 3, 7):
@@ -168,7 +168,7 @@ def test_rows_do_not_depend_on_the_batch(tiny: Callable[..., Model], prompts: li
             torch.testing.assert_close(cut.change[site], whole.change[site], atol=1e-12, rtol=1e-9)
 
 
-def test_right_and_wrong_apart_make_the_difference(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_right_and_wrong_apart_make_the_difference(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     model = tiny("Llama-3.1-8B-Instruct")
     together = attribute(model, prompts)
     apart = attribute(model, prompts, separate=True)
@@ -181,7 +181,7 @@ def test_right_and_wrong_apart_make_the_difference(tiny: Callable[..., Model], p
     torch.testing.assert_close(alone.difference["mlp"], apart.right["mlp"])
 
 
-def test_all_positions_are_complete_together(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_all_positions_are_complete_together(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     model = tiny("Llama-3.1-8B-Instruct")
     everywhere = attribute(model, prompts[:1], positions="all", method="gausslegendre", n_steps=160)
     assert everywhere.completeness_gap < 1e-5
@@ -192,7 +192,7 @@ def test_all_positions_are_complete_together(tiny: Callable[..., Model], prompts
     )
 
 
-def test_a_given_baseline_moves_the_start(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_a_given_baseline_moves_the_start(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     model = tiny("Llama-3.1-8B-Instruct")
     mean = mean_activations(model, prompts)
     by_name = attribute(model, prompts, baseline="mean")
@@ -205,14 +205,14 @@ def test_a_given_baseline_moves_the_start(tiny: Callable[..., Model], prompts: l
         attribute(model, prompts, baseline={"mlp": torch.zeros(1, 2), "attn": torch.zeros(1, 2)})
 
 
-def test_nothing_is_left_behind(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_nothing_is_left_behind(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     model = tiny("Llama-3.1-8B-Instruct")
     attribute(model, prompts[:1], n_steps=2)
     assert all(p.grad is None for p in model.parameters())
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
 
 
-def test_scores_that_are_not_finite_name_their_place(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_scores_that_are_not_finite_name_their_place(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     with pytest.raises(ValueError, match=r"layer 0, site 'mlp' are not finite in float64"):
         attribute(
             tiny("Llama-3.1-8B-Instruct"), prompts[:1], n_steps=2, target=lambda logits, _: logits[:, 0] * float("nan")
@@ -220,7 +220,7 @@ def test_scores_that_are_not_finite_name_their_place(tiny: Callable[..., Model],
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_float32_at_least(dtype: torch.dtype, tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_scores_are_float32_at_least(dtype: torch.dtype, tiny: Callable[..., Model], prompts: PromptSet) -> None:
     model = tiny("Llama-3.1-8B-Instruct", dtype)
     scores = attribute(model, prompts[:1], n_steps=3).difference["mlp"]
     exact = attribute(tiny("Llama-3.1-8B-Instruct"), prompts[:1], n_steps=3).difference["mlp"].float()
@@ -244,7 +244,7 @@ def test_one_prompt_shows_its_strongest_neurons(toy: Model) -> None:
     prompts = build_prompts(toy, binary()[:3])
     found = attribute(toy, prompts, n_steps=3, separate=True)
     one = found[-1]
-    assert one.prompts == (prompts[2],)
+    assert list(one.prompts) == [prompts[2]]
     torch.testing.assert_close(one.difference["mlp"][0], found.difference["mlp"][2])
     assert str(one.top()["neuron"][0]) in repr(one)
     assert prompts[2].text in one._repr_html_()
@@ -252,7 +252,7 @@ def test_one_prompt_shows_its_strongest_neurons(toy: Model) -> None:
         found[3]
 
 
-def test_top_names_the_strongest_neurons(tiny: Callable[..., Model], prompts: list[Prompt]) -> None:
+def test_top_names_the_strongest_neurons(tiny: Callable[..., Model], prompts: PromptSet) -> None:
     found = attribute(tiny("Mistral-Nemo-Instruct-2407"), prompts, n_steps=2)
     top = found.top(5, prompt=1)
     best = max(float(scores[1].max()) for scores in found.difference.values())

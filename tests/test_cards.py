@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.conftest import needs_hooked, paper_config, random_checkpoint
 from tn_lens import (
     Neuron,
     QuestionSet,
+    Settings,
     attribute,
     build_prompts,
     find_truth_neurons,
@@ -28,10 +28,11 @@ from tn_lens import (
 from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, backend_of, build_model
 from tn_lens.questions.toy import binary
-from tn_lens.results import Card, load_cards, make_cards
+from tn_lens.results.card import Card, load_cards
+from tn_lens.results.make_cards import make_cards
 from tn_lens.results.tokens import token_text, visible
 from tn_lens.selection.stored import StoredScores
-from tn_lens.toy import planted
+from tn_lens.toy.plant import planted
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,7 +40,8 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def of_toy(toy: Model, toy_questions: QuestionSet, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("cards") / "run"
-    return find_truth_neurons(toy, toy_questions, out=out, limit=40, n_steps=3, n_repetitions=2, progress=False), out
+    settings = Settings(limit=40, n_steps=3, n_repetitions=2)
+    return find_truth_neurons(toy, toy_questions, settings, out=out, progress=False), out
 
 
 def test_the_cards_of_a_run_are_its_strongest_neurons_with_their_statistics(of_toy: Any) -> None:
@@ -62,7 +64,7 @@ def test_stored_cards_are_the_same_ones(of_toy: Any) -> None:
     again = load_cards(out)
     assert [card.to_text() for card in again] == [card.to_text() for card in found.cards]
     assert [card.to_html() for card in again] == [card.to_html() for card in found.cards]
-    assert json.dumps([c.to_dict() for c in again]) == json.dumps([c.to_dict() for c in found.cards])
+    assert [card.to_bytes(".json") for card in again] == [card.to_bytes(".json") for card in found.cards]
     assert "<" not in (out / "cards.json").read_text().replace("<unk>", "").replace("<pad>", "").replace("<s>", "")
 
 
@@ -220,7 +222,7 @@ def test_a_planted_neuron_shows_what_was_planted() -> None:
     world = planted(seed=2, noise=0.0)
     check = manipulation_check(world.model, world.prompts)
     scores = attribute(world.model, check.prompts, n_steps=5)
-    selection = select_neurons(scores, t=0.2)
+    selection = select_neurons(scores, adaptive_threshold=0.2)
     cards = {c.neuron: c for c in make_cards(world.model, scores, check, selection=selection)}
     assert set(cards) == set(world.truth)
     for neuron in world.truth.at("mlp"):
@@ -286,7 +288,7 @@ def test_sly_text_is_shown_and_not_obeyed(of_toy: Any) -> None:
         assert "\u202e" not in shown
         assert "🧠👩‍🔬 שלום" in shown
     assert "[bold]x[/bold]" in text
-    assert Card.from_dict(json.loads(json.dumps(card.to_dict()))).to_html() == page
+    assert Card.from_bytes(card.to_bytes(".json"), ".json").to_html() == page
 
 
 def test_white_space_in_tokens_is_visible() -> None:
@@ -381,7 +383,7 @@ def test_show_prints_the_neurons_and_the_strongest_cards(of_toy: Any, run: Run) 
     found, out = of_toy
     code, said, _ = run("show", out, "--top", 5)
     assert code == 0
-    assert f"{len(found.neurons)} truth neurons of toy" in said
+    assert f"toy on toy: {len(found.neurons)} truth neurons of 960" in said
     for card in found.cards[:3]:
         assert f"─ {card.neuron} ─" in said
         assert f"{card.supports[0].difference:+.4f}" in said
@@ -427,9 +429,9 @@ def test_show_needs_a_finished_run(of_toy: Any, run: Run, tmp_path: Path) -> Non
 
 def test_a_run_that_finds_nothing_has_no_cards(toy: Model, tmp_path: Path, run: Run) -> None:
     few = binary().part("find").select(range(5))
-    found = find_truth_neurons(toy, few, out=tmp_path / "run", n_steps=1, n_repetitions=1, progress=False)
+    found = find_truth_neurons(toy, few, Settings(n_steps=1, n_repetitions=1), out=tmp_path / "run", progress=False)
     assert not found.neurons
     assert found.cards == load_cards(tmp_path / "run") == ()
     code, said, _ = run("show", tmp_path / "run")
     assert code == 0
-    assert said.startswith("0 truth neurons")
+    assert said.startswith("toy on toy: 0 truth neurons")

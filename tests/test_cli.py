@@ -49,7 +49,7 @@ def test_help_names_the_options() -> None:
         ([*TOY, "--out", "X", "--max-memory", "0"], "expected more than 0 GiB for '--max-memory', got 0"),
         ([*TOY, "--out", "X", "--max-memory", "nan"], "expected more than 0 GiB"),
         ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a whole number"),
-        ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not there"),
+        ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not available"),
         ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
         (TOY, "give one with --out"),
         (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "there is no file"),

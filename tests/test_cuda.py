@@ -11,10 +11,10 @@ import torch
 
 from tests.conftest import PAPER_MODELS
 from tests.test_engines import assert_equal, prompts_of
-from tn_lens import ablate, attribute, build_prompts, evaluate, find_truth_neurons, load_model, load_questions
+from tn_lens import Settings, ablate, attribute, build_prompts, evaluate, find_truth_neurons, load_model, load_questions
 from tn_lens.attribution.attribute import choose_engine
 from tn_lens.models import Model, last_logits
-from tn_lens.neurons.neuron import SITES
+from tn_lens.neurons import NEURON_SITES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +43,7 @@ def test_the_engines_are_equal(
     fast = attribute(model, prompts, engine="shared_prefix", **options)
     slow = attribute(model, prompts, engine="direct", **options)
     assert_equal(fast, slow, tolerance)
-    assert all(fast.difference[site].device.type == "cpu" for site in SITES)
+    assert all(fast.difference[site].device.type == "cpu" for site in NEURON_SITES)
 
 
 def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
@@ -55,14 +55,14 @@ def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
     assert_equal(attribute(on_gpu, prompts), attribute(on_cpu, prompts), 1e-3)
 
 
-def test_suppression_is_what_it_is_on_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
+def test_ablation_is_what_it_is_on_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
     questions = load_questions("toy").part("report")[:40]
-    found = find_truth_neurons(on_cpu, load_questions("toy"), limit=60, n_steps=5, n_repetitions=2, progress=False)
+    found = find_truth_neurons(on_cpu, load_questions("toy"), Settings(limit=60, n_steps=5, n_repetitions=2))
     for mode in ("zero", "mean", "resample"):
-        cpu, gpu = (evaluate(m, questions, found.neurons, n_repetitions=2, mode=mode) for m in (on_cpu, on_gpu))
-        for arm in cpu.arms:
+        cpu, gpu = (evaluate(m, questions, found.neurons, n_repetitions=2, intervention=mode) for m in (on_cpu, on_gpu))
+        for name in cpu.conditions:
             torch.testing.assert_close(
-                torch.tensor(gpu.probabilities[arm]), torch.tensor(cpu.probabilities[arm]), atol=1e-3, rtol=0
+                torch.tensor(gpu.probabilities[name]), torch.tensor(cpu.probabilities[name]), atol=1e-3, rtol=0
             )
     with ablate(on_gpu, found.neurons):
         pass
@@ -70,9 +70,9 @@ def test_suppression_is_what_it_is_on_the_cpu(on_gpu: Model, on_cpu: Model) -> N
 
 
 def test_a_whole_run(on_gpu: Model, on_cpu: Model, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"limit": 80, "n_steps": 5, "n_repetitions": 2, "progress": False}
-    gpu = find_truth_neurons(on_gpu, load_questions("toy"), out=tmp_path / "run", **options)
-    cpu = find_truth_neurons(on_cpu, load_questions("toy"), **options)
+    settings = Settings(limit=80, n_steps=5, n_repetitions=2)
+    gpu = find_truth_neurons(on_gpu, load_questions("toy"), settings, out=tmp_path / "run")
+    cpu = find_truth_neurons(on_cpu, load_questions("toy"), settings)
     assert gpu.neurons.jaccard(cpu.neurons) > 0.95
     assert (tmp_path / "run" / "report.html").stat().st_size > 0
 
@@ -83,7 +83,7 @@ def test_narrow_weights(dtype: str, on_gpu: Model) -> None:
     assert choose_engine(narrow, "auto", "last") == "shared_prefix"
     prompts = build_prompts(narrow, load_questions("toy").part("find")[:20], order="both")
     ours, wide = attribute(narrow, prompts), attribute(on_gpu, prompts)
-    for site in SITES:
+    for site in NEURON_SITES:
         assert ours.difference[site].dtype == torch.float32
         pairs = zip(ours.difference[site].flatten(1), wide.difference[site].flatten(1), strict=True)
         assert torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).median() > 0.999

@@ -9,38 +9,39 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tn_lens import QuestionSet, find_truth_neurons
+from tests.conftest import contents
+from tn_lens import QuestionSet, Settings, find_truth_neurons
 from tn_lens.core.errors import WorkerLost
 from tn_lens.models import Model
 from tn_lens.runs import workers as distributed
 from tn_lens.runs.workers import Workers
 
-from .conftest import contents
-
 ROOT = Path(__file__).parents[1]
-SMALL: dict[str, Any] = {"limit": 80, "n_steps": 2, "n_repetitions": 2, "order": "both"}
+SMALL = Settings(limit=80, n_steps=2, n_repetitions=2, order="both")
 FEW = ("find", 80), ("report", 16)
 
 RUN = """
 import os, signal, sys
-from tn_lens import cli, questions
-from tn_lens.storage import RunFolder
-toy = questions.load_questions("toy")
-places = [p for part, n in {few!r} for p in [i for i, q in enumerate(toy) if q.split == part][:n]]
-questions.load_questions = lambda name: toy.select(places)
-real = RunFolder.write_unit
+from dataclasses import replace
+from tn_lens import cli
+from tn_lens.questions import load
+from tn_lens.runs.folder import RunFolder
+toy = load.load_questions("toy")
+few = tuple(question for part, n in {few!r} for question in toy.part(part)[:n])
+load.load_questions = lambda name: replace(toy, questions=few)
+real = RunFolder.write_chunk
 def write(self, name, index, *rest):
     if {dies!r} == self.workers.rank and name == "work/evaluation/answers":
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, name, index, *rest)
-RunFolder.write_unit = write
+RunFolder.write_chunk = write
 options = "--limit 80 --n-steps 2 --repetitions 2 --order both"
 sys.argv = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", {out!r}, *options.split()]
 cli.main()
@@ -56,12 +57,16 @@ def torchrun(n_workers: int, *arguments: str | Path) -> subprocess.CompletedProc
     )
 
 
+def few_of(questions: QuestionSet) -> QuestionSet:
+    """The questions of the runs of this file."""
+    return replace(questions, questions=tuple(q for part, n in FEW for q in questions.part(part)[:n]))
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> Path:
     """The run of one worker."""
     out = tmp_path_factory.mktemp("runs") / "alone"
-    places = [p for part, n in FEW for p in [i for i, q in enumerate(toy_questions) if q.split == part][:n]]
-    find_truth_neurons(toy, toy_questions.select(places), out=out, threads=1, progress=False, **SMALL)
+    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, threads=1)
     assert len(list((out / "scores").iterdir())) > 1
     return out
 
@@ -72,13 +77,12 @@ def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path,
     script.write_text(RUN.format(few=FEW, out=str(out), dies=None))
     done = torchrun(n_workers, script)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Report:") == done.stdout.count("│ untouched ") == 1, "one voice"
+    assert done.stdout.count("Report:") == done.stdout.count("│ unablated ") == 1, "one voice"
     assert contents(out) == contents(alone)
-    units = [
-        event for event in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if event["what"] == "unit"
-    ]
-    assert len({(event["name"], event["index"]) for event in units}) == len(units), "no unit twice"
-    assert {event["rank"] for event in units} == set(range(n_workers))
+    events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    chunks = [event for event in events if event["what"] == "chunk"]
+    assert len({(event["name"], event["index"]) for event in chunks}) == len(chunks), "no chunk twice"
+    assert {event["rank"] for event in chunks} == set(range(n_workers))
 
 
 def test_a_killed_worker_is_named_and_one_worker_goes_on(
@@ -92,8 +96,7 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
     assert "has died; run the same command again" in done.stderr
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert any(path.parent.name == "scores" for path in held)
-    places = [p for part, n in FEW for p in [i for i, q in enumerate(toy_questions) if q.split == part][:n]]
-    find_truth_neurons(toy, toy_questions.select(places), out=out, progress=False, **SMALL)
+    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out)
     assert contents(out) == contents(alone), "a run of two workers resumes on one"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
 
@@ -103,7 +106,7 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
         2, *["-m", "tn_lens", "run", "--model", "toy", "--questions", "toy", "--t", "7", "--out"], tmp_path / "run"
     )
     assert done.returncode != 0
-    assert done.stderr.count("error: the threshold t must lie in (0, 1]") == 1
+    assert done.stderr.count("error: adaptive_threshold (t) must lie in (0, 1]") == 1
     assert not done.stdout
     assert not (tmp_path / "run").exists()
 
@@ -111,7 +114,7 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
 def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:
     script = tmp_path / "agree.py"
     script.write_text(
-        "import sys; from tn_lens.distributed import workers\n"
+        "import sys; from tn_lens.runs.workers import workers\n"
         "me = workers()\n"
         "me.agree({'model': 'toy', 'seed': 0}, 'cpu')\n"
         "print('agreed')\n"
@@ -135,7 +138,7 @@ def pair() -> tuple[Workers, Workers]:
 def test_shares_are_disjoint_and_complete() -> None:
     for n_workers in (1, 2, 3, 4, 7):
         shares = [list(Workers(rank, n_workers).share(10)) for rank in range(n_workers)]
-        assert sorted(unit for share in shares for unit in share) == list(range(10))
+        assert sorted(chunk for share in shares for chunk in share) == list(range(10))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -18,7 +18,8 @@ from tn_lens.core.registry import Registry
 from tn_lens.evaluation.controls import CONTROLS
 from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.neurons.sites import SITES
-from tn_lens.questions.registry import FORMATS, QUESTION_SETS
+from tn_lens.questions.formats import FORMATS
+from tn_lens.questions.registry import QUESTION_SETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -81,7 +82,8 @@ def conf() -> Any:
 
 def test_every_public_name_is_in_the_reference(conf: Any) -> None:
     stages = conf.read_stages()
-    assert {name for _, names in stages for name in names} == set(tn_lens.__all__)
+    # the figures are a module, and have a guide of their own
+    assert {name for _, names in stages for name in names} == set(tn_lens.__all__) - {"figures"}
     for module, names in stages:
         page = conf.page_of(module, names)
         for name in names:
@@ -103,7 +105,7 @@ def test_mirrored_pages_have_their_links_moved(conf: Any) -> None:
 
 def test_every_figure_is_in_the_guide_and_in_the_gallery() -> None:
     guide, gallery = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("figures.md", "gallery.py"))
-    plots = [name for name in tn_lens.figures.__all__ if name.startswith("plot_")]
+    plots = [name for name in dir(tn_lens.figures) if name.startswith("plot_")]
     assert len(plots) >= 11
     assert [name for name in plots if f"| `{name}` |" not in guide] == []
     assert [name for name in plots if f"figures.{name}(" not in gallery] == []

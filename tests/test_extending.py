@@ -19,7 +19,8 @@ from tn_lens.core.registry import Registry
 from tn_lens.evaluation.controls import CONTROLS, Control
 from tn_lens.inference.interventions import INTERVENTIONS, Intervention
 from tn_lens.neurons import SITES, NeuronSet, Site
-from tn_lens.questions.registry import FORMATS, QUESTION_SETS
+from tn_lens.questions.formats import FORMATS
+from tn_lens.questions.registry import QUESTION_SETS
 from tn_lens.report.page import write_report
 
 SMALL: dict[str, Any] = {"limit": 80, "n_repetitions": 2, "order": "both"}

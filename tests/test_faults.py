@@ -6,32 +6,31 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tn_lens import BadInput, QuestionSet, find_truth_neurons
+from tests.conftest import contents
+from tn_lens import BadInput, QuestionSet, Settings, find_truth_neurons
 from tn_lens.models import Model
 
-from .conftest import contents
-
-SMALL: dict[str, Any] = {"limit": 24, "n_steps": 2, "n_repetitions": 2, "order": "both", "progress": False}
+SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
 
 
 @pytest.fixture(scope="module")
 def few(toy_questions: QuestionSet) -> QuestionSet:
     """So few questions that a run takes a second."""
-    split = [question.split for question in toy_questions]
-    places = [p for part in ("find", "report") for p in [i for i, s in enumerate(split) if s == part][:24]]
-    return toy_questions.select(places)
+    kept = [question for part in ("find", "report") for question in toy_questions.part(part)[:24]]
+    return replace(toy_questions, questions=tuple(kept))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> dict[str, bytes]:
     """What a run writes where nothing goes wrong."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    find_truth_neurons(toy, few, out=folder, **SMALL)
+    find_truth_neurons(toy, few, SMALL, out=folder)
     return contents(folder)
 
 
@@ -44,7 +43,7 @@ class Failing:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         target = arguments[0]
         path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else os.fspath(target)
-        if str(path).startswith(str(self.inside)) and Path(path).name not in ("log.jsonl", ".lock"):
+        if str(path).startswith(str(self.inside)) and Path(path).name not in ("log.jsonl", ".lock", ".holder"):
             self.budget[0] -= 1
             if self.budget[0] < 0:
                 raise OSError(self.number, os.strerror(self.number), str(path))
@@ -80,7 +79,7 @@ def test_every_call_that_writes_may_fail(
     for n_calls in range(1, 500, 4):
         budget[0] = n_calls
         try:
-            find_truth_neurons(toy, few, out=out, **SMALL)
+            find_truth_neurons(toy, few, SMALL, out=out)
             break
         except BadInput as error:
             sentences.append(str(error))
@@ -109,16 +108,16 @@ def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(
 ) -> None:
     out = small_disk / "run"
     with pytest.raises(ValueError, match="No space left on device; make room and run again: what was computed is kept"):
-        find_truth_neurons(toy, few, out=out, **SMALL)
+        find_truth_neurons(toy, few, SMALL, out=out)
     held = contents(out)
     assert held
     assert "report.html" not in held
     assert not list(out.rglob("*.part"))
     subprocess.run(["mount", "-o", "remount,ro,size=300k", small_disk], check=True)
     with pytest.raises(ValueError, match="Read-only file system; give another folder"):
-        find_truth_neurons(toy, few, out=out, **SMALL)
+        find_truth_neurons(toy, few, SMALL, out=out)
     with pytest.raises(ValueError, match="Read-only file system"):
-        find_truth_neurons(toy, few, out=small_disk / "other", **SMALL)
+        find_truth_neurons(toy, few, SMALL, out=small_disk / "other")
     subprocess.run(["mount", "-o", "remount,rw,size=50m", small_disk], check=True)
-    find_truth_neurons(toy, few, out=out, **SMALL)
+    find_truth_neurons(toy, few, SMALL, out=out)
     assert contents(out) == whole

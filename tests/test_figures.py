@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +19,11 @@ import pytest
 import torch
 
 from tests.browser import CHROMIUM
-from tn_lens import Attribution, BadInput, Evaluation, Neuron, NeuronSet, Prompt, figures, select_neurons
-from tn_lens.evaluation import StoredEvaluation
-from tn_lens.figures.look import LOOKS, TITLE_WIDTH, tick_step
+from tn_lens import Attribution, BadInput, Evaluation, Neuron, NeuronSet, Prompt, PromptSet, figures, select_neurons
+from tn_lens.figures.layout import TITLE_WIDTH, tick_step
+from tn_lens.figures.look import LOOKS
 from tn_lens.figures.selection import difference_of
-from tn_lens.neurons.neuron import NeuronSpace
+from tn_lens.neurons import NeuronSpace
 
 SPACE = NeuronSpace(n_layers=4, d_mlp=6, n_heads=2, d_head=3)
 FOUND = NeuronSet(
@@ -31,25 +32,27 @@ FOUND = NeuronSet(
 CATEGORIES = ("myths", "law", "<b>sly</b> %{x}")
 
 
-def prompts(n: int, n_orders: int = 2) -> tuple[Prompt, ...]:
+def prompts(n: int, n_orders: int = 2) -> PromptSet:
     """Questions of three categories with two choices, in every order."""
-    return tuple(
-        Prompt(
-            token_ids=(1,),
-            label_ids=((2,), (3,)),
-            right=order.index(0),
-            question=question,
-            order=order,
-            category=CATEGORIES[0 if question < n // 2 else 1 if question < n - 2 else 2],
-            text=f"Is {question} < 3?",
+    return PromptSet(
+        tuple(
+            Prompt(
+                token_ids=(1,),
+                label_ids=((2,), (3,)),
+                right=order.index(0),
+                question=str(question),
+                order=order,
+                category=CATEGORIES[0 if question < n // 2 else 1 if question < n - 2 else 2],
+                text=f"Is {question} < 3?",
+            )
+            for question in range(n)
+            for order in ((0, 1), (1, 0))[:n_orders]
         )
-        for question in range(n)
-        for order in ((0, 1), (1, 0))[:n_orders]
     )
 
 
 def evaluation(name: str = "m", n: int = 40, n_orders: int = 2, seed: int = 0) -> Evaluation:
-    """Answers at random, worse where suppressed."""
+    """Answers at random, worse where the neurons are ablated."""
     rng = np.random.default_rng(seed)
     asked = prompts(n, n_orders)
     right = np.array([p.right for p in asked])
@@ -65,13 +68,18 @@ def evaluation(name: str = "m", n: int = 40, n_orders: int = 2, seed: int = 0) -
         asked=np.arange(n)[None] * n_orders + rng.integers(n_orders, size=(5, n)),
         neurons=FOUND,
         probabilities={
-            "baseline": answers(1, 0.8),
+            "unablated": answers(1, 0.8),
             "random": answers(5, 0.78),
             "random_matched": answers(5, 0.77),
-            "suppressed": answers(1, 0.5),
+            "ablated": answers(1, 0.5),
         },
         seed=0,
     )
+
+
+def reloaded(e: Evaluation) -> Evaluation:
+    """The same evaluation as it is read from a file."""
+    return Evaluation.from_bytes(e.to_bytes(".safetensors"), ".safetensors")
 
 
 def attribution(n: int = 30, seed: int = 0) -> Attribution:
@@ -117,23 +125,23 @@ def test_figure_5_of_several_models_keeps_every_layer_and_each_model_sums_to_one
     assert list(figure.layout.yaxis.ticktext) == ["a", "b", "none"]
     by_layer = figures.plot_layers(named, {"a": 4, "b": 3, "none": 5}, across="layer", sites="together")
     assert list(by_layer.data[1].x) == [-0.5, 0.5, 1.5, 2.5]
-    assert "0 truth neurons" in figures.plot_layers({"none": NeuronSet()}, 3).layout.title.text
+    assert "No truth neurons" in figures.plot_layers({"none": NeuronSet()}, 3).layout.title.text
 
 
 @pytest.mark.parametrize(
     ("layers", "n_layers", "said"),
     [
-        ([5, 5, 5, 0], 12, "75 % of the 4 truth neurons sit in the middle third of 12 layers"),
-        ([0, 5, 10, 11], 12, "50 % of the 4 truth neurons sit in the last third"),
+        ([5, 5, 5, 0], 12, "75 % of the 4 truth neurons lie in the middle third of 12 layers"),
+        ([0, 5, 10, 11], 12, "50 % of the 4 truth neurons lie in the last third"),
         ([0, 5, 11], 12, "spread over 12 layers: 33 % in the first, 33 % in the middle, 33 % in the last third"),
-        ([1], 2, "The only truth neuron sits in layer 1, the last of 2"),
-        ([1, 1, 0], 4, "67 % of the 3 truth neurons sit in layer 1 of 4, counted from 0"),
-        ([0, 0], 2, "100 % of the 2 truth neurons sit in layer 0, the first of 2"),
+        ([1], 2, "The only truth neuron lies in layer 1, the last of 2"),
+        ([1, 1, 0], 4, "67 % of the 3 truth neurons lie in layer 1 of 4, counted from 0"),
+        ([0, 0], 2, "100 % of the 2 truth neurons lie in layer 0, the first of 2"),
         ([0, 0], 1, "layer 0, the only one"),
-        ([], 9, "0 truth neurons over 9 layers: none was found"),
+        ([], 9, "No truth neurons were found in 9 layers"),
     ],
 )
-def test_the_title_of_figure_5_says_where_they_sit(layers: list[int], n_layers: int, said: str) -> None:
+def test_the_title_of_figure_5_says_where_they_lie(layers: list[int], n_layers: int, said: str) -> None:
     found = NeuronSet(Neuron("mlp", layer, None, place) for place, layer in enumerate(layers))
     assert said in figures.plot_layers(found, n_layers).finding
 
@@ -141,9 +149,10 @@ def test_the_title_of_figure_5_says_where_they_sit(layers: list[int], n_layers: 
 @pytest.mark.parametrize(
     ("sets", "depths", "said"),
     [
-        (([1, 1], [1, 0, 1]), (2, 2), "In 2 of 2 models the most truth neurons sit in layer 1, the last of 2"),
-        (([5], [0, 5, 5], [0]), (12, 12, 6), "In 2 of 3 models the most truth neurons sit in the middle third of the layers"),
-        (([1], [5]), (2, 12), "Where the truth neurons of 2 models sit, by relative depth"),
+        (([1, 1], [1, 0, 1]), (2, 2), "In 2 of 2 models the largest fraction of the truth neurons lies in layer 1, the last of 2"),
+        (([5], [0, 5, 5], [0]), (12, 12, 6), "In 2 of 3 models the largest fraction of the truth neurons lies in the middle third of the layers"),
+        (([1], [5]), (2, 12), "Relative depth of the truth neurons of 2 models"),
+        (([1], []), (2, 12), "In 1 of 1 model (none were found in 1 other) the largest fraction of the truth neurons lies in layer 1, the last of 2"),
         (([], []), (2, 12), "No truth neurons were found in 2 models"),
     ],
 )  # fmt: skip
@@ -166,22 +175,22 @@ def test_figure_5_refuses_what_it_cannot_draw() -> None:
 @pytest.mark.parametrize("stored", [False, True])
 def test_table_1_as_bars(stored: bool) -> None:
     one = evaluation()
-    shown = StoredEvaluation.from_dict(one.record()) if stored else one
+    shown = reloaded(one) if stored else one
     figure = figures.plot_accuracies(shown)
     drawn = bars(figure)
     assert len(drawn) == 4
-    for arm, bar in zip(("baseline", "random", "random_matched", "suppressed"), drawn.values(), strict=True):
-        assert bar.x[0] == pytest.approx(100 * one.arms[arm].accuracy, abs=1e-5)
-        assert bar.error_x.array[0] == pytest.approx(100 * one.arms[arm].accuracy_std, abs=1e-5)
+    for name, bar in zip(("unablated", "random", "random_matched", "ablated"), drawn.values(), strict=True):
+        assert bar.x[0] == pytest.approx(100 * one.conditions[name].accuracy, abs=1e-5)
+        assert bar.error_x.array[0] == pytest.approx(100 * one.conditions[name].accuracy_std, abs=1e-5)
     named = {trace.name: trace for trace in figure.data}
     points = sorted(named["one repetition"].x)
-    expected = sorted(100 * float(v) for arm in one.arms.values() for v in arm.accuracies)
+    expected = sorted(100 * float(v) for result in one.conditions.values() for v in result.accuracies)
     assert points == pytest.approx(expected)
-    averaged = [100 * arm.order_averaged_accuracy for arm in one.arms.values()]
+    averaged = [100 * result.order_averaged_accuracy for result in one.conditions.values()]
     assert list(named["order-averaged"].x) == pytest.approx(averaged, abs=1e-5)
     assert figure.layout.shapes[0].x0 == 50, "chance"
-    after, before = (f"{100 * one.arms[arm].accuracy:.1f} %" for arm in ("suppressed", "baseline"))
-    assert f"{after} right with 4 neurons at zero" in figure.finding
+    after, before = (f"{100 * one.conditions[name].accuracy:.1f} %" for name in ("ablated", "unablated"))
+    assert f"{after} accuracy with 4 neurons zero-ablated" in figure.finding
     assert before in figure.finding
 
 
@@ -193,13 +202,13 @@ def test_table_1_without_order_averages_draws_none() -> None:
     drawn = evaluation()
     drawn.probabilities["random"][0, 3] = np.nan
     (named,) = [t for t in figures.plot_accuracies(drawn).data if t.name == "order-averaged"]
-    assert len(named.x) == 3, "an arm that was not asked every order has no average"
+    assert len(named.x) == 3, "a condition that was not asked every order has no average"
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_figure_3(stored: bool) -> None:
     several = [evaluation("a"), evaluation("b", seed=1)]
-    shown = [StoredEvaluation.from_dict(e.record()) for e in several] if stored else several
+    shown = [reloaded(e) for e in several] if stored else several
     figure = figures.plot_probability_change(shown)
     named = {trace.name: list(trace.x) for trace in figure.data if trace.name}
     assert named["mean (equation 11)"] == pytest.approx([100 * e.probability_change for e in several])
@@ -217,18 +226,18 @@ def test_figure_3(stored: bool) -> None:
 
 def test_figure_3_of_nothing_shows_whole_marks() -> None:
     one = evaluation()
-    one = replace(one, probabilities={**one.probabilities, "suppressed": one.probabilities["baseline"]})
+    one = replace(one, probabilities={**one.probabilities, "ablated": one.probabilities["unablated"]})
     figure = figures.plot_probability_change(one)
     assert [trace.x[0] for trace in figure.data] == [0, 0, 0]
     low, high = figure.layout.xaxis.range
     assert low < 0 < high
-    assert "takes nothing" in figure.finding
+    assert "does not change the probability" in figure.finding
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_figure_4_hides_small_categories_and_counts_them(stored: bool) -> None:
     one = evaluation()
-    shown = StoredEvaluation.from_dict(one.record()) if stored else one
+    shown = reloaded(one) if stored else one
     figure = figures.plot_categories(shown)
     frame = one.by_category()
     (bar,) = bars(figure).values()
@@ -256,24 +265,24 @@ def test_figure_4_of_several_models_sorts_by_their_mean() -> None:
 
 def test_dose_and_response() -> None:
     rows = [
-        {"factor": f, "arm": arm, "accuracy": 50 + 10 * f, "order_averaged_accuracy": 60 + 10 * f, "p_right": 0.5,
+        {"factor": f, "condition": name, "accuracy": 50 + 10 * f, "order_averaged_accuracy": 60 + 10 * f, "p_right": 0.5,
          "answer_mass": 0.9, "share_a": 0.5}
-        for f in (2.0, 0.0, 1.0) for arm in ("suppressed", "random_matched")
+        for f in (2.0, 0.0, 1.0) for name in ("ablated", "random_matched")
     ]  # fmt: skip
     figure = figures.plot_dose_response(pd.DataFrame(rows))
     named = {trace.name: trace for trace in figure.data}
     assert list(named["truth neurons, order-averaged"].x) == [0, 1, 2]
     assert list(named["truth neurons, order-averaged"].y) == [60, 70, 80]
-    assert list(named["random, matched by layer, plain"].y) == [50, 60, 70]
-    assert "60.0 % with the truth neurons times 0, and 80.0 % times 2" in figure.finding
+    assert list(named["matched random neurons, plain"].y) == [50, 60, 70]
+    assert "60.0 % with the truth neurons scaled by 0, and 80.0 % scaled by 2" in figure.finding
     unasked = pd.DataFrame(rows).assign(order_averaged_accuracy=float("nan"))
     assert {trace.name for trace in figures.plot_dose_response(unasked).data} == {
-        "truth neurons", "random, matched by layer"
+        "truth neurons", "matched random neurons"
     }  # fmt: skip
     with pytest.raises(BadInput, match="'share_a' is missing"):
         figures.plot_dose_response(pd.DataFrame(rows).drop(columns="share_a"))
     with pytest.raises(BadInput, match="got none"):
-        figures.plot_dose_response(pd.DataFrame(rows).query("arm == 'random_matched'"))
+        figures.plot_dose_response(pd.DataFrame(rows).query("condition == 'random_matched'"))
 
 
 def test_the_sweep_frames_what_was_chosen() -> None:
@@ -287,7 +296,7 @@ def test_the_sweep_frames_what_was_chosen() -> None:
 
 
 def test_the_volcano_holds_every_candidate() -> None:
-    selection = select_neurons(attribution(), t=0.1, p=0.2)
+    selection = select_neurons(attribution(), adaptive_threshold=0.1, share_threshold=0.2)
     figure = figures.plot_candidates(selection)
     assert 0 < selection.found.sum() < len(selection.candidates)
     drawn = {cell[0]: (x, y, trace.name) for trace in figure.data for x, y, cell in zip(trace.x, trace.y, trace.customdata, strict=True)}  # fmt: skip
@@ -305,7 +314,9 @@ def test_the_volcano_holds_every_candidate() -> None:
 @pytest.mark.parametrize("correction", ["bonferroni", "holm", "benjamini-hochberg", "none"])
 def test_the_border_of_the_volcano_parts_found_from_not_found(correction: Any) -> None:
     for seed in range(4):
-        selection = select_neurons(attribution(n=12, seed=seed), t=0.05, p=0.1, correction=correction)
+        selection = select_neurons(
+            attribution(n=12, seed=seed), adaptive_threshold=0.05, share_threshold=0.1, correction=correction
+        )
         borders = [s.y0 for s in figures.plot_candidates(selection).layout.shapes if s.y0 == s.y1]
         heights = -np.log10(selection.p_value)
         assert all(((heights > border) == selection.found).all() for border in borders)
@@ -315,18 +326,18 @@ def test_the_border_of_the_volcano_parts_found_from_not_found(correction: Any) -
 def test_a_volcano_of_nothing_and_of_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = attribution()
     nothing = replace(scores, difference={site: -scores.abs() for site, scores in scores.difference.items()})
-    empty = figures.plot_candidates(select_neurons(nothing, t=0.2, p=0.4))
+    empty = figures.plot_candidates(select_neurons(nothing, adaptive_threshold=0.2, share_threshold=0.4))
     assert empty.finding == "There are no candidates to test"
     assert not empty.layout.xaxis.visible
     assert not empty.layout.yaxis.visible
     assert not empty.layout.shapes
     assert "No neuron was salient" in empty.layout.annotations[0].text
     monkeypatch.setattr("tn_lens.figures.selection.MOST_CANDIDATES", 5)
-    selection = select_neurons(scores, t=0.1, p=0.2)
+    selection = select_neurons(scores, adaptive_threshold=0.1, share_threshold=0.2)
     figure = figures.plot_candidates(selection)
     assert sum(len(trace.x) for trace in figure.data) == 5
     assert f"{len(selection.candidates) - 5} weaker candidates" in figure.remark
-    untested = figures.plot_candidates(select_neurons(scores, t=0.1, p=0.2, alpha=None))
+    untested = figures.plot_candidates(select_neurons(scores, adaptive_threshold=0.1, share_threshold=0.2, alpha=None))
     assert all(trace.name.endswith(", found") for trace in untested.data)
 
 
@@ -339,7 +350,7 @@ def test_one_neuron_on_right_and_wrong_answers() -> None:
     assert [trace.name for trace in figure.data] == ["answered right (20)", "answered wrong (7)"]
     assert f"{float(right.difference['attn'][:, 1, 2].mean()):+.2g} where the model is right" in figure.finding
     both = replace(right, prompts=prompts(10, 2))
-    assert difference_of(both, neuron)[0] == pytest.approx(float(right.difference["attn"][:2, 1, 2].mean()))
+    assert difference_of(both, neuron)["0"] == pytest.approx(float(right.difference["attn"][:2, 1, 2].mean()))
     with pytest.raises(BadInput, match="no neuron mlp 9:0"):
         figures.plot_difference(right, Neuron("mlp", 9, None, 0))
 
@@ -370,7 +381,8 @@ def test_the_completeness_gap() -> None:
     held = {site: {k: of[k].tolist() for k in ("gap", "change")} for site, of in frame.groupby("site")}
     for figure in (figures.plot_completeness(scores), figures.plot_completeness(held)):
         for trace in figure.data:
-            kind, site = ("gap" if trace.name == "gap" else "change"), ("mlp" if trace.yaxis == "y" else "attn")
+            kind = "gap" if trace.name == "completeness error" else "change"
+            site = "mlp" if trace.yaxis == "y" else "attn"
             if figure.data[0].y[0] == held["mlp"]["change"][0]:
                 assert list(trace.y) == pytest.approx(held[site][kind])
     worst = frame.loc[frame["gap"].idxmax()]
@@ -381,7 +393,7 @@ def test_the_completeness_gap() -> None:
     beyond = figures.plot_completeness(
         {"mlp": {"gap": [0.01], "change": [0.6]}, "attn": {"gap": [0.42], "change": [0.4]}}
     )
-    assert "most in Attention, layer 0: by 0.42 on average, 105.0 % of the change there (0.4)" in beyond.finding
+    assert "largest in Attention, layer 0: 0.42 on average, 105.0 % of the change there (0.4)" in beyond.finding
     one = figures.plot_completeness({"mlp": {"gap": [0.0], "change": [0.0]}})
     assert "0.0 %" in one.finding
     assert "where nothing changes" in figures.plot_completeness({"mlp": {"gap": [0.1], "change": [0.0]}}).finding
@@ -398,10 +410,11 @@ def test_overlap() -> None:
     assert figures.plot_overlap(["a", "b"], overlap, title="Mine").finding == "Mine"
 
 
+@cache
 def everything(theme: Any) -> dict[str, figures.Figure]:
     scores, one = attribution(), evaluation("<i>a model</i>" + 50 * "x")
     frame = pd.DataFrame([{"t": 0.1, "p": 0.4, "n_candidates": 3, "n_found": 2}])
-    dose = pd.DataFrame([{"factor": 0.0, "arm": "suppressed", "accuracy": 1.0, "order_averaged_accuracy": 2.0, "answer_mass": 1.0, "share_a": 0.5}])  # fmt: skip
+    dose = pd.DataFrame([{"factor": 0.0, "condition": "ablated", "accuracy": 1.0, "order_averaged_accuracy": 2.0, "answer_mass": 1.0, "share_a": 0.5}])  # fmt: skip
     return {
         "layers": figures.plot_layers({"<i>a model</i>": FOUND}, 4, theme=theme),
         "several": figures.plot_layers({"<i>a</i>": FOUND, "b": FOUND}, 4, theme=theme),
@@ -412,7 +425,9 @@ def everything(theme: Any) -> dict[str, figures.Figure]:
         "categories": figures.plot_categories(one, least=1, theme=theme),
         "dose": figures.plot_dose_response(dose, theme=theme),
         "sweep": figures.plot_sweep(frame, theme=theme),
-        "candidates": figures.plot_candidates(select_neurons(scores, t=0.1, p=0.2), theme=theme),
+        "candidates": figures.plot_candidates(
+            select_neurons(scores, adaptive_threshold=0.1, share_threshold=0.2), theme=theme
+        ),
         "difference": figures.plot_difference(scores, Neuron("mlp", 0, None, 3), theme=theme),
         "attribution": figures.plot_attribution(scores, theme=theme),
         "completeness": figures.plot_completeness(scores, theme=theme),
@@ -432,15 +447,17 @@ def test_every_figure_has_the_look(theme: Any) -> None:
 
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name, figure in everything("light").items():
-        again = everything("light")[name]
+    drawn, drawn_again = everything("light"), everything.__wrapped__("light")
+    for name, figure in drawn.items():
+        again = drawn_again[name]
+        assert again is not figure
         assert figure.to_html(include_plotlyjs=False) == again.to_html(include_plotlyjs=False), name
         figure.write_html(tmp_path / "a.html", include_plotlyjs=False)
         again.write_html(tmp_path / "b.html", include_plotlyjs=False)
         assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes(), name
-    digests = {figure.digest() for figure in everything("light").values()}
-    assert len(digests) == len(everything("light")), "two figures of a page have ids of their own"
-    assert 'id="mine"' in everything("light")["layers"].to_html(include_plotlyjs=False, div_id="mine")
+    digests = {figure.digest() for figure in drawn.values()}
+    assert len(digests) == len(drawn), "two figures of a page have ids of their own"
+    assert 'id="mine"' in drawn["layers"].to_html(include_plotlyjs=False, div_id="mine")
 
 
 def test_text_of_users_is_escaped_in_every_label() -> None:
@@ -488,7 +505,7 @@ def test_colours_can_be_told_apart_by_everybody(theme: Any) -> None:
     look = LOOKS[theme]
     eyes = {"all": np.eye(3)} | {kind: np.array(matrix) for kind, matrix in BLINDNESS.items()}
     for kind, matrix in eyes.items():
-        for name, least in (("sites", 25), ("arms", 10), ("series", 10)):
+        for name, least in (("sites", 25), ("conditions", 10), ("series", 10)):
             of = getattr(look, name)
             colours = tuple(of.values()) if isinstance(of, dict) else tuple(of)
             assert apart(colours, lambda rgb, m=matrix: m @ rgb) > least, (name, kind)
@@ -502,8 +519,8 @@ def test_scales_and_sites_survive_grey_print(theme: Any) -> None:
     steps = np.diff(lightness["scale"])
     assert (steps < -4).all() or (steps > 4).all(), "a scale goes one way"
     assert abs(np.diff(lightness["sites"])) > 15
-    found, untouched = (lab(linear(look.arms[arm]))[0] for arm in ("suppressed", "baseline"))
-    assert abs(found - untouched) > 8
+    found, unablated = (lab(linear(look.conditions[name]))[0] for name in ("ablated", "unablated"))
+    assert abs(found - unablated) > 8
     for text in (look.ink, look.soft):
         a, b = sorted(float(np.dot([0.2126, 0.7152, 0.0722], linear(c))) for c in (text, look.paper))
         assert (b + 0.05) / (a + 0.05) > 4.5, "WCAG AA"
@@ -517,7 +534,9 @@ def test_no_sentence_glues_its_percent_sign() -> None:
 
 def test_a_condition_that_was_not_run_leaves_no_gap() -> None:
     fewer = evaluation("b")
-    fewer = replace(fewer, probabilities={arm: p for arm, p in fewer.probabilities.items() if arm != "random_matched"})
+    fewer = replace(
+        fewer, probabilities={name: p for name, p in fewer.probabilities.items() if name != "random_matched"}
+    )
     figure = figures.plot_accuracies([evaluation("a"), fewer])
     at = sorted(place for bar in bars(figure).values() for place in bar.y)
     assert at == [0, 1, 2, 3, 5, 6, 7]
@@ -536,7 +555,7 @@ def test_figures_are_saved_by_their_ending(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(BadInput, match="cannot write"):
         figures.save_figure(figure, tmp_path / "nowhere" / "a.html")
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(BadInput, match=r"pip install 'tn_lens\[image\]'.*\.html, which needs neither"):
+    with pytest.raises(BadInput, match=r"pip install 'truth-neurons\[image\]'.*\.html, which requires neither"):
         figures.save_figure(figure, tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "kaleido", ModuleType("kaleido"))
     asked: dict[str, Any] = {}
@@ -552,7 +571,7 @@ def test_figures_are_saved_by_their_ending(tmp_path: Path, monkeypatch: pytest.M
     def fail(**_: Any) -> bytes:
         raise RuntimeError("no browser\nhere")
 
-    with pytest.raises(BadInput, match="it needs Chrome or Chromium, and said 'no browser here'"):
+    with pytest.raises(BadInput, match="it requires Chrome or Chromium, and reported 'no browser here'"):
         figures.save_figure(_Drawn(fail), tmp_path / "b.pdf")
     assert not (tmp_path / "b.pdf").exists()
 

@@ -174,45 +174,80 @@ def hub() -> Iterator[str]:
         service.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("name", "environment", "said"),
-    [
-        ("org/absent", {}, "not found on the hub"),
-        ("org/gated", {}, "accept its licence on the hub and set HF_TOKEN"),
-        ("org/gated", {"HF_TOKEN": "hf_wrong"}, "accept its licence on the hub and set HF_TOKEN"),
-        ("org/absent", {"HF_HUB_OFFLINE": "1"}, "offline mode is on|cannot be reached"),
-        ("org/absent", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-    ],
-)
-def test_the_hub_says_no(name: str, environment: dict[str, str], said: str, hub: str, tmp_path: Path) -> None:
-    """In a process of its own, since the hub's address is read at import."""
+ABSENT, GATED = "org/absent", "org/gated"
+HUB_CASES: list[tuple[str, dict[str, str], str]] = [
+    (ABSENT, {}, "not found on the hub"),
+    (GATED, {}, "accept its licence on the hub and set HF_TOKEN"),
+    (GATED, {"HF_TOKEN": "hf_wrong"}, "accept its licence on the hub and set HF_TOKEN"),
+    (ABSENT, {"HF_HUB_OFFLINE": "1"}, "offline mode is on|cannot be reached"),
+    (ABSENT, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
+]
+COMMAND = """
+import json, os, sys, time
+time.sleep = lambda seconds: None  # the hub's client waits between its attempts
+from tn_lens import cli
+def run(name, out):
+    sys.argv = ["tn-lens", "run", "--model", name, "--questions", "toy", "--out", out]
+    cli.main()
+cases = json.loads(sys.argv[1])
+if len(cases) > 1:  # each in a fork, so that torch is imported once
+    import tn_lens.models.loading, tn_lens.pipeline.run
+    from huggingface_hub import constants
+for name, environment, folder in cases[:-1]:
+    process = os.fork()
+    if not process:
+        with open(f"{folder}/errors", "w") as errors:
+            os.dup2(errors.fileno(), 2)
+            os.environ.update(environment)
+            constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"
+            try:
+                run(name, f"{folder}/run")
+            except SystemExit as stop:
+                os._exit(stop.code)
+            os._exit(0)
+    _, status = os.waitpid(process, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+name, environment, folder = cases[-1]
+run(name, f"{folder}/run")
+"""
+
+
+def answers_of_the_hub(
+    cases: list[tuple[str, dict[str, str], str]], hub: str, home: Path
+) -> list[tuple[str, int, str, Path]]:
+    """What was expected, exit code, errors and run folder of each case, in a process whose environment is the last one's."""
+    folders = [home / str(number) for number in range(len(cases))]
+    for folder in folders:
+        folder.mkdir()
+    given = [(name, environment, str(folder)) for (name, environment, _), folder in zip(cases, folders, strict=True)]
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    variables |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", **environment}
-    command = [
-        sys.executable,
-        "-m",
-        "tn_lens",
-        "run",
-        "--model",
-        name,
-        "--questions",
-        "toy",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    variables |= {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", **cases[-1][1]}
+    command = [sys.executable, "-c", COMMAND, json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=200, check=False)
-    assert done.returncode == 2, done.stderr
-    assert re.search(said, done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not (tmp_path / "run").exists()
+    codes = [*map(int, done.stdout.split()), done.returncode]
+    errors = [*((folder / "errors").read_text() for folder in folders[:-1]), done.stderr]
+    return [
+        (said, code, error, folder / "run")
+        for (_, _, said), code, error, folder in zip(cases, codes, errors, folders, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("cases", [HUB_CASES[1:4] + HUB_CASES[:1], HUB_CASES[4:]], ids=["reached", "not reached"])
+def test_the_hub_says_no(cases: list[tuple[str, dict[str, str], str]], hub: str, tmp_path: Path) -> None:
+    """In a process of its own, since the hub's address is read at import."""
+    for said, code, error, out in answers_of_the_hub(cases, hub, tmp_path):
+        assert code == 2, error
+        assert re.search(said, error), error
+        assert "Traceback" not in error
+        assert len(error.strip().splitlines()) == 1, error
+        assert not out.exists()
 
 
 @needs_hooked
 def test_a_model_that_transformer_lens_knows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2 goes through TransformerLens' own loader, without weight processing, and laid out."""
     torch.manual_seed(0)
-    hf_model = GPT2LMHeadModel(GPT2Config(n_ctx=1024)).eval()
+    hf_model = GPT2LMHeadModel(GPT2Config(n_ctx=1024, n_layer=2, n_embd=64, n_head=4, vocab_size=1000)).eval()
     hf_model.config.architectures = ["GPT2LMHeadModel"]
     monkeypatch.setattr("transformer_lens.HookedTransformer.set_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(

@@ -44,7 +44,7 @@ def scores_of(world: Planted, off: frozenset[str]) -> Attribution:
 
 def found(world: Planted, off: set[str], *, t: float = 0.1) -> NeuronSet:
     """The neurons that are found with some filters switched off."""
-    scores = scores_of(world, frozenset(off) - OFF.keys())
+    scores = scores_of(world, frozenset(off).difference(OFF))
     settings: dict[str, Any] = {"adaptive_threshold": t}
     for name in off & OFF.keys():
         settings |= OFF[name]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tn_lens import Question, QuestionSet, build_prompt, build_prompts, load_model
 from tn_lens.models import Model
-from tn_lens.questions import FIGURE_9, PromptTemplate
+from tn_lens.questions.formats import FIGURE_9, PromptTemplate
 from tn_lens.questions.toy import binary, four_choice, true_false
 from tn_lens.questions.toy_world import facts
 
@@ -145,7 +145,7 @@ def test_a_label_of_two_tokens_is_refused_with_its_ids(chatting: Callable[..., M
         template=PromptTemplate(user="{question}", choice="", chat=False, labels="choices"),
     )
     with pytest.raises(ValueError, match=r"'\sParis' must be one token after this prompt, and is 6"):
-        build_prompts(model, words)
+        build_prompts(model, words, order="given")
 
 
 def test_a_prompt_that_is_no_prefix_is_refused(chatting: Callable[..., Model]) -> None:

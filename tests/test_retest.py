@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tn_lens import find_truth_neurons, load_model, load_questions
+from scripts import write_wrong_answers
+from tn_lens import Evaluation, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.pipeline.retest import parts_of, retest, run_of
 from tn_lens.runs.seals import fingerprint, sealed
 
@@ -20,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run on the toy."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     model = load_model("toy")
-    find_truth_neurons(model, load_questions("toy"), out=folder, limit=60, n_repetitions=2, progress=False)
+    find_truth_neurons(model, load_questions("toy"), Settings(limit=60, n_repetitions=2, n_steps=5), out=folder)
     return folder
 
 
@@ -32,13 +33,18 @@ def test_evaluating_a_run_makes_both_tables(demo: Path, run: Callable, tmp_path:
         assert said in " ".join(out.split()), said
     names = {path.name for path in (tmp_path / "again").iterdir()}
     tables = {f"table{n}.{ending}" for n in (1, 2) for ending in ("md", "tex", "csv")}
-    own = {"work", ".lock", "log.jsonl"}
-    assert names - own == tables | {"toy.json", "toy_true_false.json", "toy_four_choice.json"}
-    held = json.loads((tmp_path / "again" / "toy_four_choice.json").read_text())
-    assert held["n_orders"] == 4
-    assert set(held["arms"]) == {"baseline", "random", "random_matched", "top_activation", "suppressed"}
-    assert held["compared"]["random_matched"]["low"] <= held["compared"]["random_matched"]["difference"]
-    assert sum(row["n_questions"] for row in held["categories"]) == 40
+    sets = ("toy", "toy_true_false", "toy_four_choice")
+    assert names - {"work", ".lock", "log.jsonl"} == tables | {"summary.json"} | {f"{name}.safetensors" for name in sets}
+    numbers = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert tuple(numbers) == sets
+    stored = Evaluation.load(tmp_path / "again" / "toy_four_choice.safetensors")
+    assert numbers["toy_four_choice"] == stored.to_dict()
+    assert stored.n_orders == 4
+    conditions = {"unablated", "random", "random_matched", "top_activation", "ablated"}
+    assert set(stored.conditions) == set(numbers["toy_four_choice"]["conditions"]) == conditions
+    compared = stored.compare("ablated", "random_matched")
+    assert compared.low <= compared.difference
+    assert stored.by_category(1).n_questions.sum() == 40
 
 
 def test_a_run_knows_its_model(run: Callable, tmp_path: Path) -> None:
@@ -49,18 +55,20 @@ def test_a_run_knows_its_model(run: Callable, tmp_path: Path) -> None:
     code, out, err = run("evaluate", folder, "--on", "toy_true_false", "--repetitions", "2", "--limit", "10")
     assert code == 0, err
     assert (Path(folder) / "evaluation" / "table1.md").is_file()
+    (other,) = load_run(folder).others
+    assert (other.name, other.n_questions, other.neurons) == ("toy_true_false", 10, load_run(folder).neurons)
     assert f"Tables and numbers: {Path(folder) / 'evaluation'}" in out
 
 
 def test_a_set_of_neurons_needs_no_run(demo: Path, run: Callable, tmp_path: Path) -> None:
     neurons = str(demo / "neurons.json")
-    common = ["--on", "toy_true_false", "--repetitions", "2", "--limit", "20", "--arms", "baseline", "suppressed"]
+    common = ["--on", "toy_true_false", "--repetitions", "2", "--limit", "20", "--conditions", "unablated", "ablated"]
     code, out, err = run(
         "evaluate", "--neurons", neurons, "--model", "toy", *common, "--mode", "scale", "--factor", "2"
     )
     assert code == 0, err
     assert "toy_true_false" in out
-    assert "random" not in out.split("toy_true_false", 1)[1].split("Of the")[0].replace("randomly", "")
+    assert "random" not in out.split("toy_true_false", 1)[1]
     code, _, err = run("evaluate", str(demo), *common, "--out", str(tmp_path / "x"))
     assert code == 0, err
 
@@ -72,17 +80,21 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
     questions = load_questions(file)
     lettered = replace(questions, template=load_questions("toy").template)
     model = load_model("toy")
-    find_truth_neurons(model, lettered, out=folder, n_repetitions=2, t=0.05, order="both", limit=50, progress=False)
-    settings, neurons, _ = run_of(folder)
-    parts = parts_of(folder, settings, lettered)
+    settings = Settings(n_repetitions=2, adaptive_threshold=0.05, order="both", limit=50, n_steps=5)
+    find_truth_neurons(model, lettered, settings, out=folder)
+    provenance, neurons = run_of(folder)
+    parts = parts_of(folder, provenance.settings, lettered)
     assert sum(map(len, parts.values())) == 60
     assert len(parts["unseen"]) == 10
     assert not set(parts["half 1 (selection)"]) & set(parts["half 2 (test)"])
-    assert parts_of(folder, settings, questions) == {}, "asked in other words"
-    found = retest(model, neurons, [lettered], parts={"own": parts}, n_repetitions=2, progress=False)[0]
-    shown = found.by_part(parts)
-    assert shown[shown.arm == "baseline"].n_questions.sum() == 60
-    dropped = shown[(shown.part == "dropped by the check") & (shown.arm == "baseline")]
+    assert parts_of(folder, provenance.settings, questions) == {}, "asked in other words"
+    out = tmp_path / "evaluation"
+    found = retest(model, neurons, [lettered], out=out, parts={"own": parts}, n_repetitions=2, progress=False)[0]
+    shown = found.by_part()
+    assert shown.equals(found.by_part(parts))
+    assert shown.equals(Evaluation.load(out / "own.safetensors").by_part())
+    assert shown[shown.condition == "unablated"].n_questions.sum() == 60
+    dropped = shown[(shown.part == "dropped by the check") & (shown.condition == "unablated")]
     assert dropped.order_averaged_accuracy.tolist()[0] < 100
 
 
@@ -94,16 +106,17 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         (["RUN", "--model", "toy"], "expected a question set"),
         (["RUN", "--model", "toy", "--on", "nothing"], "no question set 'nothing'"),
         (["RUN", "--model", "toy", "--on", "toy", "toy"], "a name of its own"),
-        (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "at least 1"),
-        (["RUN", "--model", "toy", "--on", "toy", "--arms", "baseline"], "'suppressed' is missing"),
-        (["RUN", "--model", "toy", "--on", "toy", "--mode", "scale"], "a factor belongs to mode 'scale'"),
+        (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "limit must be a positive integer; got 0"),
+        (["RUN", "--model", "toy", "--on", "toy", "--conditions", "unablated"], "'ablated' is missing"),
+        (["RUN", "--model", "toy", "--on", "toy", "--mode", "scale"], "--mode scale needs a factor; give one with --factor"),
+        (["RUN", "--model", "toy", "--on", "toy", "--factor", "2"], "--mode zero has no factor; leave out --factor"),
         (["RUN", "--model", "toy", "--on", "toy", "--text", "nothing.txt"], "cannot read 'nothing.txt'"),
         (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "give the folder with test/"),
         (["nowhere", "--model", "toy", "--on", "toy"], "holds no run"),
     ],
 )
 def test_bad_input_to_evaluate(arguments: list[str], said: str, demo: Path, run: Callable, tmp_path: Path) -> None:
-    given = [str(demo) if one == "RUN" else one for one in arguments]
+    given = [str(demo) if argument == "RUN" else argument for argument in arguments]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     code, _, err = run("evaluate", *given, *out)
     assert code == 2
@@ -125,16 +138,8 @@ def test_neurons_of_other_weights_are_refused(demo: Path, run: Callable, tmp_pat
     assert "found in other weights" in err
 
 
-def test_wrong_answers_from_the_command_line(run: Callable, tmp_path: Path) -> None:
-    code, _, err = run(
-        "wrong-answers",
-        "toy",
-        "--out",
-        str(tmp_path / "a.jsonl"),
-        "--chat-model",
-        "x",
-        "--base-url",
-        "http://127.0.0.1:9",
-    )
+def test_wrong_answers_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "a.jsonl")
+    code = write_wrong_answers.main(["toy", "--out", out, "--chat-model", "x", "--base-url", "http://127.0.0.1:9"])
     assert code == 2
-    assert "cannot reach http://127.0.0.1:9" in err
+    assert "cannot reach http://127.0.0.1:9" in capsys.readouterr().err

@@ -14,31 +14,30 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from tn_lens import BadInput, NeuronSet, QuestionSet, find_truth_neurons, load_model
+from tests.conftest import contents
+from tn_lens import BadInput, NeuronSet, QuestionSet, Settings, find_truth_neurons, load_model
 from tn_lens.models import Model
 from tn_lens.pipeline.retest import retest
 from tn_lens.questions.question import Question
-from tn_lens.runs.folder import RunFolder, StoredUnits
+from tn_lens.runs.context import Run, map_chunks
+from tn_lens.runs.folder import RunFolder
 from tn_lens.runs.seals import sealed
 
-from .conftest import contents
-
 ROOT = Path(__file__).parents[1]
-SMALL: dict[str, Any] = {"limit": 24, "n_steps": 2, "n_repetitions": 2, "order": "both", "progress": False}
+SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
 EVIL = "<script>alert('x')</script>"
 
 
 @pytest.fixture(scope="module")
 def few(toy_questions: QuestionSet) -> QuestionSet:
-    split = [question.split for question in toy_questions]
-    places = [p for part in ("find", "report") for p in [i for i, s in enumerate(split) if s == part][:24]]
-    return toy_questions.select(places)
+    kept = [question for part in ("find", "report") for question in toy_questions.part(part)[:24]]
+    return replace(toy_questions, questions=tuple(kept))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    find_truth_neurons(toy, few, out=folder, **SMALL)
+    find_truth_neurons(toy, few, SMALL, out=folder)
     return folder
 
 
@@ -66,7 +65,7 @@ def test_a_run_opens_no_connection(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    find_truth_neurons(load_model("toy"), few, out=tmp_path / "run", **SMALL)
+    find_truth_neurons(load_model("toy"), few, SMALL, out=tmp_path / "run")
     load_model(checkpoint("Qwen2.5-3B-Instruct"))
     with pytest.raises((BadInput, AssertionError)):
         load_model("nobody/nothing")  # the check can fail
@@ -93,7 +92,7 @@ def test_code_in_a_checkpoint_runs_only_when_asked_for_by_name(
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "architectures": ["Own"]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="does not know its architecture"):
+    with pytest.raises(ValueError, match="does not support its architecture"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -103,9 +102,9 @@ def test_names_do_not_lead_out_of_a_run_folder(toy: Model, few: QuestionSet, tmp
     for name in ("../evil", "/tmp/tn_lens_evil", "scores/../../evil", "work/../../../evil"):
         with pytest.raises(ValueError, match="outside the run folder"):
             folder.write(name, b"")
-    mapper = StoredUnits(folder, "basis")
-    with pytest.raises(ValueError, match="outside the run folder"):
-        mapper("../../evil", ["a"], lambda _: {})
+    for stage, name in (("stage", "../../../evil"), ("../../evil", "name")):
+        with Run(folder, "basis", progress=False) as run, pytest.raises(ValueError, match="outside the run folder"):
+            run.stage(stage, map_chunks, name, ["a"], lambda _: {})
     with pytest.raises(ValueError, match="outside the run folder"):
         retest(
             toy, NeuronSet(), [replace(few, name="../../evil")], out=tmp_path / "out", n_repetitions=1, progress=False
@@ -122,17 +121,17 @@ def test_a_link_in_a_run_folder_is_not_followed(whole: Path, toy: Model, few: Qu
     shutil.rmtree(out / "scores")
     (out / "scores").symlink_to(outside)
     with pytest.raises(ValueError, match="outside the run folder"):
-        find_truth_neurons(toy, few, out=out, **SMALL)
+        find_truth_neurons(toy, few, SMALL, out=out)
     with pytest.raises(ValueError, match="outside the run folder"):
-        find_truth_neurons(toy, few, out=out, overwrite=True, **SMALL)
+        find_truth_neurons(toy, few, SMALL, out=out, overwrite=True)
     (out / "scores").unlink()
     (out / ".report.html.part").symlink_to(outside / "file")
     (out / "summary.json").unlink(missing_ok=True)
     (out / "summary.json").symlink_to(outside / "file")
     with pytest.raises(ValueError, match="cannot write"):
-        find_truth_neurons(toy, few, out=out, **SMALL)
+        find_truth_neurons(toy, few, SMALL, out=out)
     (out / ".report.html.part").unlink(missing_ok=True)
-    find_truth_neurons(toy, few, out=out, **SMALL)
+    find_truth_neurons(toy, few, SMALL, out=out)
     assert contents(out) == contents(whole)
     assert {p.name: p.read_bytes() for p in outside.iterdir()} == dict.fromkeys(
         ["00000.safetensors", "file"], b"precious"
@@ -175,12 +174,12 @@ def test_what_a_manifest_names_is_not_followed(
 
 def test_a_runs_own_settings_and_questions_name_no_paths(toy: Model, few: QuestionSet, tmp_path: Path) -> None:
     paths = [replace(q, category="../../../evil") for q in few]
-    find_truth_neurons(toy, replace(few, questions=tuple(paths), name="../evil"), out=tmp_path / "run", **SMALL)
+    find_truth_neurons(toy, replace(few, questions=tuple(paths), name="../evil"), SMALL, out=tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert not list((tmp_path / "run").rglob("*evil*"))
 
 
-@pytest.mark.filterwarnings("ignore:.*prompts contain text unknown:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*prompts contain words that:UserWarning")
 def test_html_in_questions_and_names_is_text_in_the_report(few: QuestionSet, tmp_path: Path) -> None:
     model = load_model("toy")
     model.cfg.model_name = f"m{EVIL}"
@@ -189,7 +188,7 @@ def test_html_in_questions_and_names_is_text_in_the_report(few: QuestionSet, tmp
     )
     asked = tuple(replace(q, category=f"{q.category}{EVIL}") for q in few)
     questions = replace(few, questions=(first, *asked), name=f"q{EVIL}")
-    found = find_truth_neurons(model, questions, out=tmp_path / "run", **SMALL | {"limit": None})
+    found = find_truth_neurons(model, questions, replace(SMALL, limit=None), out=tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert EVIL not in page
     assert "<script>alert" not in page

@@ -31,7 +31,7 @@ def test_one_pass_and_any_merging_give_the_same_moments(seed: int, n: int, parts
     rows = np.random.default_rng(seed).normal(5, 3, (n, 4))
     one_pass = Moments.empty(4)
     for row in rows:
-        one_pass = one_pass.add(row)
+        one_pass = one_pass.merge(Moments.of(row[None]))
     merged = Moments.empty(4)
     for part in np.array_split(rows, parts):
         merged = merged.merge(Moments.of(part)) if len(part) else merged

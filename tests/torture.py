@@ -1,6 +1,6 @@
 """Kill a run at random moments with SIGKILL, and see that every resume ends in the same bytes: `make torture`.
 
-Each kill waits for a random unit of one of the three phases in turn, and then for a random part of the time that the next
+Each kill waits for a random chunk of one of the three phases in turn, and then for a random part of the time that the next
 one takes. The processes are forks of this one, which has imported everything and computed nothing, so that a run is seconds.
 """
 
@@ -15,16 +15,19 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import tn_lens.planning  # noqa: F401 (the forks need not import it)
+import tn_lens.pipeline.dry_run
+import tn_lens.pipeline.run
+import tn_lens.report.page  # noqa: F401 (the forks need not import them)
 
 from tests.conftest import contents
-from tn_lens import questions
-from tn_lens.cli import main as cli
+from tn_lens import cli
+from tn_lens.questions import load
 from tn_lens.runs.seals import unseal_tensors
 
 PHASES = ("attribution", "evaluation", "report")
@@ -77,17 +80,17 @@ def moments(reference: Path) -> dict[str, list[tuple[int, float]]]:
     gaps = [after - before for before, after in pairwise(times)]
     found: dict[str, list[tuple[int, float]]] = {phase: [] for phase in PHASES}
     for place, gap in enumerate(gaps):
-        last = place == len(gaps) - 1  # from the last unit to the end: figures, report, result files
+        last = place == len(gaps) - 1  # from the last chunk to the end: figures, report, result files
         found["report" if last else phase_of(held[place])].append((place + 1, gap))
     return found
 
 
-def whole_units(out: Path) -> set[tuple[str, int]]:
-    """The units that are there and can be read."""
+def whole_chunks(out: Path) -> set[tuple[str, int]]:
+    """The chunks that are there and can be read."""
     return {
         (str(path.parent.relative_to(out)), int(path.stem))
         for path in out.rglob("*.safetensors")
-        if unseal_tensors(path.read_bytes()) is not None
+        if path.stem.isdecimal() and unseal_tensors(path.read_bytes()) is not None
     }
 
 
@@ -108,13 +111,13 @@ def kill_once(out: Path, n_lines: int, delay: float) -> bool:
 
 def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
     """Kills by phase; an assertion fails where a resume went wrong."""
-    toy = questions.load_questions("toy")
-    few = [p for part in ("find", "report") for p in [i for i, q in enumerate(toy) if q.split == part][:100:2]]
-    questions.load_questions = lambda name: toy.select(few)
+    toy = load.load_questions("toy")
+    few = tuple(question for part in ("find", "report") for question in toy.part(part)[:100:2])
+    load.load_questions = lambda name: replace(toy, questions=few)  # pyright: ignore[reportAttributeAccessIssue]
     rng = random.Random(seed)
     reference = folder / "reference"
     finish(reference)
-    expected, units = contents(reference), whole_units(reference)
+    expected, chunks = contents(reference), whole_chunks(reference)
     where = moments(reference)
     done: dict[str, int] = dict.fromkeys(PHASES, 0)
     while sum(done.values()) < n_kills:
@@ -125,15 +128,15 @@ def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
             shutil.rmtree(out)
             continue
         done[phase] += 1
-        logged, kept = [event for event in events(out) if event["what"] == "unit"], whole_units(out)
+        logged, kept = [event for event in events(out) if event["what"] == "chunk"], whole_chunks(out)
         lost = len({(event["name"], event["index"]) for event in logged} - kept)
         n_before = len(logged)
         finish(out)
-        again = [(event["name"], event["index"]) for event in events(out) if event["what"] == "unit"][n_before:]
+        again = [(event["name"], event["index"]) for event in events(out) if event["what"] == "chunk"][n_before:]
         assert not set(again) & kept, f"computed again although it was there: {set(again) & kept}"
-        assert kept | set(again) == units
+        assert kept | set(again) == chunks
         assert len(again) == len(set(again))
-        assert lost == 0, "a unit that was finished is not there"
+        assert lost == 0, "a chunk that was finished is not there"
         differing = [
             name for name in expected.keys() | contents(out).keys() if expected.get(name) != contents(out).get(name)
         ]
@@ -153,7 +156,7 @@ def main() -> None:
         done = torture(given.kills, given.seed, Path(folder))
     print(
         f"{given.kills} kills ({', '.join(f'{n} in {phase}' for phase, n in done.items())}), every resume ended in the same "
-        f"bytes, no unit that was finished was computed again; {time.monotonic() - began:.0f} s"
+        f"bytes, no chunk that was finished was computed again; {time.monotonic() - began:.0f} s"
     )
 
 

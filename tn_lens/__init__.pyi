@@ -1,3 +1,4 @@
+# ruff: noqa: I001 (in the order of the pipeline)
 from . import figures as figures
 from .models.loading import load_model as load_model
 from .models import neuron_space as neuron_space

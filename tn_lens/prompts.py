@@ -16,7 +16,8 @@ from tn_lens.core.options import Order
 from tn_lens.core.seeds import generator
 from tn_lens.core.sentences import plural
 from tn_lens.models import Model, backend_of
-from tn_lens.questions.question import FIGURE_9, LETTERS, PromptTemplate, Question, QuestionSet
+from tn_lens.questions.formats import FIGURE_9, PromptTemplate
+from tn_lens.questions.question import LETTERS, Question, QuestionSet
 from tn_lens.questions.toy import LETTERED
 
 TEMPLATE_DATE = "26 Jul 2024"
@@ -98,6 +99,7 @@ class PromptSet(Sequence[Prompt]):
         groups: dict[str, range] = {}
         orders: set[tuple[int, ...]] = set()
         for row, prompt in enumerate(self.prompts):
+            # the rows of a question must be consecutive, or its mean over orders would miss some
             rows = groups.get(prompt.question)
             orders = set() if rows is None else orders
             if (rows is not None and rows.stop != row) or prompt.order in orders:
@@ -131,13 +133,13 @@ class PromptSet(Sequence[Prompt]):
 
     def chunks(self, size: int) -> tuple[PromptSet, ...]:
         """Cut into parts of at most `size` prompts (more only for a question with more orders); questions stay whole."""
+        # by number of prompts and never by number of workers, so that chunks are the same for any number
         starts = [0]
         for rows in self.groups.values():
             if rows.stop - starts[-1] > size and rows.start > starts[-1]:
                 starts.append(rows.start)
         ends = [*starts[1:], len(self)]
         return tuple(self[a:b] for a, b in zip(starts, ends, strict=True) if b > a)
-
 
     def to_plain(self) -> list[list[Any]]:
         """The form in stored results: without tokens and text."""
@@ -162,6 +164,7 @@ class PromptSet(Sequence[Prompt]):
 
 def stream_of(question: str) -> int:
     """A number for the random stream of a question, from its id alone."""
+    # 32 bits are plenty: streams only have to differ between questions
     return int(sha256(question.encode(errors="surrogatepass")).hexdigest()[:8], 16)
 
 
@@ -206,6 +209,7 @@ def build_prompts(
         every = rotations(len(question.choices))
         match order:
             case "both":
+                # without letters there is no position to balance
                 chosen = every if questions.template.labels == "letters" else every[:1]
             case "random":
                 chosen = [random_order(question, seed)]

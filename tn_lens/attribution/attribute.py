@@ -84,6 +84,7 @@ def attribute(
     planned = internal_batch_size or BATCH_SIZE
     if not isinstance(planned, PassSize):
         planned = PassSize(1, planned)
+    # planned from the longest prompt, so that all passes of a call have the same size
     if engine_name == "shared_prefix" and internal_batch_size is None:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         memory = max_memory or default_memory(backend_of(model).device.type)
@@ -201,6 +202,7 @@ def _within_memory(
                     f"not even one row fits into memory ({str(error)[:150]}); use a smaller dtype or another device"
                 ) from error
         size = smaller  # outside the except block, whose traceback keeps the tensors alive
+        # cached blocks of the failed pass would count against the next one
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(back_off_warning(size), stacklevel=3)

@@ -62,6 +62,7 @@ def _riemann_middle(m: int) -> QuadratureRule:
 
 def _riemann_trapezoid(m: int) -> QuadratureRule:
     weights = _equal(m - 1)[0].repeat(m)
+    # the two ends count half
     weights[[0, -1]] /= 2
     return QuadratureRule(torch.arange(m, dtype=torch.float64) / (m - 1), weights)
 

@@ -117,6 +117,7 @@ class Attribution(ScoreSource, Stored):
 
     def __getitem__(self, prompt: int) -> Attribution:
         """The scores of one prompt, shown as its strongest neurons."""
+        # raises IndexError, and allows negative numbers
         place = range(len(self))[prompt]
 
         def pick(scores: Mapping[SiteName, Tensor] | None) -> dict[SiteName, Tensor] | None:
@@ -210,6 +211,7 @@ def at_neurons(
                 f"there is no neuron {neuron} among these scores: the model has {space.n_layers} layers, and the scores are "
                 f"those of {', '.join(scores)}"
             )
+        # [prompt, layer, neuron] -> [prompt]
         columns.append(scores[neuron.site][..., neuron.layer, space.flat(neuron)])
     if not columns:
         return next(iter(scores.values()))[..., 0, :0]

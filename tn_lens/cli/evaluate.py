@@ -65,6 +65,7 @@ def evaluate(
     if (folder is None) == (neurons is None):
         given = "both" if folder else "neither"
         raise BadInput(f"expected a run folder, or --neurons FILE with --model NAME; got {given}")
+    # torch and transformers take seconds to import, which --help and errors in the arguments should not
     from tn_lens.cli import retest
     from tn_lens.neurons import NeuronSet
     from tn_lens.pipeline.retest import check_same_model, load_sets, parts_of, run_of
@@ -83,6 +84,7 @@ def evaluate(
     loading = {"dtype": dtype, "device": workers().device(device), "revision": revision, "backend": backend}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, **loading)
     parts = {}
+    # a set of neurons alone names no model and no questions, so there is nothing to compare with
     if folder is not None:
         check_same_model(loaded, provenance.settings, folder)
         parts = {s.name: named for s in sets if (named := parts_of(folder, provenance.settings, s))}

@@ -29,10 +29,11 @@ STOPPED = 130
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"tn-lens {version('truth-neurons')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -126,7 +127,7 @@ def select(
     console.print(selection.summary())
     columns = ["site", "layer", "head", "index", "mean_difference", "cohens_d", "p_adjusted"]
     if selection.neurons:
-        console.print(frame_table(selection.to_frame().head(20)[columns]))
+        console.print(frame_table(selection.to_frame().head(20).filter(columns)))
     if splits:
         console.print(stability(scores, seeds=range(splits), **rules).summary())
     if grid:
@@ -167,8 +168,9 @@ def main() -> None:
     """Run the command line; bad input ends with one sentence and exit code 2, a lost worker with 1."""
     # the stages' warnings are printed as notes; those of libraries do not concern users
     warnings.simplefilter("ignore")
-    for library in ("transformers", "huggingface_hub"):
+    for library, variable in {"transformers": "TRANSFORMERS_VERBOSITY", "huggingface_hub": "HF_HUB_VERBOSITY"}.items():
         logging.getLogger(library).setLevel(logging.ERROR)
+        os.environ.setdefault(variable, "error")  # a library that is imported later reads it then
     message = ""
     try:
         code = app(_spread_lists(sys.argv[1:]), standalone_mode=False) or 0

@@ -38,7 +38,7 @@ def compare(
     for table in comparison.tables1():
         console.print(table)
     columns = ["run", "layers", "neurons", "first_third", "middle_third", "last_third"]
-    console.print(frame_table(comparison.to_frame().filter(columns), title="found neurons by third of the layers"))
+    console.print(frame_table(comparison.to_frame().filter(columns), title="neurons by depth"))
     for sentence in comparison.sentences():
         console.print(f"- {sentence}")
     console.print(f"\nPage: {out}", soft_wrap=True)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from tn_lens.cli.console import frame_table, open_console
 from tn_lens.core.errors import BadInput
-from tn_lens.evaluation import Evaluation
+from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, paragraphs, plain_texts
 from tn_lens.inference.interventions import INTERVENTIONS, Intervention
 from tn_lens.models import Model

@@ -38,5 +38,6 @@ class Registry(dict[str, T]):
             add(entry)
         return add
 
+    # dict calls this for `registry[name]`; `in` and `.get` behave as usual
     def __missing__(self, name: str) -> T:
         raise BadInput(f"unknown {self.noun} {name!r}: expected {', '.join(self)}")

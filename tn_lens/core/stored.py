@@ -73,6 +73,7 @@ class Stored:
     def from_bytes(cls: type[R], content: bytes, ending: str) -> R:
         """The inverse of `to_bytes`."""
         try:
+            # safetensors: 8 bytes for the length of the header, the header as JSON, then the arrays
             if ending == ".safetensors":
                 from safetensors.torch import load
 
@@ -95,6 +96,7 @@ class Stored:
 
 def dump_json(payload: Any) -> bytes:
     """JSON with null for NaN and infinity, which JSON does not have."""
+    # allow_nan=False would raise, so nothing slips through as "NaN", which is not JSON
     text = json.dumps(without_nan(payload), indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode(errors="backslashreplace")
 

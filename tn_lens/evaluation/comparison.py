@@ -1,4 +1,4 @@
-"""Paired comparisons of conditions, with the question as the unit, and the parts of a fall in accuracy."""
+"""Paired comparisons of conditions, with the question as the unit."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def compare(results: Mapping[str, ConditionResult], condition: str, other: str, 
     rng = generator(seed, 8)
     resampled = [_resampled(ours, theirs, rng) for _ in range(N_RESAMPLES)]
     low, high = np.percentile(resampled, [2.5, 97.5])
-    mcnemar = float("nan")
+    mcnemar = draws_p = float("nan")
     if len(ours) == len(theirs) == 1:
         won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+        # exact test on the questions that only one of the two answers right
         mcnemar = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    draws_p = float("nan")
     if len(theirs) > 1:
         n_as_bad = int((theirs.mean(-1) <= ours.mean()).sum())
         draws_p = (1 + n_as_bad) / (1 + len(theirs))
@@ -83,23 +83,10 @@ def _resampled(
     ours: Float[np.ndarray, "draw question"], theirs: Float[np.ndarray, "other question"], rng: np.random.Generator
 ) -> float:
     """The difference on questions drawn with replacement, and on draws drawn with replacement."""
+    # the same questions for both conditions: the comparison is paired
     questions = rng.integers(ours.shape[1], size=ours.shape[1])
     means = []
     for right in (ours, theirs):
         draws = rng.integers(len(right), size=len(right)) if len(right) > 1 else [0]
         means.append(right[draws].mean(0)[questions].mean())
     return float(means[0] - means[1])
-
-
-def fall(results: Mapping[str, ConditionResult]) -> dict[str, float]:
-    """The parts of a fall in accuracy, in percentage points.
-
-    Returns:
-        total: fall of plain accuracy; content: of order-averaged accuracy, where letters cancel; letter: the rest; mass:
-        the additional fall if prompts whose labels hold less than half of the probability count as wrong.
-    """
-    pair = [results[name] for name in ("unablated", "ablated")]
-    plain, averaged = ([getattr(result, name) for result in pair] for name in ("accuracy", "order_averaged_accuracy"))
-    followed = [float(result.drawn(result.right * (result.mass >= FOLLOWED)).mean()) for result in pair]
-    total, content, strict = (100 * (before - after) for before, after in (plain, averaged, followed))
-    return {"total": total, "content": content, "letter": total - content, "mass": strict - total}

@@ -7,21 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy import stats
 
 from tn_lens.core.options import Condition
 from tn_lens.evaluation.controls import CONTROLS
+from tn_lens.inference.manipulation import is_right
 from tn_lens.prompts import PromptSet
 
-HEADINGS: Mapping[Condition | str, str] = {
-    "unablated": "unablated",
-    "random": "random",
-    "random_matched": "matched",
-    "top_activation": "most active",
-    "ablated": "ablated",
-}
-"""Short names of the built-in conditions, for the columns of tables."""
+HEADINGS: Mapping[Condition | str, str] = {"random_matched": "matched", "top_activation": "most active"}
+"""Conditions whose names in the columns of tables are other ones."""
 
 
 def condition_label(name: str, intervention: str = "zero-ablated") -> str:
@@ -38,33 +34,15 @@ def condition_label(name: str, intervention: str = "zero-ablated") -> str:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Questions:
-    """What every condition of an evaluation shares: the prompts, and which of them each repetition asked."""
-
-    prompts: PromptSet
-    """Every order of every question."""
-    asked: Int[np.ndarray, "repetition question"]
-    """Which prompt each repetition asked."""
-
-    @cached_property
-    def right_label(self) -> Int[np.ndarray, " prompt"]:
-        """Position of the right choice among those shown."""
-        return np.array([prompt.right for prompt in self.prompts])
-
-    @cached_property
-    def answers(self) -> list[int]:
-        """Index of each question's right choice."""
-        first = [self.prompts[rows.start] for rows in self.prompts.groups.values()]
-        return [prompt.order[prompt.right] for prompt in first]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ConditionResult:
     """The answers under one condition. The neurons of draw d are ablated in repetition d; a single draw serves all."""
 
     probabilities: Float[np.ndarray, "draw prompt choice"]
     """f of each shown choice, in [0, 1], for every order of every question; NaN for an order that was not asked."""
-    shared: Questions
+    prompts: PromptSet
+    """Every order of every question."""
+    asked: Int[np.ndarray, "repetition question"]
+    """Which prompt each repetition asked."""
 
     @cached_property
     def is_complete(self) -> bool:
@@ -73,22 +51,21 @@ class ConditionResult:
 
     def drawn(self, per_prompt: Float[np.ndarray, "draw prompt"]) -> Float[np.ndarray, "repetition question"]:
         """The values of the orders that the repetitions drew."""
-        asked = self.shared.asked
-        draws = np.arange(len(asked)) % len(per_prompt)
-        return per_prompt[draws[:, None], asked]
+        # a single draw serves all repetitions
+        draws = np.arange(len(self.asked)) % len(per_prompt)
+        return per_prompt[draws[:, None], self.asked]
 
     @cached_property
     def right(self) -> Float[np.ndarray, "draw prompt"]:
         """1 where the right label is more probable than every wrong one, else 0."""
-        index = self.shared.right_label[None, :, None]
-        others = self.probabilities.copy()
-        np.put_along_axis(others, np.broadcast_to(index, (*others.shape[:2], 1)), -1.0, axis=-1)
-        return (self.p_right > others.max(-1)).astype(np.float64)  # 0 where it was not asked: NaN compares false
+        # 0 where it was not asked, since NaN compares false
+        draws = [is_right(torch.tensor(draw), self.prompts) for draw in self.probabilities]
+        return torch.stack(draws).double().numpy()
 
     @property
     def p_right(self) -> Float[np.ndarray, "draw prompt"]:
         """Probability of the right label."""
-        return np.take_along_axis(self.probabilities, self.shared.right_label[None, :, None], axis=-1)[..., 0]
+        return self.probabilities[:, np.arange(len(self.prompts)), [prompt.right for prompt in self.prompts]]
 
     @property
     def mass(self) -> Float[np.ndarray, "draw prompt"]:
@@ -127,15 +104,19 @@ class ConditionResult:
         return float(self.shares[0])
 
     @cached_property
-    def by_choice(self) -> list[Float[np.ndarray, "draw choice"]]:
-        """The probability of each choice of every question, averaged over the orders, so that letter bias cancels."""
+    def by_choice(self) -> list[tuple[Float[np.ndarray, "draw choice"], int]]:
+        """For each question the probabilities of its choices, averaged over the orders so that letter bias cancels.
+
+        Beside them the index of the right choice.
+        """
         averaged = []
-        for rows in self.shared.prompts.groups.values():
-            total = np.zeros((len(self.probabilities), self.shared.prompts[rows.start].n_choices))
+        for rows in self.prompts.groups.values():
+            first = self.prompts[rows.start]
+            total = np.zeros((len(self.probabilities), first.n_choices))
             for row in rows:
-                order = self.shared.prompts[row].order  # position shown -> choice
+                order = self.prompts[row].order  # position shown -> choice
                 total[:, list(order)] += self.probabilities[:, row, : len(order)]
-            averaged.append(total / len(rows))
+            averaged.append((total / len(rows), first.order[first.right]))
         return averaged
 
     @cached_property
@@ -145,11 +126,10 @@ class ConditionResult:
         NaN if not every order was asked.
         """
         if not self.is_complete:
-            return np.full((len(self.probabilities), self.shared.asked.shape[1]), np.nan)
-        verdicts = []
-        for p, answer in zip(self.by_choice, self.shared.answers, strict=True):
-            verdicts.append((p[:, answer] > np.delete(p, answer, axis=-1).max(-1)).astype(np.float64))
-        return np.stack(verdicts, axis=-1)
+            return np.full((len(self.probabilities), self.asked.shape[1]), np.nan)
+        # a tie with a wrong choice does not count as right; [draw] for each question
+        verdicts = [p[:, answer] > np.delete(p, answer, axis=-1).max(-1) for p, answer in self.by_choice]
+        return np.stack(verdicts, axis=-1).astype(np.float64)
 
     @property
     def order_averaged_accuracy(self) -> float:
@@ -165,16 +145,13 @@ class ConditionResult:
         if not self.is_complete:
             return float("nan")
         rights, wrongs = [], []
-        for p, answer in zip(self.by_choice, self.shared.answers, strict=True):
+        for p, answer in self.by_choice:
+            # [draw, choice]; a question without any mass must not divide by zero
             share = p / np.maximum(p.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
             rights.append(share[:, [answer]])
             wrongs.append(np.delete(share, answer, axis=-1))
-        right, wrong = (
-            np.concatenate(rights, axis=-1),
-            np.concatenate(wrongs, axis=-1),
-        )  # [draw, choice of any question]
-        areas = []
-        for ours, theirs in zip(right, wrong, strict=True):
-            ranks = stats.rankdata(np.concatenate([ours, theirs]))[: len(ours)]
-            areas.append((ranks.sum() - len(ours) * (len(ours) + 1) / 2) / (len(ours) * len(theirs)))
-        return float(np.mean(areas))
+        # [draw, choice of any question]
+        right, wrong = np.concatenate(rights, axis=-1), np.concatenate(wrongs, axis=-1)
+        # the area is the number of pairs in the right order, a tie counted as one half, over the number of pairs
+        n_ordered = stats.mannwhitneyu(right, wrong, axis=-1, method="asymptotic").statistic
+        return float(np.mean(n_ordered / (right.shape[-1] * wrong.shape[-1])))

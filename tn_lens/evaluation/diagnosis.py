@@ -84,6 +84,7 @@ class Diagnosis(Stored):
     @property
     def verdicts(self) -> list[Verdict]:
         """One verdict for each neuron."""
+        # NaN compares false, so a neuron without an interval is unclear
         low, high = self.mistaken - self.mistaken_half_width, self.mistaken + self.mistaken_half_width
         return ["truth" if a > 0 else "choice" if b < 0 else "unclear" for a, b in zip(low, high, strict=True)]
 
@@ -156,10 +157,11 @@ def diagnose(
         seed: seed for its orders and controls.
         options: keyword arguments of `attribute`, as they were when the neurons were found.
     """
-    nothing = np.full(len(neurons), np.nan)
-    right = wrong = mean = half = nothing
+    # four arrays, since a file cannot hold the same one several times
+    right, wrong, mean, half = (np.full(len(neurons), np.nan) for _ in range(4))
     mistaken = PromptSet(tuple(p for p, right in zip(check.asked, check.right.tolist(), strict=True) if not right))
     if neurons:
+        # Attr_t and Attr_f come from questions that did not choose the candidates
         kept = check.prompts if tested is None else check.prompts.only(tested)
         if label_means is not None:
             right, wrong = label_means
@@ -169,6 +171,7 @@ def diagnose(
         attributed = mistaken.only(list(mistaken.groups)[:MOST_WRONG])
         if attributed:
             columns = attribute_columns(model, attributed, neurons, **options)["difference"]
+            # the question is the unit of the interval: mean over its orders first
             rows = [columns[rows.start : rows.stop].mean(0) for rows in attributed.groups.values()]
             moments = Moments.of(np.stack(rows))
             mean = moments.mean

@@ -25,7 +25,6 @@ def dose_response(
     neurons: NeuronSet,
     *,
     factors: Sequence[float | int] = FACTORS,
-    n_repetitions: int = 10,
     positions: Where = "all",
     **options: Any,
 ) -> pd.DataFrame:
@@ -36,9 +35,8 @@ def dose_response(
         questions: what to ask.
         neurons: the found set.
         factors: 0 ablates, 1 leaves the model as it is, above 1 amplifies.
-        n_repetitions: draws of the matched control.
         positions: positions to act on.
-        options: seed, order and control_orders of `evaluate`.
+        options: n_repetitions, seed, order and control_orders of `evaluate`.
 
     Returns:
         One row per factor and condition ("ablated" is the found set, "random_matched" the control): accuracy and
@@ -59,7 +57,6 @@ def dose_response(
             neurons,
             intervention=Scale(factor=factor, positions=positions),
             conditions=("unablated", "random_matched", "ablated"),
-            n_repetitions=n_repetitions,
             **options,
         )
         for name in ("ablated", "random_matched"):

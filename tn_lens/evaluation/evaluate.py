@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ def evaluate(
         acting = replace(acting, values=means)
     sets = draw_sets(model, prompts, neurons, conditions, n_repetitions, seed)
     asked = draw_orders(prompts, n_repetitions, seed)
+    # equal sets of neurons, such as those of several repetitions, are asked once
     rows_of: dict[NeuronSet, set[int]] = {}
     for drawn in sets.values():
         for repetition, control in enumerate(drawn):
@@ -108,12 +110,7 @@ def evaluate(
 
 
 def _check_arguments(
-    model: Model,
-    questions: QuestionSet,
-    neurons: NeuronSet,
-    n_repetitions: int,
-    conditions: Sequence[str],
-    order: str,
+    model: Model, questions: QuestionSet, neurons: NeuronSet, n_repetitions: int, conditions: Sequence[str], order: str
 ) -> None:
     if not isinstance(neurons, NeuronSet):
         raise BadInput(
@@ -168,6 +165,7 @@ def _losses(
 
 def draw_orders(prompts: PromptSet, n_repetitions: int, seed: int) -> Int[np.ndarray, "repetition question"]:
     """The prompt of every question that each repetition asks; it depends on the seed and the question's id alone."""
+    # a stream of its own for every question, so that leaving one out changes nothing for the others
     columns = [
         rows.start + generator(seed, 1, stream_of(question)).integers(0, len(rows), size=n_repetitions)
         for question, rows in prompts.groups.items()
@@ -176,12 +174,7 @@ def draw_orders(prompts: PromptSet, n_repetitions: int, seed: int) -> Int[np.nda
 
 
 def draw_sets(
-    model: Model,
-    prompts: PromptSet,
-    neurons: NeuronSet,
-    conditions: Sequence[str],
-    n_repetitions: int,
-    seed: int,
+    model: Model, prompts: PromptSet, neurons: NeuronSet, conditions: Sequence[str], n_repetitions: int, seed: int
 ) -> dict[str, list[NeuronSet]]:
     """The neurons to ablate under each condition: one set, or a new one in each repetition."""
     space = neuron_space(model, usual_sites(neurons.sites))
@@ -190,12 +183,13 @@ def draw_sets(
     def activity() -> Activity:
         return in_stage("activity", mean_activations, model, prompts, absolute=True, sites=space.sites)
 
+    # controls that share a stream draw from it one after the other
     streams: dict[int, np.random.Generator] = {}
     sets: dict[str, list[NeuronSet]] = {"unablated": [NeuronSet()]}
     for name in conditions:
         if name in CONTROLS:
             control = CONTROLS[name]
-            stream = control.stream_of(name)
+            stream = crc32(name.encode()) if control.stream is None else control.stream
             rng = streams.setdefault(stream, generator(seed, stream))
             sets[name] = [control.draw(space, neurons, activity, rng) for _ in range(n_repetitions)]
     # in the order of the registry, whatever the order of the arguments

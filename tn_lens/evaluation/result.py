@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored
-from tn_lens.evaluation.comparison import LETTER_SHIFT, MASS_KEPT, Comparison, compare, fall
-from tn_lens.evaluation.condition import ConditionResult, Questions
+from tn_lens.evaluation.comparison import FOLLOWED, LETTER_SHIFT, MASS_KEPT, Comparison, compare
+from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.evaluation.tables import Table, table1, table2
 from tn_lens.neurons import NeuronSet
 from tn_lens.prompts import PromptSet
@@ -58,8 +58,10 @@ class Evaluation(Stored):
     @cached_property
     def conditions(self) -> dict[str, ConditionResult]:
         """The conditions by name."""
-        shared = Questions(prompts=self.prompts, asked=self.asked)
-        return {name: ConditionResult(probabilities=p, shared=shared) for name, p in self.probabilities.items()}
+        return {
+            name: ConditionResult(probabilities=probabilities, prompts=self.prompts, asked=self.asked)
+            for name, probabilities in self.probabilities.items()
+        }
 
     @property
     def controls(self) -> list[str]:
@@ -108,9 +110,8 @@ class Evaluation(Stored):
         return self.reduction / accuracy if accuracy else float("nan")
 
     def _changes(self, floor: float = 0.0) -> Float[np.ndarray, "repetition question"]:
-        before, after = (
-            self.conditions[name].drawn(self.conditions[name].p_right) for name in ("unablated", "ablated")
-        )
+        pair = (self.conditions["unablated"], self.conditions["ablated"])
+        before, after = (result.drawn(result.p_right) for result in pair)  # [repetition, question]
         return (before - after) / np.maximum(before, floor)
 
     @property
@@ -149,8 +150,17 @@ class Evaluation(Stored):
         return {}
 
     def fall(self) -> dict[str, float]:
-        """The parts of the fall in accuracy (total, content, letter, mass), in percentage points; see `comparison.fall`."""
-        return fall(self.conditions)
+        """The parts of the fall in accuracy, in percentage points.
+
+        Returns:
+            total: fall of plain accuracy; content: of order-averaged accuracy, where letters cancel; letter: the rest;
+            mass: the additional fall if prompts whose labels hold less than half of the probability count as wrong.
+        """
+        pair = (self.conditions["unablated"], self.conditions["ablated"])
+        followed = [float(result.drawn(result.right * (result.mass >= FOLLOWED)).mean()) for result in pair]
+        plain, averaged = ([getattr(r, name) for r in pair] for name in ("accuracy", "order_averaged_accuracy"))
+        total, content, strict = (100 * (before - after) for before, after in (plain, averaged, followed))
+        return {"total": total, "content": content, "letter": total - content, "mass": strict - total}
 
     def by_category(self, least: int = LEAST_QUESTIONS) -> pd.DataFrame:
         """Figure 4: per category the fraction of questions whose right answer loses probability, and the accuracies.
@@ -169,15 +179,14 @@ class Evaluation(Stored):
         rows = []
         for category in sorted(set(self.categories)):
             at = categories == category
-            accuracies = {name: 100 * float(values[at].mean()) for name, values in right.items()}
             row = {"category": category, "n_questions": int(at.sum()), "share_hurt": float(hurt[at].mean())}
-            rows.append(row | accuracies)
-        rows.sort(key=lambda row: -row["share_hurt"])
-        frame = pd.DataFrame(rows, columns=["category", "n_questions", "share_hurt", *right])
-        is_large = frame["n_questions"].to_numpy() >= least
-        shown = frame.loc[is_large].reset_index(drop=True)
-        shown.attrs["hidden"] = int((~is_large).sum())
-        shown.attrs["hidden_questions"] = int(frame["n_questions"].to_numpy()[~is_large].sum())
+            rows.append(row | {name: 100 * float(values[at].mean()) for name, values in right.items()})
+        # stable, so that equal categories stay in alphabetical order
+        frame = pd.DataFrame(rows).sort_values("share_hurt", ascending=False, kind="stable")
+        is_large = frame["n_questions"] >= least
+        shown = frame[is_large].reset_index(drop=True)
+        hidden = frame["n_questions"][~is_large]
+        shown.attrs |= {"hidden": len(hidden), "hidden_questions": int(hidden.sum())}
         return shown
 
     def by_part(self, parts: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
-from tn_lens.evaluation.comparison import Comparison
-from tn_lens.evaluation.condition import HEADINGS, ConditionResult
+from tn_lens.evaluation.condition import HEADINGS
 from tn_lens.evaluation.reference import PAPER
 from tn_lens.selection.significance import LEVEL
 
@@ -21,30 +20,8 @@ NOT_RUN = "not run"
 """Cell of a condition that one evaluation left out and another has."""
 SIZES: Mapping[str, str] = {"small": "3B", "medium": "7B to 8B", "large": "12B to 13B"}
 
-
-@runtime_checkable
-class Tabulated(Protocol):
-    """What a table needs of an `Evaluation`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def n_neurons(self) -> int: ...
-    @property
-    def n_orders(self) -> int: ...
-    @property
-    def n_repetitions(self) -> int: ...
-    @property
-    def conditions(self) -> Mapping[str, ConditionResult]: ...
-    @property
-    def welch_p(self) -> float: ...
-    def compare(self, condition: str = ..., other: str = ...) -> Comparison: ...
-
-
-Cell = Callable[[Tabulated, str], str]
-"""Evaluation and condition -> text of a cell."""
+Evaluation = Any
+"""An `Evaluation`, whose module imports this one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +39,10 @@ class Table:
     def to_latex(self) -> str:
         """The table for a paper; needs the booktabs package."""
         columns = "l" + "r" * (self.frame.shape[1] - 1)
-        # pandas escapes the cells and the headings, but not the caption
-        caption = self.caption.replace("%", "\\%").replace("_", "\\_")
-        return self.frame.to_latex(index=False, escape=True, column_format=columns, caption=caption)
+        # pandas escapes the cells and the headings, but neither the caption nor a character outside of ASCII
+        caption = "".join(f"\\{c}" if c in "&%$#_{}" else c for c in self.caption)
+        table = self.frame.to_latex(index=False, escape=True, column_format=columns, caption=caption)
+        return table.replace("±", r"$\pm$")
 
     def to_csv(self) -> str:
         """The table for a spreadsheet."""
@@ -106,7 +84,7 @@ class Table:
         return f"{self.frame.to_html(index=False)}<p>{escape(self.caption)}</p>"
 
 
-def table1(evaluations: Sequence[Tabulated]) -> Table:
+def table1(evaluations: Sequence[Evaluation]) -> Table:
     """Accuracy unablated, with every control and with the found neurons ablated; one row a model (paper table 1).
 
     Raises:
@@ -115,19 +93,19 @@ def table1(evaluations: Sequence[Tabulated]) -> Table:
     names = sorted({e.name for e in evaluations})
     if len(names) != 1:
         raise BadInput(f"table 1 shows one question set; got {', '.join(names) or 'no evaluation'}")
-    rows = []
+    conditions = _conditions(evaluations)
+    rows: list[dict[str, str]] = []
     for e in evaluations:
-        paper = PAPER.get(e.model_name) if e.name == "truthfulqa" else None
-        theirs = {}
-        if paper:
+        first, *averaged = _rows({"model": e.model_name or "model"}, e, conditions, _spread)
+        rows += [first | {"neurons": str(e.n_neurons)}, *averaged]
+        if e.name == "truthfulqa" and (paper := PAPER.get(e.model_name)):
             pairs = {"unablated": paper.baseline, "random": paper.random, "ablated": paper.suppressed}
             theirs = {name: f"{mean:.2f} ± {std:.2f}" for name, (mean, std) in pairs.items()}
-        counts = [{"neurons": str(e.n_neurons)}, {"neurons": ""}, {"neurons": str(paper.n_neurons if paper else "")}]
-        rows += _rows(e, {"model": e.model_name or "model"}, _conditions(evaluations), _spread, theirs, counts)
-    return Table(pd.DataFrame(rows).fillna("-"), say("tables.caption1", evaluations, LEVEL))
+            rows.append(_row_of_paper(conditions, theirs) | {"neurons": str(paper.n_neurons)})
+    return Table(_frame(rows), say("tables.caption1", evaluations, LEVEL))
 
 
-def table2(evaluations: Sequence[Tabulated]) -> Table:
+def table2(evaluations: Sequence[Evaluation]) -> Table:
     """Accuracy unablated and ablated, with every control; one row a model and question set (paper table 2).
 
     Raises:
@@ -135,50 +113,46 @@ def table2(evaluations: Sequence[Tabulated]) -> Table:
     """
     if not evaluations:
         raise BadInput("table 2 needs at least one evaluation; got none")
-    rows = []
+    conditions = _conditions(evaluations)
+    rows: list[dict[str, str]] = []
     for e in sorted(evaluations, key=lambda e: e.model_name):
-        paper = PAPER.get(e.model_name)
-        theirs = {}
-        if paper and e.name in ("triviaqa", "mmlu"):
+        rows += _rows({"model": e.model_name or "model", "questions": e.name}, e, conditions, _mean)
+        if e.name in ("triviaqa", "mmlu") and (paper := PAPER.get(e.model_name)):
             before, after = getattr(paper, e.name)
-            theirs = {"unablated": f"{before:.2f}", "ablated": f"{after:.2f}"}
-        head = {"model": e.model_name or "model", "questions": e.name}
-        rows += _rows(e, head, _conditions(evaluations), _mean, theirs, [{}, {}, {}])
-    return Table(pd.DataFrame(rows), say("tables.caption2", evaluations, any(map(is_below, evaluations))))
+            rows.append(_row_of_paper(conditions, {"unablated": f"{before:.2f}", "ablated": f"{after:.2f}"}))
+    return Table(_frame(rows), say("tables.caption2", evaluations, any(map(is_below, evaluations))))
 
 
-def _rows(
-    evaluation: Tabulated,
-    head: Mapping[str, str],
-    conditions: Sequence[str],
-    cell: Cell,
-    theirs: Mapping[str, str],
-    tails: Sequence[Mapping[str, str]],
-) -> list[dict[str, str]]:
-    """The row of an evaluation, and below it the order-averaged row and the paper's where there are any."""
-    blank = dict.fromkeys(head, "")
-
-    def row(first: Mapping[str, str], cells: Mapping[str, str], tail: Mapping[str, str]) -> dict[str, str]:
-        return {**first, **{HEADINGS.get(name, name): text for name, text in cells.items()}, **tail}
-
-    def cells_of(text: Cell) -> dict[str, str]:
-        return {name: text(evaluation, name) if name in evaluation.conditions else NOT_RUN for name in conditions}
-
-    rows = [row(head, cells_of(cell), tails[0])]
-    if evaluation.n_orders > 1:
-        rows.append(row({**blank, "model": "  order-averaged"}, cells_of(_averaged), tails[1]))
-    if theirs:
-        rows.append(row({**blank, "model": "  in the paper"}, {n: theirs.get(n, "-") for n in conditions}, tails[2]))
-    return rows
-
-
-def _conditions(evaluations: Sequence[Tabulated]) -> list[str]:
+def _conditions(evaluations: Sequence[Evaluation]) -> list[str]:
     """The conditions of any of the evaluations, the unablated model first and the found neurons last."""
     names = dict.fromkeys(name for e in evaluations for name in e.conditions)
     return [name for name in names if name != "ablated"] + ["ablated"]
 
 
-def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Tabulated]) -> pd.DataFrame:
+def _rows(
+    head: Mapping[str, str], evaluation: Evaluation, conditions: Sequence[str], cell: Callable[[Evaluation, str], str]
+) -> list[dict[str, str]]:
+    """The row of an evaluation, and below it the order-averaged row if there are several orders."""
+    kinds = [(head, cell)]
+    if evaluation.n_orders > 1:
+        kinds.append(({"model": "  order-averaged"}, _averaged))
+    return [
+        {**first, **{name: text(evaluation, name) if name in evaluation.conditions else NOT_RUN for name in conditions}}
+        for first, text in kinds
+    ]
+
+
+def _row_of_paper(conditions: Sequence[str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """The row below with the paper's own numbers, which exist for some conditions."""
+    return {"model": "  in the paper", **{name: theirs.get(name, "-") for name in conditions}}
+
+
+def _frame(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """The cells as text; what the rows below an evaluation do not repeat stays empty."""
+    return pd.DataFrame(rows).fillna("").rename(columns=HEADINGS)
+
+
+def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluation]) -> pd.DataFrame:
     """Means over models of one size, as in section 3.3 of the paper.
 
     Args:
@@ -218,23 +192,23 @@ def mean_row(size: str, n_models: int, pairs: Sequence[tuple[float, float]]) -> 
     }
 
 
-def is_below(evaluation: Tabulated) -> bool:
+def is_below(evaluation: Evaluation) -> bool:
     """Whether the 95 % interval of the difference to the unablated model lies below zero."""
     return evaluation.compare("ablated", "unablated").high < 0
 
 
-def _spread(evaluation: Tabulated, name: str) -> str:
+def _spread(evaluation: Evaluation, name: str) -> str:
     result = evaluation.conditions[name]
     star = " *" if name == "ablated" and evaluation.welch_p < LEVEL else ""
     spread = f" ± {100 * result.accuracy_std:.2f}" if evaluation.n_repetitions > 1 else ""
     return f"{100 * result.accuracy:.2f}{spread}{star}"
 
 
-def _averaged(evaluation: Tabulated, name: str) -> str:
+def _averaged(evaluation: Evaluation, name: str) -> str:
     result = evaluation.conditions[name]
     return f"{100 * result.order_averaged_accuracy:.2f}" if result.is_complete else "-"
 
 
-def _mean(evaluation: Tabulated, name: str) -> str:
+def _mean(evaluation: Evaluation, name: str) -> str:
     star = " *" if name == "ablated" and is_below(evaluation) else ""
     return f"{100 * evaluation.conditions[name].accuracy:.2f}{star}"

@@ -74,6 +74,7 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
     for text in texts:
         beginning, rest = ("", text) if isinstance(text, str) else text
         ids = model.tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
+        # the first token of a text has nothing that predicts it
         first = max(1, len(model.tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))

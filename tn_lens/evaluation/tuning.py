@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.core.stored import Stored
 from tn_lens.evaluation.comparison import LETTER_SHIFT, MASS_KEPT
-from tn_lens.evaluation.condition import ConditionResult, Questions
+from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.inference.answers import Asking, ask_each
 from tn_lens.models import Model
 from tn_lens.neurons import NeuronSet
@@ -123,6 +124,7 @@ def tune_threshold(
 
     steps = [step(START)]
     for t in track(LOWER, "tuning t"):
+        # lost twice in a row: lower thresholds find larger sets, which only lose more
         if not any(s.holds for s in steps[-2:]) and len(steps) > 1:
             break
         steps.append(step(t))
@@ -145,19 +147,19 @@ def _effects(model: Model, questions: QuestionSet, *, drop_long: bool) -> Callab
     """A function from neurons to the effect of their ablation, which asks the same set of neurons once."""
     prompts = build_prompts(model, questions, order="both", drop_long=drop_long)
     first = np.array([rows.start for rows in prompts.groups.values()])
-    shared = Questions(prompts=prompts, asked=first[None])
-    known: dict[NeuronSet, Effect] = {}
 
+    @cache
     def effect_of(neurons: NeuronSet) -> Effect:
-        if neurons not in known:
-            (answers,) = ask_each(model, [Asking(prompts=prompts, neurons=neurons)], name=f"set-{len(known)}")
-            after = answers.double().numpy()
-            result = ConditionResult(probabilities=after[None], shared=shared)
-            known[neurons] = Effect(
-                order_averaged_accuracy=result.order_averaged_accuracy,
-                answer_mass=float(after.sum(-1).mean()),
-                share_a=float((after.argmax(-1) == 0).mean()),
-            )
-        return known[neurons]
+        # every set of neurons needs a name of its own for its chunks: the number of sets before it
+        name = f"set-{effect_of.cache_info().currsize}"
+        (answers,) = ask_each(model, [Asking(prompts=prompts, neurons=neurons)], name=name)
+        after = answers.double().numpy()  # [prompt, choice]
+        result = ConditionResult(probabilities=after[None], prompts=prompts, asked=first[None])
+        return Effect(
+            order_averaged_accuracy=result.order_averaged_accuracy,
+            # over every order of the questions, not only over the one that counts as asked
+            answer_mass=float(after.sum(-1).mean()),
+            share_a=float((after.argmax(-1) == 0).mean()),
+        )
 
     return effect_of

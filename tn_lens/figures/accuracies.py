@@ -18,16 +18,6 @@ from tn_lens.selection.significance import LEVEL
 
 Several: TypeAlias = Evaluation | Sequence[Evaluation]
 
-PERCENT_AXIS = {
-    "title": {"text": "accuracy (%)"},
-    "range": [0, 118],
-    "tickvals": [0, 25, 50, 75, 100],
-    "zeroline": False,
-}
-"""With room for the numbers at the right."""
-SPREAD = 0.24
-"""Half of the height over which the points of single repetitions are spread within a bar."""
-
 
 class Bar(NamedTuple):
     """One condition of one evaluation, and the row in which it is drawn."""
@@ -88,7 +78,8 @@ def plot_accuracies(
     has_repetitions = any(e.n_repetitions > 1 for e in shown)
     last = bars[-1].row + 0.6
     figure.update_layout(barmode="overlay")
-    figure.update_xaxes(PERCENT_AXIS)
+    # with room for the numbers at the right
+    figure.update_xaxes(title_text="accuracy (%)", range=[0, 118], tickvals=[0, 25, 50, 75, 100], zeroline=False)
     figure.update_yaxes(axis, range=[last, -0.6], **QUIET)
     legend = say_each("figures.accuracies_legend", has_repetitions, averaged, len(n_choices) == 1)
     height = round((ROW + 8 if is_single else 20) * (last + 0.6))
@@ -133,9 +124,8 @@ def _groups(shown: Sequence[Evaluation]) -> list[list[Bar]]:
 def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> None:
     """The bars of one condition, and the numbers at their right."""
     rows, label = [bar.row for bar in bars], bars[0].label
-    means = [100 * bar.result.accuracy for bar in bars]
-    stds = [100 * bar.result.accuracy_std for bar in bars]
-    averages = [bar.result.order_averaged_accuracy for bar in bars]
+    results = [bar.result for bar in bars]
+    means, stds = [100 * result.accuracy for result in results], [100 * result.accuracy_std for result in results]
     figure.add_bar(
         orientation="h",
         y=rows,
@@ -145,25 +135,23 @@ def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> N
         marker={"color": colour},
         error_x={"type": "data", "array": stds, "color": look.ink, "thickness": 1.4, "width": 4},
         customdata=[
-            [bar.whose, std, percent(average, 2), bar.result.share_a, bar.result.answer_mass]
-            for bar, std, average in zip(bars, stds, averages, strict=True)
+            [bar.whose, std, percent(result.order_averaged_accuracy, 2), result.share_a, result.answer_mass]
+            for bar, result, std in zip(bars, results, stds, strict=True)
         ],
         hovertemplate=f"%{{customdata[0]}}<br>{label}: %{{x:.2f}} ± %{{customdata[1]:.2f}} %<br>"
         "order-averaged %{customdata[2]}<br>fraction of “A” %{customdata[3]:.2f}, answer mass "
         "%{customdata[4]:.3f}<extra></extra>",
     )
-    figure.add_scatter(
+    figure.add_text(
         x=[104] * len(bars),  # right of the longest possible bar
         y=rows,
-        mode="text",
         text=[
             f"{mean:.1f} ± {std:.1f}" if bar.evaluation.n_repetitions > 1 else f"{mean:.1f}"
             for bar, mean, std in zip(bars, means, stds, strict=True)
         ],
         textposition="middle right",
-        textfont={"size": TEXT_SIZE - 2, "color": look.ink if bars[0].condition == "ablated" else look.soft},
-        hoverinfo="skip",
-        showlegend=False,
+        size=TEXT_SIZE - 2,
+        color=look.ink if bars[0].condition == "ablated" else look.soft,
     )
 
 
@@ -172,16 +160,15 @@ def _add_repetitions(figure: Figure, bars: Sequence[Bar], look: Look) -> None:
     points = []
     for bar in bars:
         accuracies = 100 * bar.result.accuracies  # [repetition]
-        # [repetition]: equally accurate repetitions would cover each other
-        offsets = np.linspace(-SPREAD, SPREAD, len(accuracies)) if len(accuracies) > 1 else np.zeros(1)
+        # [repetition]: equally accurate repetitions would cover each other, and so are spread within the bar
+        offsets = np.linspace(-0.24, 0.24, len(accuracies)) if len(accuracies) > 1 else np.zeros(1)
         for repetition, (accuracy, offset) in enumerate(zip(accuracies.tolist(), offsets.tolist(), strict=True)):
             points.append((accuracy, bar.row + offset, [repetition, bar.label]))
     x, y, customdata = map(list, zip(*points, strict=True))
-    figure.add_scatter(
+    figure.add_points(
         x=x,
         y=y,
         customdata=customdata,
-        mode="markers",
         name="one repetition",
         marker=look.hollow(5, width=1),
         hovertemplate="%{customdata[1]}, repetition %{customdata[0]}: %{x:.2f} %<extra></extra>",
@@ -190,11 +177,10 @@ def _add_repetitions(figure: Figure, bars: Sequence[Bar], look: Look) -> None:
 
 def _add_order_averages(figure: Figure, bars: Sequence[Bar], look: Look) -> None:
     if bars:
-        figure.add_scatter(
+        figure.add_points(
             x=[100 * bar.result.order_averaged_accuracy for bar in bars],
             y=[bar.row for bar in bars],
             customdata=[bar.label for bar in bars],
-            mode="markers",
             name="order-averaged",
             marker=look.hollow(11, "diamond"),
             hovertemplate="%{customdata}, order-averaged: %{x:.2f} %<extra></extra>",
@@ -204,7 +190,8 @@ def _add_order_averages(figure: Figure, bars: Sequence[Bar], look: Look) -> None
 def _title(shown: Sequence[Evaluation], noun: str | None) -> list[str]:
     if len(shown) == 1:
         (e,) = shown
-        return say_each("figures.accuracies_of_one", e, name_of(e.model_name or "The model"), plain(e.name))
+        names = (name_of(e.model_name or "The model"), plain(e.name), plain(e.intervention))
+        return say_each("figures.accuracies_of_one", e, *names)
     n_lower = sum(e.welch_p < LEVEL for e in shown)
     n_models, n_sets = len({e.model_name for e in shown}), len({e.name for e in shown})
     return say_each("figures.accuracies_of_several", n_lower, len(shown), n_models, n_sets, LEVEL, noun)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from tn_lens.attribution.result import Attribution, worst_gap
+from tn_lens.attribution.result import Attribution, Gaps, worst_gap
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Theme
 from tn_lens.core.sentences import percent, say_each
-from tn_lens.figures.layout import QUIET, ROW, Figure, cell_gap, colour_bar, finish, layer_axis, panels
-from tn_lens.figures.look import Look, look_of, plain, short_site_name, site_name
+from tn_lens.figures.layout import QUIET, ROW, Figure, colour_bar, finish, layer_axis, panels
+from tn_lens.figures.look import Look, look_of, name_of, short_site_name, site_name
 
-LONGEST_PROMPT = 300
 SITE_ROW = 46
 """Height of a row of cells."""
 
@@ -49,24 +46,19 @@ def plot_attribution(
     figure, total = panels([SITE_ROW * len(sites), ROW * len(strongest)], gap=88)
     _add_sums(figure, sites, sums, changes)
     _add_strongest(figure, strongest, look)
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     place, layer = map(int, np.unravel_index(np.abs(sums).argmax(), sums.shape))
-    text = shown.prompts[0].text
-    text = text if len(text) <= LONGEST_PROMPT else text[: LONGEST_PROMPT - 1] + "…"
+    text = name_of(shown.prompts[0].text, most=300)
     value, largest = float(sums[place, layer]), max(float(np.abs(sums).max()), 1e-12)  # plotly needs a range
     # the colour bar belongs to the upper panel only
     part = SITE_ROW * len(sites) / total
     bar = {**colour_bar("", ".2g"), "len": part, "y": 1 - part / 2, "nticks": 3}
     figure.update_layout(coloraxis={"colorscale": look.diverging, "cmin": -largest, "cmax": largest, "colorbar": bar})
-    sentences = say_each("figures.attribution", short_site_name(sites[place]), layer, value, plain(text))
+    sentences = say_each("figures.attribution", short_site_name(sites[place]), layer, value, text)
     return finish(figure, sentences, title, theme, height=total)
 
 
-def plot_completeness(
-    completeness: Attribution | Mapping[str, Mapping[str, list[float]]],
-    *,
-    title: str | None = None,
-    theme: Theme = "light",
-) -> Figure:
+def plot_completeness(completeness: Attribution | Gaps, *, title: str | None = None, theme: Theme = "light") -> Figure:
     """The completeness error: how far the scores of a site and layer are from summing to f(activation) - f(baseline).
 
     Args:
@@ -90,13 +82,9 @@ def plot_completeness(
         _add_gaps(figure, by_name["gap"], by_name["change"], label, panel, look)
     n_layers = max(len(by_name["gap"]) for by_name in means.values())
     largest = max(max(by_name["change"]) for by_name in means.values())
-    axis = layer_axis(n_layers)
-    axis_title = axis.pop("title")
-    figure.update_xaxes(axis, range=[-0.6, n_layers - 0.4], **QUIET)
-    figure.update_xaxes(title=axis_title, row=len(means), col=1)
+    figure.share_axis(layer_axis(n_layers) | {"range": [-0.6, n_layers - 0.4]}, len(means))
     # one range for all sites, so that their bars compare
     figure.update_yaxes(title_text="mean, absolute", range=[0, 1.08 * (largest or 1)], nticks=4)
-    figure.update_annotations(x=0, xanchor="left")
     figure.update_layout(barmode="overlay")
     worst = worst_gap(means)
     sentences = say_each("figures.completeness", short_site_name(worst.site), worst)
@@ -106,20 +94,18 @@ def plot_completeness(
 def _add_sums(figure: Figure, sites: list[str], sums: np.ndarray, changes: np.ndarray) -> None:
     """The heatmap of the upper panel."""
     n_layers = sums.shape[1]
-    figure.add_heatmap(
+    figure.add_cells(
+        n_layers,
         z=sums,
         x=list(range(n_layers)),
         y=[site_name(site) for site in sites],
         customdata=changes,
         coloraxis="coloraxis",
-        xgap=cell_gap(n_layers),
-        ygap=2,
         hovertemplate="%{y}, layer %{x}<br>sum of D %{z:.4f}, f(activation) − f(baseline) %{customdata:.4f}<extra></extra>",
         row=1,
         col=1,
     )
     figure.update_xaxes(layer_axis(n_layers), **QUIET, row=1, col=1)
-    figure.update_yaxes(autorange="reversed", showgrid=False, type="category", row=1, col=1)
 
 
 def _add_strongest(figure: Figure, strongest: list[tuple[str, float]], look: Look) -> None:
@@ -135,7 +121,6 @@ def _add_strongest(figure: Figure, strongest: list[tuple[str, float]], look: Loo
         col=1,
     )
     figure.update_xaxes(title_text="D (probability)", zeroline=True, row=2, col=1)
-    figure.update_yaxes(autorange="reversed", showgrid=False, type="category", row=2, col=1)
 
 
 def _strongest(scores: Attribution, top: int) -> list[tuple[str, float]]:

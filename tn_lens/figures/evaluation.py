@@ -14,8 +14,6 @@ from tn_lens.figures.accuracies import Several, labels_of, listed
 from tn_lens.figures.layout import QUIET, ROW, TEXT_SIZE, Figure, finish, say_nothing_to_show
 from tn_lens.figures.look import SYMBOLS, Look, look_of, name_of
 
-ABOVE, BELOW = 0.12, 0.27
-"""Figure 3: distance of a bar above its row, and of the markers below it, so that its label belongs to the bar only."""
 DOSE_COLUMNS = ("factor", "condition", "accuracy", "order_averaged_accuracy", "answer_mass", "share_a")
 DOSE_LINES = {
     "ablated": ("truth neurons", "ablated", "circle"),
@@ -44,9 +42,10 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
     rows = list(range(len(shown)))
     means = [100 * e.probability_change for e in shown]
     figure = Figure()
+    # bars are above the middle of their row, and markers below it, so that the label belongs to the bar only
     figure.add_bar(
         orientation="h",
-        y=[row - ABOVE for row in rows],
+        y=[row - 0.12 for row in rows],
         x=means,
         name="mean (equation 11)",
         width=0.42,
@@ -61,10 +60,9 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
     floored = [100 * e.probability_change_floored for e in shown]
     medians = [100 * e.probability_change_median for e in shown]
     for name, values, symbol in (("floored mean", floored, "diamond"), ("median", medians, "circle")):
-        figure.add_scatter(
+        figure.add_points(
             x=values,
-            y=[row + BELOW for row in rows],
-            mode="markers",
+            y=[row + 0.27 for row in rows],
             name=name,
             customdata=labels,
             marker=look.hollow(11, symbol),
@@ -152,7 +150,7 @@ def _add_categories(
         "symbol": SYMBOLS[(place + place // n_colours) % len(SYMBOLS)],
         "line": {"width": 1, "color": look.ink},
     }
-    figure.add_scatter(mode="markers", marker=marker, **common)
+    figure.add_points(marker=marker, **common)
 
 
 def plot_dose_response(frame: pd.DataFrame, *, title: str | None = None, theme: Theme = "light") -> Figure:

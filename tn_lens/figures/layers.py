@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES, Theme
 from tn_lens.core.sentences import say_each
-from tn_lens.figures.layout import QUIET, ROW, Figure, cell_gap, colour_bar, finish, layer_axis, panels, write_in_cells
+from tn_lens.figures.layout import QUIET, ROW, Figure, colour_bar, finish, layer_axis, panels, write_in_cells
 from tn_lens.figures.look import look_of, name_of, plain, site_name
 from tn_lens.neurons import SITES, NeuronSet
 from tn_lens.selection.result import Selection
@@ -113,9 +113,9 @@ def plot_overlap(
     shown = [name_of(name) for name in names]
     places = list(range(len(names)))
     cells = [[f"{100 * value:.0f}" for value in row] for row in overlap]
-    style = {"colorscale": look_of(theme).scale, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2, "showscale": False}
+    style = {"colorscale": look_of(theme).scale, "zmin": 0, "zmax": 1, "showscale": False}
     figure = Figure()
-    figure.add_heatmap(
+    figure.add_cells(
         z=overlap,
         x=places,
         y=places,
@@ -171,7 +171,8 @@ def _one_model(rows: Counts, across: Across, sentences: Sequence[str], title: st
     # empty cells stay without a number
     texts = [[str(n) if n else "" for n in row] for row in counts.tolist()]
     figure = Figure()
-    figure.add_heatmap(
+    figure.add_cells(
+        n_layers,
         z=fractions,
         x=list(range(n_layers)) if across == "layer" else _edges(n_layers, across),
         y=list(rows),
@@ -179,8 +180,6 @@ def _one_model(rows: Counts, across: Across, sentences: Sequence[str], title: st
         colorscale=look_of(theme).scale,
         zmin=0,
         zmax=max(float(fractions.max()), 1e-9),  # plotly needs a range, also where nothing was found
-        xgap=cell_gap(n_layers),
-        ygap=2,
         text=texts,
         colorbar={**colour_bar("fraction"), "nticks": 2 * len(rows) + 1},
         showscale=bool(counts.any()),
@@ -212,7 +211,8 @@ def _several_models(
         n_layers = counts.shape[1]
         for panel, label in enumerate(labels):
             cells = zip(counts[panel].tolist(), fractions[panel].tolist(), strict=True)
-            figure.add_heatmap(
+            figure.add_cells(
+                deepest,
                 z=fractions[[panel]].tolist(),
                 x=_edges(n_layers, across),
                 y=[place - 0.5, place + 0.5],
@@ -220,8 +220,6 @@ def _several_models(
                     [[n, layer, n_layers, name_of(name), label, 100 * part] for layer, (n, part) in enumerate(cells)]
                 ],
                 coloraxis="coloraxis",
-                xgap=cell_gap(deepest),
-                ygap=2,
                 name=name_of(name),
                 hovertemplate="%{customdata[3]}, %{customdata[4]}, layer %{customdata[1]} of %{customdata[2]}, counted from 0"
                 "<br>%{customdata[0]} neurons, %{customdata[5]:.1f} % of those found<extra></extra>",
@@ -230,12 +228,7 @@ def _several_models(
             )
     names = [name_of(name) for name in rows]
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=names, range=[len(rows) - 0.5, -0.5], **QUIET)
-    axis = _axis(deepest, across)
-    axis_title = axis.pop("title")
-    figure.update_xaxes(axis, **QUIET)
-    figure.update_xaxes(title=axis_title, row=len(labels), col=1)
-    if are_apart:
-        figure.update_annotations(x=0, xanchor="left")
+    figure.share_axis(_axis(deepest, across), len(labels))
     colours = {"colorscale": look_of(theme).scale, "cmin": 0, "cmax": largest, "colorbar": colour_bar("fraction")}
     figure.update_layout(coloraxis=colours)
     return finish(figure, sentences, title, theme, height=total_height, top=24 if are_apart else 0)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from tn_lens.core.options import Theme
-from tn_lens.figures.look import Look, look_of, plain
+from tn_lens.figures.look import look_of, plain
 
 FONT = "Inter, Helvetica, Arial, sans-serif"
 TEXT_SIZE, TITLE_SIZE, SUBTITLE_SIZE = 14, 18, 14
@@ -70,6 +70,26 @@ class Figure(go.Figure):
     def _title(self) -> dict[str, Any]:
         return self.to_plotly_json()["layout"].get("title", {})
 
+    def share_axis(self, axis: dict[str, Any], n_panels: int) -> None:
+        """Give all panels the same horizontal axis, whose title is below the lowest panel only."""
+        title = axis.pop("title")
+        self.update_xaxes(axis, **QUIET)
+        self.update_xaxes(title=title, row=n_panels, col=1)
+
+    def add_text(self, *, color: Any, size: int = TEXT_SIZE, **options: Any) -> None:
+        """Add text that is neither in the legend nor shown on hovering."""
+        self.add_scatter(
+            mode="text", textfont={"size": size, "color": color}, hoverinfo="skip", showlegend=False, **options
+        )
+
+    def add_points(self, **options: Any) -> None:
+        """Add markers without lines between them."""
+        self.add_scatter(mode="markers", **options)
+
+    def add_cells(self, n_layers: int = 0, **options: Any) -> None:
+        """Add a heatmap whose cells are apart from each other, and closer where there are many layers."""
+        self.add_heatmap(xgap=2 if n_layers <= 32 else 1, ygap=2, **options)
+
     def bare(self) -> dict[str, Any]:
         """Data and layout as plain values without a title, for a page that has its own headings."""
         content = json.loads(str(self.to_json()))
@@ -98,8 +118,10 @@ def panels(heights: Sequence[int], *, gap: int = 64, **options: Any) -> tuple[Fi
     total = sum(heights) + gap * (len(heights) - 1)
     figure = Figure()
     spacing = gap / total if len(heights) > 1 else 0
-    sizes = [float(height) for height in heights]
-    make_subplots(len(heights), row_heights=sizes, vertical_spacing=spacing, figure=figure, **options)
+    make_subplots(
+        len(heights), row_heights=list(map(float, heights)), vertical_spacing=spacing, figure=figure, **options
+    )
+    figure.update_annotations(x=0, xanchor="left")  # the titles of the panels
     return figure, total
 
 
@@ -136,7 +158,15 @@ def finish(
     total = above + height + bottom
     figure.update_layout(
         template="none",
-        title=_title(title_lines, subtitle_lines, look),
+        title={
+            "text": "<br>".join(title_lines),
+            "font": {"size": TITLE_SIZE, "weight": 600, "color": look.ink},
+            "subtitle": {"text": "<br>".join(subtitle_lines), "font": {"size": SUBTITLE_SIZE, "color": look.soft}},
+            **TOP_LEFT,
+            "y": 1,
+            # plotly places the first line by the middle of all lines
+            "pad": {"l": 16, "t": 18 + round(LINE_HEIGHT * TITLE_SIZE / 2) * (len(title_lines) - 1)},
+        },
         font={"family": FONT, "size": TEXT_SIZE, "color": look.ink},
         paper_bgcolor=look.paper,
         plot_bgcolor=look.paper,
@@ -166,18 +196,6 @@ def finish(
     return figure
 
 
-def _title(lines: Sequence[str], subtitle_lines: Sequence[str], look: Look) -> dict[str, Any]:
-    return {
-        "text": "<br>".join(lines),
-        "font": {"size": TITLE_SIZE, "weight": 600, "color": look.ink},
-        "subtitle": {"text": "<br>".join(subtitle_lines), "font": {"size": SUBTITLE_SIZE, "color": look.soft}},
-        **TOP_LEFT,
-        "y": 1,
-        # plotly places the first line by the middle of all lines
-        "pad": {"l": 16, "t": 18 + round(LINE_HEIGHT * TITLE_SIZE / 2) * (len(lines) - 1)},
-    }
-
-
 def _legend_height(figure: Figure) -> int:
     """Room for the legend, with an estimate of how many names fit into a row."""
     # about 8 pixels for a character and 48 for a marker
@@ -199,14 +217,11 @@ def write_in_cells(figure: Figure, texts: Sequence[Sequence[str]], theme: Theme)
     light, dark = (look.paper, look.ink) if theme == "light" else (look.ink, look.paper)
     # [row * column]: the background behind each text
     luminance = _luminance(look.scale, ((z - low) / (high - low or 1)).ravel()).tolist()
-    figure.add_scatter(
+    figure.add_text(
         x=[x for _ in heatmap.y for x in heatmap.x],
         y=[y for y in heatmap.y for _ in heatmap.x],
         text=[text for row in texts for text in row],
-        mode="text",
-        textfont={"size": TEXT_SIZE, "color": [light if value < DARK_CELL else dark for value in luminance]},
-        hoverinfo="skip",
-        showlegend=False,
+        color=[light if value < DARK_CELL else dark for value in luminance],
     )
 
 
@@ -220,11 +235,6 @@ def colour_bar(title: str, form: str = ".0%") -> dict[str, Any]:
         "nticks": 5,
         "outlinewidth": 0,
     }
-
-
-def cell_gap(n_layers: int) -> int:
-    """Pixels between the cells of neighbouring layers."""
-    return 2 if n_layers <= 32 else 1
 
 
 def _wrap(text: str, width: int) -> list[str]:

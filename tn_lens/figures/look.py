@@ -13,7 +13,6 @@ from tn_lens.neurons import SITES, SiteName
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 """Markers of series, so that colour is never the only difference."""
-LONGEST_NAME = 40
 CONDITIONS = get_args(Condition)
 
 
@@ -96,9 +95,9 @@ def plain(text: str) -> str:
     return escape(" ".join(text.split()), quote=False).replace("%{", "%&#123;")
 
 
-def name_of(text: str) -> str:
-    """Escape a name, and cut it if it is long."""
-    return plain(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…")
+def name_of(text: str, most: int = 40) -> str:
+    """Escape a name, and cut it if it has more than `most` characters."""
+    return plain(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def site_name(site: SiteName) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from tn_lens.core.errors import BadInput
 
@@ -37,11 +36,6 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scal
             path.write_bytes(_image(figure, ending.removeprefix("."), width, scale))
     except OSError as error:
         raise BadInput(f"cannot write {str(path)!r}: {error.strerror or error}; give another path") from error
-
-
-def plotly_js() -> str:
-    """The source of plotly.js, which a page with figures contains once."""
-    return get_plotlyjs()
 
 
 def _image(figure: go.Figure, form: str, width: int, scale: float | int) -> bytes:

@@ -45,7 +45,7 @@ def plot_sweep(
     found, candidates = (frame.pivot(index="t", columns="p", values=name) for name in ("n_found", "n_candidates"))
     counts = found.to_numpy()  # [t, p]
     figure = Figure()
-    figure.add_heatmap(
+    figure.add_cells(
         z=np.log10(1 + counts),  # counts span orders of magnitude
         x=[f"{p:.3g} %" for p in 100 * found.columns],
         y=[f"{t:.3g} %" for t in 100 * found.index],
@@ -53,8 +53,6 @@ def plot_sweep(
         customdata=candidates.to_numpy(),
         colorscale=look.scale,
         showscale=False,
-        xgap=2,
-        ygap=2,
         hovertemplate="t = %{y}, p = %{x}<br>%{text:,} found of %{customdata:,} candidates<extra></extra>",
     )
     write_in_cells(figure, [[f"{n:,}" for n in row] for row in counts.tolist()], theme)
@@ -183,10 +181,9 @@ def _add_candidates(figure: Figure, selection: Selection, at: list[int], look: L
     """Some candidates of one site that are all found or all not found."""
     site, is_found = selection.candidates[at[0]].site, bool(selection.found[at[0]])
     colour = look.site(site)
-    figure.add_scatter(
+    figure.add_points(
         x=selection.mean_difference[at],
         y=-np.log10(np.clip(selection.p_value[at], SMALLEST_P, 1)),
-        mode="markers",
         name=f"{short_site_name(site)}, {'found' if is_found else 'not found'}",
         marker={
             "symbol": SITE_SYMBOLS[list(SITES).index(site) % len(SITE_SYMBOLS)],

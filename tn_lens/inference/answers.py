@@ -50,6 +50,7 @@ def ask(
         BadInput: the model's logits are not finite; the neurons do not fit the model.
     """
     width = max((p.n_choices for p in prompts), default=0)
+    # [prompt, choice]
     answers = torch.zeros(len(prompts), width, dtype=backend_of(model).wide_dtype)
     hooks = intervention_hooks(model, neurons, intervention, prompts)
     shareable = share_prefix and (hooks is None or intervention.keeps_prefix)

@@ -110,6 +110,7 @@ def prompt_logits(
                 starts=torch.tensor([prompts[group.rows[0]].start], device=device),
             )
             with backend.hooks(hooks(layout) if hooks else []):
+                # interventions act on the common beginning as well
                 prefix = backend.run_prefix(torch.tensor([shared], device=device))
         for batch in batches([prompts[row] for row in group.rows], max_tokens, group.n_shared):
             rows = [group.rows[index] for index in batch]
@@ -139,6 +140,7 @@ def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int,
     token_ids = [prompts[row].token_ids for row in rows]
     first, last = token_ids[0], token_ids[-1]  # sorted, so these two share the fewest tokens
     most = min(map(len, token_ids)) - 1  # at least one token must be left to run
+    # an intervention "from the question on" must not begin inside a common beginning
     starts = {prompts[row].start for row in rows}
     n_shared = min(known, most)
     while n_shared < most and first[n_shared] == last[n_shared]:

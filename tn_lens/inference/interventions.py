@@ -64,7 +64,10 @@ class Intervention(ABC):
         """Whether the new values depend on the prompts that are asked together."""
         return False
 
-    @abstractmethod
+    def replace(self, place: Place, activations: Float[Tensor, "row column neuron"]) -> Tensor | float:
+        """New values, for interventions that need nothing but the activations; others override `prepare`."""
+        raise NotImplementedError
+
     def prepare(
         self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
     ) -> Callable[[Layout], Replacement]:
@@ -76,8 +79,9 @@ class Intervention(ABC):
             places: sites and layers of the neurons.
 
         Returns:
-            A function of a batch's layout that gives the replacement for this batch.
+            A function of a batch's layout that gives the replacement for this batch; `replace` by default.
         """
+        return lambda layout: self.replace
 
     @property
     def description(self) -> str:
@@ -94,10 +98,8 @@ class Zero(Intervention):
 
     label = "zero-ablated"
 
-    def prepare(
-        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
-    ) -> Callable[[Layout], Replacement]:
-        return lambda layout: lambda place, activations: 0.0
+    def replace(self, place: Place, activations: Float[Tensor, "row column neuron"]) -> Tensor | float:
+        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +121,8 @@ class Scale(Intervention):
     def label(self) -> str:
         return f"scaled by {self.factor:g}"
 
-    def prepare(
-        self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
-    ) -> Callable[[Layout], Replacement]:
-        return lambda layout: lambda place, activations: activations * (self.factor or 0.0)
+    def replace(self, place: Place, activations: Float[Tensor, "row column neuron"]) -> Tensor | float:
+        return activations * (self.factor or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,6 +190,7 @@ def intervention_hooks(
         return None
     prepared = intervention.prepare(model, prompts, masks.keys())
 
+    # called once per batch; the masks are the same for all
     def hooks(layout: Layout) -> Hooks:
         replacement, where = prepared(layout), layout.at(intervention.positions)
         return [(hook_name(*place), _hook(place, mask, where, replacement)) for place, mask in masks.items()]
@@ -269,6 +270,7 @@ def _fitted(new: Tensor | float, flat: Float[Tensor, "row column neuron"]) -> Te
     if not isinstance(new, Tensor) or new.ndim < 3 or new.shape == flat.shape:
         return new
     n_rows, n_columns = flat.shape[:2]
+    # more rows than prompts start again with the first prompt
     rows = torch.arange(n_rows, device=new.device) % len(new)
     columns = (torch.arange(n_columns, device=new.device) + new.shape[1] - n_columns).clamp(min=0)
     return new[rows[:, None], columns]
@@ -299,6 +301,7 @@ def _activations(
     with torch.no_grad(), backend.hooks([(hook_name(*place), keep) for place in places]):
         backend.last_logits(tokens)
     n_tokens = torch.tensor([len(row) for row in ids], device=layout.lengths.device)
+    # column of the batch -> position in the donor, counted from the end; [row, column]
     column = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
     source = (column + (n_tokens - layout.lengths)[:, None]).clamp(min=0).minimum(n_tokens[:, None] - 1)
     rows = torch.arange(len(ids), device=source.device)[:, None]

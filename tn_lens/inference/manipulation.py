@@ -113,6 +113,7 @@ class ManipulationCheck(Stored):
         Returns:
             One row per bin that holds a prompt: low, high, n_prompts, confidence and accuracy (means, in [0, 1]).
         """
+        # [prompt, choice]; a prompt without any answer mass must not divide by zero
         shares = self.probabilities / self.probabilities.sum(-1, keepdim=True).clamp(min=1e-12)
         confidence = shares.max(-1).values.double().numpy()
         right = self.right.double().numpy()
@@ -167,6 +168,7 @@ def manipulation_check(model: Model, prompts: Sequence[Prompt]) -> ManipulationC
 def is_right(probabilities: Float[Tensor, "prompt choice"], prompts: Sequence[Prompt]) -> Bool[Tensor, " prompt"]:
     """Whether the right label is more probable than every wrong one."""
     index = torch.tensor([p.right for p in prompts], dtype=torch.long).unsqueeze(-1)
+    # below every probability, so that the right label does not compete with itself
     others = probabilities.scatter(-1, index, -1.0)
     return probabilities.gather(-1, index).squeeze(-1) > others.max(-1).values
 

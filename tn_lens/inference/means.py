@@ -46,6 +46,7 @@ def mean_activations(
         lambda index: _activation_sums(model, parts[index], wanted, positions, absolute=absolute),
         "mean activations",
     )
+    # in float64: the sum over thousands of prompts would lose digits in float32
     total = {site: torch.zeros(space.n_layers, space.width(site), dtype=torch.float64) for site in wanted}
     for part in sums:
         for site in wanted:

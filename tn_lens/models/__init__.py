@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES
@@ -16,7 +16,8 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.models import bridge
-from tn_lens.models.backend import Backend, Hooks, Prefix, Siblings
+from tn_lens.models.backend import Backend, Checkpoint, TokenRows
+from tn_lens.models.backend import Hooks as Hooks
 from tn_lens.neurons import NEURON_SITES, NeuronSpace, SiteName
 
 HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
@@ -48,25 +49,6 @@ NO_HOOKED = (
     "'transformer-lens<4'"
 )
 
-__all__ = [
-    "HAS_HOOKED",
-    "Backend",
-    "Hooks",
-    "Model",
-    "Prefix",
-    "Siblings",
-    "assemble",
-    "backend_of",
-    "build_model",
-    "check_model",
-    "choose_backend",
-    "last_logits",
-    "lay_out_weights",
-    "make_model",
-    "neuron_space",
-    "official_name",
-]
-
 
 def choose_backend(name: str | None) -> BackendName:
     """Check the name of a backend. The default is "hooked" if TransformerLens has it, "bridge" otherwise.
@@ -83,23 +65,9 @@ def choose_backend(name: str | None) -> BackendName:
     return "hooked" if name == "hooked" else "bridge"
 
 
-def make_model(
-    backend: BackendName, name: str, architecture: str, hf_model: Any, read: Callable[[], Any], **options: Any
-) -> Model:
-    """Build a model from a checkpoint.
-
-    Args:
-        backend: the model class.
-        name: name of the model in results.
-        architecture: Hugging Face's name of the architecture.
-        hf_model: the Hugging Face model, if it is in memory.
-        read: reads the Hugging Face model, if `hf_model` is None.
-        options: dtype and device of the weights; config and hub of `conversion.load`.
-    """
-    if backend == "hooked":
-        return conversion.load(name, architecture, hf_model, read, **options)
-    hf_model = read() if hf_model is None else hf_model
-    return bridge.load(name, architecture, hf_model, dtype=options["dtype"], device=options["device"])
+def make_model(backend: BackendName, checkpoint: Checkpoint) -> Model:
+    """Build a model of a class from a checkpoint."""
+    return conversion.load(checkpoint) if backend == "hooked" else bridge.load(checkpoint)
 
 
 def backend_of(model: object) -> Backend:
@@ -136,8 +104,6 @@ def check_model(model: object) -> None:
     backend_of(model).check()
 
 
-def last_logits(
-    model: Model, tokens: Int[Tensor, "row column"], mask: Int[Tensor, "row column"] | None = None
-) -> Float[Tensor, "row vocab"]:
+def last_logits(model: Model, tokens: TokenRows, mask: TokenRows | None = None) -> Float[Tensor, "row vocab"]:
     """Logits at the last position, in at least float32. Rows may be padded on the left if there is a mask."""
     return backend_of(model).last_logits(tokens, mask=mask)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.neurons.neuron import Neuron
 from tn_lens.neurons.sites import SITES
@@ -31,13 +31,33 @@ Hooks = list[tuple[str, Callable[..., Any]]]
 The hook point's `name` is the name given here. A function that returns None leaves the activation unchanged.
 """
 
+Prefix = Callable[[int], Any]
+"""Frozen keys and values of one row that other rows continue: number of rows -> cache for their pass, without copies."""
 
-class Prefix(ABC):
-    """Frozen keys and values of one row that other rows continue."""
+TokenRows = Int[Tensor, "row column"]
+"""Token ids, or a mask of them with 0 at padding and 1 elsewhere."""
 
-    @abstractmethod
-    def expand(self, n_rows: int) -> Any:
-        """The cache for a pass of `n_rows` rows. Nothing is copied."""
+MLPOutputs = Mapping[int, Float[Tensor, "prompt _ d_model"]]
+"""Layer -> outputs of its MLP for rows that differ in the layer's neurons."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model is built from."""
+
+    name: str
+    """Name of the model in results."""
+    architecture: str
+    """Hugging Face's name of the architecture."""
+    config: PretrainedConfig
+    dtype: torch.dtype
+    """Dtype of the weights."""
+    device: torch.device
+    """Device of the weights."""
+    hub: Mapping[str, Any]
+    """Options of TransformerLens' own loader."""
+    read: Callable[[], Any]
+    """Returns the Hugging Face model, and reads its weights if it is not in memory."""
 
 
 class Siblings(ABC):
@@ -61,9 +81,7 @@ class Siblings(ABC):
         return None
 
     @abstractmethod
-    def run(
-        self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: Mapping[int, Float[Tensor, "prompt _ d_model"]]
-    ) -> Float[Tensor, "prompt row _"]:
+    def run(self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: MLPOutputs) -> Float[Tensor, "prompt row _"]:
         """Run the rows.
 
         Args:
@@ -77,9 +95,9 @@ class Siblings(ABC):
             The input of `logits_of`.
         """
 
-    @abstractmethod
     def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
         """Last logits, in at least float32, of all or some of the rows that `run` returned."""
+        return final
 
 
 class Backend(ABC):
@@ -88,52 +106,30 @@ class Backend(ABC):
     kind: BackendName
 
     def __init__(self, model: Any) -> None:
+        cfg = model.cfg
         self.model = model
-
-    @property
-    def name(self) -> str:
+        self.name = str(cfg.model_name)
         """Name of the model in results."""
-        return str(self.model.cfg.model_name)
-
-    @property
-    @abstractmethod
-    def architecture(self) -> str | None:
+        # the configuration of a bridge has a field of its own for it
+        self.architecture: str | None = getattr(cfg, "architecture", None) or cfg.original_architecture
         """Hugging Face's name of the architecture; None if unknown."""
-
-    @property
-    def dtype(self) -> torch.dtype:
+        self.dtype: torch.dtype = cfg.dtype
         """Dtype of the weights."""
-        return self.model.cfg.dtype
-
-    @property
-    def wide_dtype(self) -> torch.dtype:
+        self.wide_dtype = torch.promote_types(self.dtype, torch.float32)
         """Dtype of logits and scores: at least float32."""
-        return torch.promote_types(self.dtype, torch.float32)
+        self.n_devices: int = cfg.n_devices
+        """Number of devices that the layers are distributed over."""
+        self.n_ctx: int = cfg.n_ctx
+        """Size of the context window in tokens."""
+        self.d_vocab: int = cfg.d_vocab_out
+        """Number of logits at one position."""
+        self.n_key_value_heads: int = cfg.n_key_value_heads or cfg.n_heads
+        """Number of heads of the cached keys and values."""
 
     @property
     def device(self) -> torch.device:
         """Device of the input tokens."""
         return torch.device(str(self.model.cfg.device))
-
-    @property
-    def n_devices(self) -> int:
-        """Number of devices that the layers are distributed over."""
-        return self.model.cfg.n_devices
-
-    @property
-    def n_ctx(self) -> int:
-        """Size of the context window in tokens."""
-        return self.model.cfg.n_ctx
-
-    @property
-    def d_vocab(self) -> int:
-        """Number of logits at one position."""
-        return self.model.cfg.d_vocab_out
-
-    @property
-    def n_key_value_heads(self) -> int:
-        """Number of heads of the cached keys and values."""
-        return self.model.cfg.n_key_value_heads or self.model.cfg.n_heads
 
     @property
     @abstractmethod
@@ -205,12 +201,11 @@ class Backend(ABC):
             BadInput: the model has no such hook point.
         """
 
-    @abstractmethod
     def last_logits(
         self,
-        tokens: Int[Tensor, "row column"],
+        tokens: TokenRows,
         *,
-        mask: Int[Tensor, "row column"] | None = None,
+        mask: TokenRows | None = None,
         places: Int[Tensor, " row"] | None = None,
         prefix: Prefix | None = None,
     ) -> Float[Tensor, "row vocab"]:
@@ -222,9 +217,15 @@ class Backend(ABC):
             places: column to read in each row. Default: the last column.
             prefix: cached positions that precede every row.
         """
+        # each model class has its own cache
+        return self._last_logits(tokens, mask, places, None if prefix is None else prefix(len(tokens)))
 
     @abstractmethod
-    def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
+    def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
+        """`last_logits` after the cached positions of a cache with as many rows."""
+
+    @abstractmethod
+    def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
         """Logits at every position, in at least float32. Rows may be padded on the right."""
 
     @abstractmethod
@@ -232,9 +233,7 @@ class Backend(ABC):
         """Run the common beginning of several rows and cache it for `last_logits`."""
 
     @abstractmethod
-    def siblings(
-        self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
-    ) -> Siblings:
+    def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:
         """Run prompts once, as preparation for rows that replace their last position.
 
         Args:
@@ -323,83 +322,3 @@ class Backend(ABC):
             verbose=False,
         )
         return output[0, ids.shape[1] :].tolist()
-
-
-def at_least_float32(tensor: Float[Tensor, "*axis"]) -> Float[Tensor, "*axis"]:
-    """Convert half precision to float32 and leave wider dtypes unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@contextmanager
-def block_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "prompt 1 d_model"]]]:
-    """Collect the input of each block at the last position, before any hook point of the block, during a pass."""
-    inputs: list[Tensor] = []
-
-    def collect(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs.append(arguments[0][:, -1:].clone())  # [prompt, position, d_model] -> [prompt, 1, d_model]
-
-    handles = [block.register_forward_pre_hook(collect) for block in blocks]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def causal_mask(
-    is_token: Bool[Tensor, "prompt position"], window: int | None = None
-) -> Bool[Tensor, "prompt 1 position position"]:
-    """The keys that each position attends to: itself and the earlier positions that are not padding.
-
-    Args:
-        is_token: False at padding.
-        window: number of positions that local attention covers, the query's position included. None: all positions.
-    """
-    columns = torch.arange(is_token.shape[1], device=is_token.device)
-    distance = columns[:, None] - columns  # [query, key]
-    in_window = (distance >= 0) & (distance < (window or len(columns)))
-    # padding attends to itself, since a softmax over no key would be NaN; -> [prompt, 1 (all heads), query, key]
-    return ((in_window & is_token[:, None]) | (distance == 0))[:, None]
-
-
-def visible_prefix(is_token: Bool[Tensor, "prompt prefix"], window: int | None = None) -> Bool[Tensor, "prompt prefix"]:
-    """The positions of the prefix that the last position of each prompt attends to.
-
-    Args:
-        is_token: False at padding.
-        window: number of positions that local attention covers, the query's position included. None: all positions.
-    """
-    if window is None:
-        return is_token
-    columns = torch.arange(is_token.shape[1], device=is_token.device)
-    return is_token & (columns > is_token.shape[1] - window)
-
-
-def sibling_mask(
-    is_token: Bool[Tensor, "prompt prefix"], n_rows: int, window: int | None = None
-) -> Bool[Tensor, "prompt 1 row key"]:
-    """The keys that sibling rows attend to: the prefix, as the last position does, and each row itself.
-
-    Args:
-        is_token: False at padding.
-        n_rows: number of rows per prompt.
-        window: number of positions that local attention covers, the query's position included. None: all positions.
-    """
-    prefix = visible_prefix(is_token, window)[:, None].expand(-1, n_rows, -1)  # [prompt, row, prefix]
-    itself = torch.eye(n_rows, dtype=torch.bool, device=is_token.device).expand(len(is_token), -1, -1)
-    return torch.cat([prefix, itself], -1)[:, None]  # key = prefix + row
-
-
-def reject_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:
-    """Reject a W_O whose rows are orthogonal within every head.
-
-    Raises:
-        BadInput: the rows are orthogonal, so the basis of z was rotated.
-    """
-    gram = torch.einsum("him,hjm->hij", w_o.float(), w_o.float())  # [head, d_head, d_head]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    if gram.abs().sum() > 0 and (gram - diagonal.diag_embed()).abs().max() < 1e-4 * diagonal.abs().max():
-        raise BadInput(
-            "expected hook_z in the model's original basis, but the rows of W_O are orthogonal, which is the effect of "
-            "refactor_factored_attn_matrices; load the model without that option"
-        )

@@ -18,19 +18,10 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import DynamicCache
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import (
-    Backend,
-    Hooks,
-    Prefix,
-    Siblings,
-    at_least_float32,
-    block_inputs,
-    causal_mask,
-    reject_rotated,
-    sibling_mask,
-)
-from tn_lens.models.bridge_cache import BridgePrefix, frozen_cache, read_cache
+from tn_lens.models.backend import Backend, Checkpoint, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
+from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
+from tn_lens.models.tensors import at_least_float32, block_inputs, causal_mask, freeze, reject_rotated, sibling_mask
 from tn_lens.neurons.neuron import Neuron
 
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -40,23 +31,18 @@ TOLERANCE = 0.02
 """Tolerance for logits that should be equal, relative to the largest logit. Rounding errors of bfloat16 are smaller."""
 
 
-def load(name: str, architecture: str, hf_model: Any, *, dtype: torch.dtype, device: torch.device) -> TransformerBridge:
+def load(checkpoint: Checkpoint) -> TransformerBridge:
     """Build a frozen bridge around a checkpoint's Hugging Face model.
 
-    Attention uses Hugging Face's eager implementation, which accepts a separate mask for every row.
-
-    Args:
-        name: name of the model in results.
-        architecture: Hugging Face's name of the architecture.
-        hf_model: the Hugging Face model. It is not modified. Weights of the same dtype and device are shared.
-        dtype: dtype of the weights.
-        device: device of the weights.
+    Attention uses Hugging Face's eager implementation, which accepts a separate mask for every row. The Hugging Face
+    model is not modified, and weights of the same dtype and device are shared.
 
     Raises:
         BadInput: TransformerLens has no bridge for this architecture, or its logits differ from Hugging Face's.
     """
+    hf_model, architecture, device = checkpoint.read(), checkpoint.architecture, checkpoint.device
     shared = {
-        id(p): nn.Parameter(p.detach().to(device=device, dtype=dtype), requires_grad=False)
+        id(p): nn.Parameter(p.detach().to(device=device, dtype=checkpoint.dtype), requires_grad=False)
         for p in hf_model.parameters()
     }
     # `shared` as the memo of deepcopy: the modules are copied, the weights are not
@@ -64,10 +50,10 @@ def load(name: str, architecture: str, hf_model: Any, *, dtype: torch.dtype, dev
     try:
         private.set_attn_implementation("eager")
         expected = _probe(private)
-        model = build_bridge_from_module(private, architecture, hf_config=private.config, model_name=name)
+        model = build_bridge_from_module(private, architecture, hf_config=private.config, model_name=checkpoint.name)
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         raise BadInput(
-            f"the architecture {architecture} of {name!r} is not supported: TransformerLens has no bridge for it "
+            f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge for it "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
     if (_probe(model) - expected).abs().max() > TOLERANCE * expected.abs().max():
@@ -75,8 +61,7 @@ def load(name: str, architecture: str, hf_model: Any, *, dtype: torch.dtype, dev
             f"TransformerLens' bridge for {architecture} gives other logits than Hugging Face's model itself; use "
             "another release of transformer-lens, or backend='hooked' if it supports this model"
         )
-    model.requires_grad_(False)
-    return model.eval()
+    return freeze(model)
 
 
 @torch.no_grad()
@@ -93,10 +78,6 @@ class Bridge(Backend):
 
     kind = "bridge"
     model: TransformerBridge
-
-    @property
-    def architecture(self) -> str | None:
-        return self.model.cfg.architecture
 
     @property
     def d_mlp(self) -> int:
@@ -213,22 +194,15 @@ class Bridge(Backend):
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)
 
-    def last_logits(
-        self,
-        tokens: Int[Tensor, "row column"],
-        *,
-        mask: Int[Tensor, "row column"] | None = None,
-        places: Int[Tensor, " row"] | None = None,
-        prefix: Prefix | None = None,
-    ) -> Float[Tensor, "row vocab"]:
-        past = {} if prefix is None else {"past_key_values": prefix.expand(len(tokens))}
+    def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
+        past = {} if cache is None else {"past_key_values": cache}
         padding = {} if mask is None else self._padding_options(mask)
         if places is None:
             places = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
         with self._unembed_only(places[:, None]):
-            return self._logits(tokens, use_cache=prefix is not None, **past, **padding)[:, 0]  # [row, 1, vocab]
+            return self._logits(tokens, use_cache=cache is not None, **past, **padding)[:, 0]  # [row, 1, vocab]
 
-    def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
+    def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
         return self._logits(tokens, use_cache=False)
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
@@ -236,11 +210,10 @@ class Bridge(Backend):
         # the logits are not used, so only one position is unembedded
         with self._unembed_only(torch.zeros_like(tokens[:, :1])):
             self._logits(tokens, past_key_values=cache, use_cache=True)
-        return BridgePrefix(cache)
+        # views of [1, head, prefix, d_head] as [row, head, prefix, d_head]
+        return lambda n_rows: frozen_cache(cache, lambda value: value.expand(n_rows, -1, -1, -1))
 
-    def siblings(
-        self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
-    ) -> Siblings:
+    def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:
         return BridgeSiblings(self, tokens, mask, names, can_join=self.sharing.can_join)
 
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
@@ -261,7 +234,7 @@ class Bridge(Backend):
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
         return _weight_rows(self.model.unembed), getattr(self.model, "ln_final", None)
 
-    def _padding_options(self, mask: Int[Tensor, "row column"]) -> dict[str, Any]:
+    def _padding_options(self, mask: TokenRows) -> dict[str, Any]:
         """Attention masks and positions of rows that are padded on the left."""
         return {
             "attention_mask": self._masks(lambda window: causal_mask(mask.bool(), window)),
@@ -282,7 +255,7 @@ class Bridge(Backend):
             masks[kind] = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, lowest)
         return masks if len(masks) > 1 else masks.popitem()[1]
 
-    def _logits(self, tokens: Int[Tensor, "row column"], **options: Any) -> Float[Tensor, "_ place vocab"]:
+    def _logits(self, tokens: TokenRows, **options: Any) -> Float[Tensor, "_ place vocab"]:
         return at_least_float32(self.model(tokens, **options))
 
     @contextmanager
@@ -337,11 +310,9 @@ class BridgeSiblings(Siblings):
             logits = backend._logits(tokens, past_key_values=cache, use_cache=True, **backend._padding_options(mask))
         self.block_inputs, self.logits = inputs, logits[:, 0]  # [prompt, 1, vocab] -> [prompt, vocab]
         # without the last position, [prompt, head, prefix, d_head]: the rows replace it
-        self.cache = frozen_cache([(keys[:, :, :-1], values[:, :, :-1]) for keys, values in read_cache(cache)])
+        self.cache = frozen_cache(cache, lambda value: value[:, :, :-1])
 
-    def run(
-        self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: Mapping[int, Float[Tensor, "prompt _ d_model"]]
-    ) -> Float[Tensor, "prompt row vocab"]:
+    def run(self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: MLPOutputs) -> Float[Tensor, "prompt row _"]:
         n_rows = sum(rows_at.values())
         n_below = 1 if self.can_join else n_rows  # number of positions that enter the model at layer 0
         masks, blocks = self._masks(n_below), self.backend.model.blocks
@@ -353,11 +324,9 @@ class BridgeSiblings(Siblings):
                 past_key_values=self.cache,
                 use_cache=True,
             )
+        # logits already, since some models apply more than W_U to the stream;
         # GPT-2 restores the shape of its input and so returns [prompt * row, 1, vocab] if one position entered
         return logits.reshape(len(self.last), n_rows, -1)
-
-    def logits_of(self, final: Float[Tensor, "prompt row vocab"]) -> Float[Tensor, "prompt row vocab"]:
-        return final  # `run` returns logits, since some models apply more than W_U to the stream
 
     def _masks(self, n_rows: int) -> Any:
         return self.backend._masks(lambda window: sibling_mask(self.is_token, n_rows, window))

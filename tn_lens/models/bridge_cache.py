@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
-from tn_lens.models.backend import Prefix
 
 
 class FrozenLayer(DynamicLayer):
@@ -27,25 +26,9 @@ class FrozenLayer(DynamicLayer):
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
-def frozen_cache(keys_and_values: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache of the given keys and values of each layer that no pass changes."""
-    cache = DynamicCache()
-    layers: list[Any] = [FrozenLayer(keys, values) for keys, values in keys_and_values]
-    cache.layers = layers
-    return cache
-
-
-def read_cache(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer, each [row, head, position, d_head]."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-class BridgePrefix(Prefix):
-    """Hugging Face's cache of one row."""
-
-    def __init__(self, cache: DynamicCache) -> None:
-        self.layers = read_cache(cache)
-
-    def expand(self, n_rows: int) -> DynamicCache:
-        # views of [1, head, prefix, d_head] as [row, head, prefix, d_head]
-        return frozen_cache([(k.expand(n_rows, -1, -1, -1), v.expand(n_rows, -1, -1, -1)) for k, v in self.layers])
+def frozen_cache(cache: Any, view: Callable[[Tensor], Tensor]) -> DynamicCache:
+    """A cache that no pass changes, of the same view of every layer's keys and values [row, head, position, d_head]."""
+    frozen = DynamicCache()
+    layers: list[Any] = [FrozenLayer(view(layer.keys), view(layer.values)) for layer in cache.layers]
+    frozen.layers = layers
+    return frozen

@@ -36,7 +36,9 @@ def join_rows(
             new = block_inputs[layer].expand(-1, rows_at.get(layer, 0), -1)  # [prompt, new row, d_model]
             n_before, n_rows = n_rows, n_rows + new.shape[1]
             row_masks = masks_for(n_rows) if n_rows > n_before else row_masks
-            mask_by_id = {id(mask): row_mask for mask, row_mask in _pair_masks(masks, row_masks)}
+            # a model with several kinds of layers has a mask for each
+            old, new_masks = (masks, row_masks) if isinstance(masks, dict) else ({"": masks}, {"": row_masks})
+            mask_by_id = {id(mask): new_masks[kind] for kind, mask in old.items()}
             hook = _append_rows(new, n_before, n_rows, mask_by_id)
             handles.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
         yield
@@ -73,8 +75,3 @@ def _append_rows(
         return (rows, *map(expand, others)), {name: expand(value) for name, value in named.items()}
 
     return before_block
-
-
-def _pair_masks(masks: Any, others: Any) -> list[tuple[Tensor, Tensor]]:
-    """Pair the masks for the same kind of layer."""
-    return [(masks[kind], others[kind]) for kind in masks] if isinstance(masks, dict) else [(masks, others)]

@@ -23,7 +23,9 @@ from transformer_lens.pretrained.weight_conversions import (
 from transformers import PretrainedConfig
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.hooked import assemble, load_from_transformer_lens
+from tn_lens.models.backend import Checkpoint
+from tn_lens.models.hooked import assemble, lay_out_weights
+from tn_lens.models.tensors import freeze
 
 CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
     "LlamaForCausalLM": convert_llama_weights,
@@ -37,42 +39,32 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gel
 """TransformerLens' names of activation functions, by Hugging Face's names."""
 
 
-def load(
-    name: str,
-    architecture: str,
-    hf_model: Any,
-    read: Callable[[], Any],
-    *,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    hub: Mapping[str, Any],
-) -> HookedTransformer:
-    """Build a HookedTransformer from a checkpoint.
-
-    Args:
-        name: name of the model in results.
-        architecture: Hugging Face's name of the architecture.
-        hf_model: the Hugging Face model, if it is in memory.
-        read: reads the Hugging Face model, if `hf_model` is None.
-        config: the checkpoint's Hugging Face configuration.
-        dtype: dtype of the weights.
-        device: device of the weights.
-        hub: options of TransformerLens' own loader.
+def load(checkpoint: Checkpoint) -> HookedTransformer:
+    """Build a HookedTransformer from a checkpoint, without processing its weights.
 
     Raises:
         BadInput: an invalid configuration, or an architecture that is not supported.
     """
+    name, architecture = checkpoint.name, checkpoint.architecture
+    options: dict[str, Any] = {"dtype": checkpoint.dtype, "device": str(checkpoint.device)}
     if architecture not in CONVERTERS:
-        return load_by_name(name, architecture, dtype=dtype, device=str(device), hf_model=hf_model, **hub)
+        # TransformerLens' own loader supports a fixed list of names
+        options |= checkpoint.hub
+        try:
+            return lay_out_weights(freeze(HookedTransformer.from_pretrained_no_processing(name, **options)))
+        except (ValueError, NotImplementedError, OSError, KeyError) as error:
+            raise BadInput(
+                f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, "
+                f"or a model that TransformerLens {version('transformer-lens')} lists "
+                "(transformer_lens.supported_models); or use backend='bridge'"
+            ) from error
     try:
-        lens_config = convert_config(config, architecture, name)
+        lens_config = convert_config(checkpoint.config, architecture, name)
     except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
         raise BadInput(f"the config.json of {name!r} cannot be used: {type(error).__name__}: {error}") from error
-    lens_config.dtype, lens_config.device = dtype, str(device)
-    hf_model = read() if hf_model is None else hf_model
+    lens_config.dtype, lens_config.device = options["dtype"], options["device"]
     # the Hugging Face model is released with this function; its weights live on in the HookedTransformer
-    return assemble(lens_config, convert_weights(hf_model, lens_config, architecture))
+    return assemble(lens_config, convert_weights(checkpoint.read(), lens_config, architecture))
 
 
 def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
@@ -100,13 +92,9 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
     rope_type = rope.get("rope_type", "default")
     options: dict[str, Any] = {}
     if rope_type == "llama3":
-        options = {
-            "use_NTK_by_parts_rope": True,
-            "NTK_by_parts_factor": rope["factor"],
-            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
-            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
-            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
-        }
+        # TransformerLens calls Llama 3's rule NTK by parts
+        options = {f"NTK_by_parts_{key}": rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        options |= {"use_NTK_by_parts_rope": True, "NTK_original_ctx_len": rope["original_max_position_embeddings"]}
     elif rope_type == "linear":
         options = {"rotary_scaling_factor": rope["factor"]}
     elif rope_type != "default":
@@ -117,6 +105,8 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
     if architecture in ("MistralForCausalLM", "Qwen2ForCausalLM") and window and "sliding_attention" in layers:
         attn_types = ["local" if kind == "sliding_attention" else "global" for kind in layers]
         options |= {"use_local_attn": True, "window_size": window, "attn_types": attn_types}
+    # the converters of Qwen2 and Mistral always write `_W_K`, which TransformerLens only has if n_key_value_heads is set
+    has_grouped_names = is_grouped or architecture not in ("LlamaForCausalLM", "Olmo2ForCausalLM")
     return HookedTransformerConfig(
         model_name=name,
         original_architecture=architecture,
@@ -124,10 +114,7 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
         d_model=config.hidden_size,
         n_heads=config.num_attention_heads,
         d_head=d_head,
-        # the converters of the other two families always write `_W_K`, which TransformerLens only has if this is set
-        n_key_value_heads=None
-        if architecture in ("LlamaForCausalLM", "Olmo2ForCausalLM") and not is_grouped
-        else n_key_value_heads,
+        n_key_value_heads=n_key_value_heads if has_grouped_names else None,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
         n_ctx=config.max_position_embeddings,
@@ -139,7 +126,6 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
         positional_embedding_type="rotary",
         rotary_base=rope["rope_theta"],
         rotary_dim=int(d_head * rope.get("partial_rotary_factor", 1.0)),
-        rotary_adjacent_pairs=False,
         tie_word_embeddings=bool(config.tie_word_embeddings),
         **options,
     )
@@ -161,19 +147,3 @@ def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture
                 key = prefix + bias if prefix + bias in weights else f"{prefix}_{bias}"
                 weights[key] = value.reshape(weights[key].shape)  # [head * d_head] -> [head, d_head]
     return weights
-
-
-def load_by_name(name: str, architecture: str, **options: Any) -> HookedTransformer:
-    """Load a model of another architecture with TransformerLens' own loader, which supports a fixed list of names.
-
-    Raises:
-        BadInput: TransformerLens does not support the name.
-    """
-    try:
-        return load_from_transformer_lens(name, **options)
-    except (ValueError, NotImplementedError, OSError, KeyError) as error:
-        raise BadInput(
-            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, "
-            f"or a model that TransformerLens {version('transformer-lens')} lists (transformer_lens.supported_models); "
-            "or use backend='bridge'"
-        ) from error

@@ -14,17 +14,9 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import (
-    Backend,
-    Hooks,
-    Prefix,
-    Siblings,
-    at_least_float32,
-    block_inputs,
-    reject_rotated,
-    visible_prefix,
-)
+from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
 from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask, replace_methods
+from tn_lens.models.tensors import at_least_float32, block_inputs, freeze, reject_rotated, visible_prefix
 from tn_lens.neurons.neuron import Neuron
 
 
@@ -61,18 +53,6 @@ def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> Hoo
     return freeze(model)
 
 
-def load_from_transformer_lens(name: str, **options: Any) -> HookedTransformer:
-    """Load a model that TransformerLens supports by name, without weight processing, and lay out its weights."""
-    return lay_out_weights(freeze(HookedTransformer.from_pretrained_no_processing(name, **options)))
-
-
-def freeze(model: HookedTransformer) -> HookedTransformer:
-    """Disable dropout and the gradients of all parameters, so that only interpolated activations have gradients."""
-    model.requires_grad_(False)
-    model.eval()
-    return model
-
-
 @torch.no_grad()
 def lay_out_weights(model: HookedTransformer) -> HookedTransformer:
     """Store the weights in the memory order in which the forward pass reads them. Values and shapes do not change.
@@ -103,10 +83,6 @@ class Hooked(Backend):
 
     kind = "hooked"
     model: HookedTransformer
-
-    @property
-    def architecture(self) -> str | None:
-        return self.model.cfg.original_architecture
 
     @property
     def d_mlp(self) -> int:
@@ -155,51 +131,48 @@ class Hooked(Backend):
     def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:
         return self.model.hooks(fwd_hooks=list(hooks))
 
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return self.model.cfg.n_layers
-
     def unembed(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the final residual stream, in at least float32."""
         if self.model.cfg.normalization_type is not None:
             residual = self.model.ln_final(residual)
         return apply_softcap(at_least_float32(self.model.unembed(residual)), self.model.cfg.output_logits_soft_cap)
 
-    def last_logits(
-        self,
-        tokens: Int[Tensor, "row column"],
-        *,
-        mask: Int[Tensor, "row column"] | None = None,
-        places: Int[Tensor, " row"] | None = None,
-        prefix: Prefix | None = None,
-    ) -> Float[Tensor, "row vocab"]:
+    def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
         residual = self.model(
             tokens,
             # always passed, since TransformerLens otherwise infers padding from the tokens
             attention_mask=torch.ones_like(tokens) if mask is None else mask,
-            past_kv_cache=prefix.expand(len(tokens)) if isinstance(prefix, HookedPrefix) else None,
-            stop_at_layer=self.n_layers,
+            past_kv_cache=cache,
+            stop_at_layer=self.model.cfg.n_layers,
         )
         # [row, column, d_model] -> [row, d_model]; only this position is unembedded
-        if places is None:
-            last = residual[:, -1]
-        else:
-            last = residual[torch.arange(len(residual), device=residual.device), places.to(residual.device)]
+        rows = torch.arange(len(residual), device=residual.device)
+        last = residual[:, -1] if places is None else residual[rows, places.to(residual.device)]
         return self.unembed(last[:, None])[:, 0]
 
-    def all_logits(self, tokens: Int[Tensor, "row column"]) -> Float[Tensor, "row column vocab"]:
+    def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
         return at_least_float32(self.model(tokens, attention_mask=torch.ones_like(tokens)))
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
         cfg = self.model.cfg
         cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, 1)
-        self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=self.n_layers)
-        return HookedPrefix(cache)
+        self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=cfg.n_layers)
 
-    def siblings(
-        self, tokens: Int[Tensor, "prompt position"], mask: Int[Tensor, "prompt position"], names: set[str]
-    ) -> Siblings:
+        def expand(n_rows: int) -> TransformerLensKeyValueCache:
+            expanded = TransformerLensKeyValueCache(
+                entries=[
+                    # views of [1, position, head, d_head] as [row, position, head, d_head]
+                    type(entry)(*(value.expand(n_rows, -1, -1, -1) for value in (entry.past_keys, entry.past_values)))
+                    for entry in cache.entries
+                ],
+                previous_attention_mask=cache.previous_attention_mask.expand(n_rows, -1),
+            )
+            expanded.freeze()
+            return expanded
+
+        return expand
+
+    def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:
         return HookedSiblings(self, tokens, mask, names)
 
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
@@ -233,26 +206,6 @@ class Hooked(Backend):
         if cfg.load_in_4bit:
             return None
         return self.model.unembed.W_U, None if cfg.normalization_type is None else self.model.ln_final
-
-
-class HookedPrefix(Prefix):
-    """TransformerLens' cache of one row."""
-
-    def __init__(self, cache: TransformerLensKeyValueCache) -> None:
-        self.cache = cache
-
-    def expand(self, n_rows: int) -> TransformerLensKeyValueCache:
-        """The same frozen keys and values for every row. Nothing is copied."""
-        expanded = TransformerLensKeyValueCache(
-            entries=[
-                # views of [1, position, head, d_head] as [row, position, head, d_head]
-                type(entry)(entry.past_keys.expand(n_rows, -1, -1, -1), entry.past_values.expand(n_rows, -1, -1, -1))
-                for entry in self.cache.entries
-            ],
-            previous_attention_mask=self.cache.previous_attention_mask.expand(n_rows, -1),
-        )
-        expanded.freeze()
-        return expanded
 
 
 class HookedSiblings(Siblings):
@@ -302,9 +255,7 @@ class HookedSiblings(Siblings):
     def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"] | None:
         return self.backend.model.blocks[layer].mlp.W_out if layer in self.joinable else None
 
-    def run(
-        self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: Mapping[int, Float[Tensor, "prompt _ d_model"]]
-    ) -> Float[Tensor, "prompt row d_model"]:
+    def run(self, rows_at: Mapping[int, int], hooks: Hooks, mlp_outputs: MLPOutputs) -> Float[Tensor, "prompt row _"]:
         blocks = self.backend.model.blocks
         first = min([*rows_at, *(layer + 1 for layer in mlp_outputs)])
         residual = self.block_inputs[first][:, :0]  # no rows yet: [prompt, 0, d_model]

@@ -15,6 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.utilities.activation_functions import apply_softcap
 
+Heads = Float[Tensor, "prompt row head d_head"]
+KeyHeads = Float[Tensor, "prompt row key_head d_head"]
+"""One vector for each head; several heads may share the keys and values of one key head."""
+Scores = Float[Tensor, "prompt head row key"]
+"""Attention scores or patterns. Key is each position of the prefix, then the row itself."""
+
 Replacement = tuple[nn.Module, str, Callable[..., Any]]
 """A module, the name of one of its methods, and the function that replaces the method."""
 
@@ -60,10 +66,9 @@ def key_mask(is_visible: Bool[Tensor, "prompt prefix"]) -> Bool[Tensor, "prompt 
     Returns:
         None if rows attend to all keys.
     """
+    itself = is_visible.new_ones(len(is_visible), 1)
     # [prompt, prefix] -> [prompt, 1 (all heads), 1 (all rows), key], with key = prefix + 1
-    return (
-        None if is_visible.all() else torch.cat([is_visible, is_visible.new_ones(len(is_visible), 1)], 1)[:, None, None]
-    )
+    return None if is_visible.all() else torch.cat([is_visible, itself], 1)[:, None, None]
 
 
 class SharedAttention:
@@ -115,9 +120,7 @@ class SharedAttention:
         yield self.attention, "apply_causal_mask", self._mask
         yield self.attention, "calculate_z_scores", self._z
 
-    def _rotate(
-        self, x: Float[Tensor, "prompt row head d_head"], *_: object, **__: object
-    ) -> Float[Tensor, "prompt row head d_head"]:
+    def _rotate(self, x: Heads, *_: object, **__: object) -> Heads:
         assert self.cos_sin is not None
         cos, sin = self.cos_sin
         # only the first rotary_dim entries of a head are rotated
@@ -131,9 +134,7 @@ class SharedAttention:
         rotated = rotated * cos + perpendicular * sin
         return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
-    def _scores(
-        self, q: Float[Tensor, "prompt row head d_head"], k: Float[Tensor, "prompt row key_head d_head"]
-    ) -> Float[Tensor, "prompt head row key"]:
+    def _scores(self, q: Heads, k: KeyHeads) -> Scores:
         # [prompt, row, head, d_head] -> [prompt, key_head, head of the group, row, d_head]
         grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
         prefix = grouped.flatten(2, 3) @ self.keys  # [prompt, key_head, head of the group * row, prefix]
@@ -144,14 +145,10 @@ class SharedAttention:
         scores = torch.cat([prefix.reshape(*itself.shape[:-1], -1), itself], dim=-1).flatten(1, 2)
         return apply_softcap(scores / self.attention.attn_scale, self.attention.cfg.attn_scores_soft_cap)
 
-    def _mask(
-        self, scores: Float[Tensor, "prompt head row key"], *_: object, **__: object
-    ) -> Float[Tensor, "prompt head row key"]:
+    def _mask(self, scores: Scores, *_: object, **__: object) -> Scores:
         return scores if self.allowed is None else torch.where(self.allowed, scores, self.attention.IGNORE)
 
-    def _z(
-        self, v: Float[Tensor, "prompt row key_head d_head"], pattern: Float[Tensor, "prompt head row key"]
-    ) -> Float[Tensor, "prompt row head d_head"]:
+    def _z(self, v: KeyHeads, pattern: Scores) -> Heads:
         # [prompt, head, row, key] -> [prompt, key_head, head of the group, row, key]
         grouped = pattern.unflatten(1, (v.shape[2], -1))
         prefix, itself = grouped.split([pattern.shape[-1] - 1, 1], dim=-1)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.models import Model, backend_of, choose_backend, make_model, official_name
+from tn_lens.models.backend import Checkpoint
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -78,11 +79,13 @@ def load_model(
         tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
 
     def read() -> Any:
+        if hf_model is not None:
+            return hf_model
         check_memory(config, weights_dtype, device)
         return read_weights(source, name, dtype=weights_dtype, **hub)
 
-    options = {"config": config, "hub": {key: value for key, value in hub.items() if value}}
-    model = make_model(backend, name, architecture, hf_model, read, dtype=weights_dtype, device=device, **options)
+    options = {key: value for key, value in {**hub, "hf_model": hf_model}.items() if value}
+    model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
     short_name = name.rstrip("/").rsplit("/", 1)[-1]
     # a folder called toy keeps its full name, since "toy" is the name of the embedded model
     backend_of(model).set_name_and_tokenizer(name if short_name == "toy" else short_name, tokenizer)
@@ -111,9 +114,8 @@ def find_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         available_device = torch.device(device)
-        torch.zeros(
-            1, device=available_device
-        ).item()  # fails if the device does not exist or stores no values ("meta")
+        # fails if the device does not exist or stores no values ("meta")
+        torch.zeros(1, device=available_device).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
         raise BadInput(

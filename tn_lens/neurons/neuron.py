@@ -73,6 +73,7 @@ class Neuron:
             raise BadInput(
                 f"a neuron needs the keys site, layer, head and index; {dict(entry)} lacks {error}"
             ) from None
+        # JSON from elsewhere may hold anything, so types are checked too: True is an int
         has_heads = site in SITES and SITES[site].has_heads
         numbers = [layer, index] + ([head] if has_heads else [])
         are_valid = all(type(n) is int and n >= 0 for n in numbers)
@@ -97,6 +98,7 @@ class NeuronSet(Set[Neuron]):
     """An immutable set of neurons, iterated in sorted order, with Python's set operators (`|`, `&`, `-`, `<=`)."""
 
     def __init__(self, neurons: Iterable[Neuron] = ()) -> None:
+        # sorted once, so that iteration, digests and files do not depend on hashing
         self._neurons = tuple(sorted(set(neurons)))
         self._members = frozenset(self._neurons)
 

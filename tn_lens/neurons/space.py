@@ -59,6 +59,7 @@ class NeuronSpace(Stored):
 
     def holds(self, neuron: Neuron) -> bool:
         """Whether the model has this neuron."""
+        # a flat index can be in range although the index within the head is not
         is_inside = neuron.head is None or (neuron.head < self.n_heads and neuron.index < self.d_head)
         return neuron.layer < self.n_layers and is_inside and self.flat(neuron) < self.width(neuron.site)
 

@@ -39,6 +39,7 @@ def split_questions(questions: QuestionSet, settings: Settings) -> Parts:
     if not is_held_out:
         finding = questions
     if settings.adaptive_threshold == "auto" and not tuning:
+        # a stream of its own: the seed draws other things as well
         shuffled = generator(settings.seed, 5).permutation(len(questions)).tolist()
         n_tuning = max(1, round(TUNING_SHARE * len(questions)))
         tuning, finding = (questions.select(sorted(part)) for part in (shuffled[:n_tuning], shuffled[n_tuning:]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tn_lens.attribution.attribute import BATCH_SIZE, choose_engine
+from tn_lens.attribution.attribute import BATCH_SIZE
 from tn_lens.core.errors import BadInput
 from tn_lens.core.settings import Settings
 from tn_lens.models import Model, backend_of
@@ -32,7 +32,6 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
     """The settings of a manifest: everything that the numbers depend on, and one rendered prompt."""
     return {
         **asdict(settings),
-        "engine": choose_engine(model, settings.engine, settings.positions),
         **describe_model(model),
         "weight_processing": "none",
         "internal_batch_size": BATCH_SIZE,
@@ -61,6 +60,7 @@ def weights_digest(model: Model) -> str:
     """SHA-256 over the sum and norm of every weight, which tells a model from an edited copy."""
     weights = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        # in float64, and printed with nine digits: devices add up in different orders
         total, size = parameter.sum(dtype=torch.float64), torch.linalg.vector_norm(parameter, dtype=torch.float64)
         weights.update(f"{name} {tuple(parameter.shape)} {float(total):.9g} {float(size):.9g};".encode())
     return weights.hexdigest()

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.stored import dump_json
-from tn_lens.evaluation import Evaluation, evaluate
+from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.evaluation.result import Evaluation
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.loading import HUB_ID, load_model
 from tn_lens.neurons import NeuronSet
@@ -23,7 +24,7 @@ from tn_lens.questions.load import load_questions
 from tn_lens.questions.question import QuestionSet
 from tn_lens.questions.registry import options_of
 from tn_lens.results.found import Provenance, settings_of
-from tn_lens.runs.context import Run
+from tn_lens.runs.context import Run, in_stage
 from tn_lens.runs.folder import RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
 from tn_lens.runs.workers import workers
@@ -99,14 +100,14 @@ def retest(
         raise BadInput("several workers share their work through a folder; give one with --out")
     with Run(progress=progress and together.is_first) as run:
         if out is None:
-            return [run.stage(questions.name, evaluate, model, questions, neurons, **options) for questions in sets]
+            return [in_stage(questions.name, evaluate, model, questions, neurons, **options) for questions in sets]
         with fixed_threads(threads or torch.get_num_threads()), RunFolder.hold(Path(out), together) as folder:
             basis = describe_model(model)
             together.agree(basis, str(backend_of(model).device))
             run.folder, run.basis = folder, fingerprint(basis)
             evaluations = []
             for questions in sets:
-                evaluation = run.stage(questions.name, evaluate, model, questions, neurons, **options)
+                evaluation = in_stage(questions.name, evaluate, model, questions, neurons, **options)
                 evaluations.append(replace(evaluation, parts=(parts or {}).get(questions.name)))
             if together.is_first:
                 _write(folder, evaluations)
@@ -162,6 +163,7 @@ def load_noted(name: Any, **options: Any) -> Model:
             "with --model"
         )
     online = constants.HF_HUB_OFFLINE
+    # the hub library reads this at every call
     constants.HF_HUB_OFFLINE = True
     try:
         return load_model(name, **options)

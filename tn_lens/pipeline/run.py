@@ -16,8 +16,9 @@ from tn_lens.attribution.attribute import back_off_warning
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
 from tn_lens.core.settings import Settings
-from tn_lens.evaluation import Tuning, diagnose, evaluate, tune_threshold
-from tn_lens.evaluation.tuning import THRESHOLDS
+from tn_lens.evaluation.diagnosis import diagnose
+from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
@@ -79,18 +80,23 @@ def find_truth_neurons(
     parts = split_questions(questions, settings)
     with started(out, threads, progress) as run:
         asking = {"order": settings.order, "seed": settings.seed, "drop_long": drop_long}
+        # 1. ask (paper 2.2, 2.3)
         prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)
         manifest = describe(model, questions, settings, prompts[0].text)
         folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
         check = run.stage("check", check_some_right, folder, model, prompts)
+        # 2. attribute (2.1, 2.2)
         options = run.stage("baseline", attribution_options, model, check, settings)
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
+        # 3. select (2.2, 2.3, A.3)
         table = run.stage("selection", selection_table, scores, settings)
         tuning = run.stage("tuning", tune, model, scores, parts.tuning, settings, table, drop_long)
         t, rules = tuning.t if tuning else settings.adaptive_threshold, rules_of(settings)
         selection = table.select(t, Split(settings.seed), rules)
+        # 4. ablate and evaluate (3.3)
         measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
         evaluation = run.stage("evaluation", evaluate, model, parts.reporting, selection.neurons, **measuring)
+        # 5. explain what was found
         columns = scores.columns(selection.neurons)
         about = {"tested": selection.half_2, "label_means": scores.label_means(columns, selection.half_2)}
         about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed}
@@ -147,9 +153,7 @@ def started(out: str | Path | None, threads: int | None, progress: bool) -> Iter
         yield run
 
 
-def keep(
-    run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrite: bool, **notes: Any
-) -> RunFolder:
+def keep(run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrite: bool, **notes: Any) -> RunFolder:
     """Open the run folder, or a temporary one, in which the run keeps its chunks, and note where the run comes from."""
     together = workers()
     together.agree(manifest, str(manifest["device"]))
@@ -202,14 +206,13 @@ def attribute_into(
     If memory runs out, the size of a pass that fitted serves all further chunks and `options`, and is noted in the manifest.
     """
     chunks = check.prompts.chunks(PROMPTS_ATTRIBUTED)
+    # a resumed run goes on with the size that fitted before
     noted = folder.noted(BACKED_OFF)
     size = PassSize(**noted) if noted else None
 
     def compute(index: int) -> Tensors:
         nonlocal size
-        scores = attribute(
-            model, chunks[index], separate=settings.separate, internal_batch_size=size, **options
-        )
+        scores = attribute(model, chunks[index], separate=settings.separate, internal_batch_size=size, **options)
         if scores.pass_size != scores.planned:
             size = PassSize(*scores.pass_size)
             folder.note(BACKED_OFF, size._asdict())
@@ -230,6 +233,7 @@ def selection_table(scores: StoredScores, settings: Settings) -> SelectionTable:
     """Counts and moments for every threshold and split that the run asks for, in two passes over the scores."""
     is_tuned = settings.adaptive_threshold == "auto"
     ts: Sequence[Threshold] = THRESHOLDS if is_tuned else [settings.adaptive_threshold]  # pyright: ignore
+    # the split of the run and those of the stability check
     splits = [Split(seed) for seed in (settings.seed, *SPLIT_SEEDS)]
     if scores.prompts.n_orders > 1:
         splits.append(Split(settings.seed, drawn=settings.seed))
@@ -273,6 +277,7 @@ def notes_of(run: Run, model: Model, settings: Settings) -> tuple[str, ...]:
 def strongest(selection: Selection, columns: Float[Tensor, "prompt neuron"]) -> dict[str, Any]:
     """The strongest neurons, which get a card, and their D."""
     neurons = selection.by_strength[:N_CARDS]
+    # columns are in the order of the set, cards in the order of strength
     place = {neuron: column for column, neuron in enumerate(selection.neurons)}
     return {"neurons": neurons, "columns": columns[:, [place[neuron] for neuron in neurons]]}
 

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tn_lens.attribution.attribute import choose_engine
 from tn_lens.attribution.methods import METHODS
-from tn_lens.core import options
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
@@ -19,26 +18,15 @@ from tn_lens.evaluation.reference import PAPER
 from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.models import Model, backend_of
 from tn_lens.neurons import SITES
-from tn_lens.questions.registry import FORMATS
+from tn_lens.questions.formats import FORMATS
 from tn_lens.selection.table import Rules, check_thresholds
-
-WORDS: Mapping[str, tuple[str, ...]] = {
-    "correction": get_args(options.Correction),
-    "family": get_args(options.Family),
-    "order": get_args(options.Order),
-    "baseline": get_args(options.BaselineName),
-    "positions": get_args(options.Positions),
-    "target": get_args(options.TargetName),
-    "engine": get_args(options.EngineName),
-}
-"""The values of settings that are not names in a registry."""
 
 PAPER_THRESHOLDS: Mapping[str, float] = {model: row.t for model, row in PAPER.items()}
 """The adaptive thresholds t of the paper's table 3, as fractions."""
 
 
 def resolve_settings(model: Model, settings: Settings) -> Settings:
-    """Fill in what was not given: the model's recommended t and order, else t = 0.2 and "random"; the memory of its device.
+    """Fill in what was not given: the model's recommended t and order, else t = 0.2 and "random"; memory and engine.
 
     Raises:
         BadInput: a value is out of range or unknown, before anything is computed.
@@ -50,8 +38,9 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
     unset = {name: value for name, value in known.items() if getattr(settings, name) is None}
     settings = replace(settings, **unset)
     _check_numbers(settings)
-    for name, words in WORDS.items():
-        if getattr(settings, name) not in words:
+    for name, hint in get_type_hints(Settings).items():
+        words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+        if words and name != "adaptive_threshold" and getattr(settings, name) not in words:
             raise BadInput(f"expected {name} {', '.join(map(repr, words))}; got {getattr(settings, name)!r}")
     for registry, names in (
         (SITES, settings.sites),
@@ -66,9 +55,8 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
             f"separate stores Attr_t beside D, which only the target probability_difference has; got {settings.target!r}"
         )
     METHODS[settings.method].check(settings.n_steps)
-    choose_engine(model, settings.engine, settings.positions)
     generator(settings.seed)
-    return settings
+    return replace(settings, engine=choose_engine(model, settings.engine, settings.positions))
 
 
 def _check_numbers(settings: Settings) -> None:

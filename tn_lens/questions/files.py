@@ -19,29 +19,24 @@ def read_csv(path: Path, header: list[str] | None = None) -> Rows:
     Raises:
         BadInput: the file is not UTF-8 CSV, or the number of fields of a line differs from the header.
     """
-    rows = []
     try:
         # "utf-8-sig" skips the byte order mark that spreadsheets write
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file)
             header = header or [name.strip() for name in next(lines, [])]
-            for fields in filter(any, lines):  # without empty lines
-                if len(fields) != len(header):
-                    too_many = len(fields) > len(header)
-                    advice = (
-                        "put double quotes around a field that holds a comma"
-                        if too_many
-                        else "every line needs them all"
-                    )
-                    raise BadInput(
-                        f"{path}, line {lines.line_num}: expected {len(header)} fields ({', '.join(header)}), got "
-                        f"{len(fields)}; {advice}"
-                    )
-                rows.append(dict(zip(header, fields, strict=True)))
+            numbered = [(lines.line_num, fields) for fields in lines if any(fields)]  # without empty lines
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path} cannot be read as a UTF-8 CSV file with a header line: {error}") from error
     if not any(header):
         raise BadInput(f"{path} cannot be read as a CSV file with a header line: it is empty")
+    for line, fields in numbered:
+        if len(fields) != len(header):
+            too_many = len(fields) > len(header)
+            advice = "put double quotes around a field that holds a comma" if too_many else "every line needs them all"
+            raise BadInput(
+                f"{path}, line {line}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
+            )
+    rows: Rows = [dict(zip(header, fields, strict=True)) for _, fields in numbered]
     return rows or [dict.fromkeys(header)]  # one row without values tells the columns of a file without rows
 
 

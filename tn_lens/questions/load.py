@@ -55,11 +55,6 @@ def load_questions(
             raise BadInput(f"{option} is not an option of {name!r}, which accepts {names}")
     if name in QUESTION_SETS:
         return QUESTION_SETS[name](**{option: value for option, value in options.items() if option in accepted})
-    return load_file(name, columns=columns)
-
-
-def load_file(name: str, *, columns: Mapping[str, str] | None = None) -> QuestionSet:
-    """Load the questions of a .csv or .jsonl file; see `load_questions`."""
     path = Path(name)
     is_table = path.suffix.lower() in (".csv", ".jsonl")
     if not path.is_file() and is_table:

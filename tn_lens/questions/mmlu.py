@@ -7,6 +7,7 @@ The figure's {question} has the layout of Hendrycks et al. (2021): the question,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,27 @@ def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
             n_rows = count(len(examples), "row")
             raise BadInput(f"MMLU's dev set has {n_rows} for {subject!r}, and n_shots = {n_shots}; use fewer examples")
         context = _context(subject, examples) if n_shots else ""
-        questions += [
-            Question(text=text, choices=choices, answer=answer, category=subject, context=context)
-            for text, choices, answer in rows
-        ]
+        questions += [replace(question, context=context) for question in rows]
     name = f"mmlu_{n_shots}_shots" if n_shots else "mmlu"
     return QuestionSet(name=name, questions=tuple(questions), template=FIGURE_8, fixed_order=True)
 
 
-Row = tuple[str, tuple[str, ...], int]
-"""Question, choices, index of the right choice."""
-
-
-def _read(source: str | Path | None, split: str) -> dict[str, list[Row]]:
-    """Subject -> its rows; the subjects in alphabetical order."""
-    rows_of: dict[str, list[Row]] = {}
+def _read(source: str | Path | None, split: str) -> dict[str, list[Question]]:
+    """Subject -> its questions; the subjects in alphabetical order."""
+    rows_of: dict[str, list[Question]] = {}
     if source is None:
         advice = "download MMLU's data.tar yourself and give its folder as the source"
         for number, row in enumerate(load_from_hub(HUB, "all", split, advice), start=1):
             # the hub has the index of the right choice, the original files have its letter
-            parsed = _row(row["question"], row["choices"], LETTERS[row["answer"]], f"{HUB}, {number}")
-            rows_of.setdefault(row["subject"], []).append(parsed)
+            letter, subject = LETTERS[row["answer"]], row["subject"]
+            question = _question(row["question"], row["choices"], letter, subject, f"{HUB}, {number}")
+            rows_of.setdefault(subject, []).append(question)
         return dict(sorted(rows_of.items()))
     folder = Path(source) / split
     for path in sorted(folder.glob(f"*_{split}.csv")):
-        rows_of[path.stem.removesuffix(f"_{split}")] = [
-            _row(row["question"], [row[letter] for letter in "ABCD"], row["answer"], f"{path}, row {number}")
+        subject = path.stem.removesuffix(f"_{split}")
+        rows_of[subject] = [
+            _question(row["question"], [row[x] for x in "ABCD"], row["answer"], subject, f"{path}, row {number}")
             for number, row in enumerate(read_csv(path, HEADER), start=1)
         ]
     if not rows_of:
@@ -94,22 +90,22 @@ def _read(source: str | Path | None, split: str) -> dict[str, list[Row]]:
     return rows_of
 
 
-def _row(text: Any, choices: Sequence[Any], letter: Any, where: str) -> Row:
+def _question(text: Any, choices: Sequence[Any], letter: Any, subject: str, where: str) -> Question:
     text, *stripped = (str(value or "").strip() for value in (text, *choices))
     label = str(letter).strip()  # compared as a whole: "AB" is not a label
     if not text or len(stripped) != 4 or not all(stripped) or label not in ("A", "B", "C", "D"):
         raise BadInput(
             f"{where}: expected a question, four choices and a letter from A to D, got {letter!r} for a letter"
         )
-    return text, tuple(stripped), LETTERS.index(label)
+    return Question(text=text, choices=tuple(stripped), answer=LETTERS.index(label), category=subject)
 
 
-def _context(subject: str, examples: Sequence[Row]) -> str:
+def _context(subject: str, examples: Sequence[Question]) -> str:
     """The subject's heading and the solved examples, in the layout of the question itself."""
     solved = []
-    for text, choices, answer in examples:
-        lines = [FIGURE_8.choice.format(label=LETTERS[i], choice=choice) for i, choice in enumerate(choices)]
-        solved.append("\n".join([text, *lines, f"Answer: {LETTERS[answer]}"]))
+    for question in examples:
+        lines = [FIGURE_8.choice.format(label=LETTERS[i], choice=choice) for i, choice in enumerate(question.choices)]
+        solved.append("\n".join([question.text, *lines, f"Answer: {LETTERS[question.answer]}"]))
     # the wording and the blank lines of Hendrycks et al. (2021)
     heading = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
     return "\n\n".join([heading, *solved]) + "\n\n"

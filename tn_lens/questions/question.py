@@ -15,8 +15,6 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.questions.formats import FIGURE_9, FORMATS, PromptTemplate
 
-__all__ = ["FIGURE_9", "LETTERS", "Dropped", "PromptTemplate", "Question", "QuestionSet"]
-
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -74,8 +72,6 @@ class QuestionSet(Sequence[Question]):
 
     def __post_init__(self) -> None:
         taken = {question.id for question in self.questions}
-        if len(taken) == len(self.questions):
-            return
         suffixes: dict[str, Iterator[int]] = {}
         questions = []
         for question in self.questions:
@@ -92,15 +88,10 @@ class QuestionSet(Sequence[Question]):
     @overload
     def __getitem__(self, index: slice) -> QuestionSet: ...
     def __getitem__(self, index: int | slice) -> Question | QuestionSet:
-        if isinstance(index, slice):
-            return replace(self, questions=self.questions[index])
-        return self.questions[index]
+        return replace(self, questions=self.questions[index]) if isinstance(index, slice) else self.questions[index]
 
     def __len__(self) -> int:
         return len(self.questions)
-
-    def __iter__(self) -> Iterator[Question]:
-        return iter(self.questions)
 
     def __repr__(self) -> str:
         return f"QuestionSet: {self.summary()}"

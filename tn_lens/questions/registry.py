@@ -1,4 +1,4 @@
-"""The registries of question sets and prompt formats.
+"""The registry of question sets.
 
 A question set is added with one file that registers a loader, or with one call:
 
@@ -14,19 +14,16 @@ from pathlib import Path
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.registry import Registry
-from tn_lens.questions.formats import FORMATS
 from tn_lens.questions.question import QuestionSet
-
-__all__ = ["FORMATS", "QUESTION_SETS", "Loader", "Source", "options_of", "single"]
 
 Source = str | Path | Sequence[str | Path] | None
 """Where a question set is read from: a path, a URL, or several; None stands for its public address."""
 
-Loader = Callable[..., QuestionSet]
-"""A function `(source=None, **options)`; a loader that reads no file has no parameter `source`."""
+QUESTION_SETS: Registry[Callable[..., QuestionSet]] = Registry("question set")
+"""Loaders of question sets by name: functions `(source=None, **options)`.
 
-QUESTION_SETS: Registry[Loader] = Registry("question set")
-"""Loaders of question sets by name."""
+A loader that reads no file has no parameter `source`.
+"""
 
 
 def options_of(name: str) -> set[str]:

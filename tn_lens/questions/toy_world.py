@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice, product
+from itertools import product
 from random import Random
 from typing import Literal
 
-N_NAMES = 120
 N_KINDS = 10
 EXCEPTION_SHARE = 0.15
 WORLD_SEED = 0
@@ -46,7 +45,7 @@ SPLIT_SIZES: dict[Split, int] = {"train": 864, "tune": 144, "find": 230, "report
 """Facts trained as questions, and three disjoint sets held out from every choice format."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Fact:
     """One property of one name."""
 
@@ -82,7 +81,7 @@ def names() -> tuple[str, ...]:
     """The 120 invented names, in a fixed order."""
     first = ("Ba", "Ke", "Lo", "Mi", "Ru", "Sa", "To", "Ve", "Zi", "Du", "Fe", "Ho")
     last = ("lum", "rin", "vek", "dosh", "mar", "pel", "gat", "nix", "sul", "tor")
-    return tuple(islice((a + b for a, b in product(first, last)), N_NAMES))
+    return tuple(a + b for a, b in product(first, last))
 
 
 @cache
@@ -90,7 +89,7 @@ def facts() -> tuple[Fact, ...]:
     """All 1,440 facts of the world: the same ones in every process and on every machine."""
     # the shipped weights have learned these facts: the number and order of the random draws must not change
     random = Random(WORLD_SEED)
-    kind_of = {name: index % N_KINDS for index, name in enumerate(random.sample(names(), N_NAMES))}
+    kind_of = {name: index % N_KINDS for index, name in enumerate(random.sample(names(), len(names())))}
     typical_of = {relation: random.sample(values, N_KINDS) for relation, values in RELATIONS.items()}
     pairs = [(name, relation) for name in names() for relation in RELATIONS]
     exceptions = set(random.sample(pairs, round(EXCEPTION_SHARE * len(pairs))))
@@ -103,16 +102,7 @@ def facts() -> tuple[Fact, ...]:
         other = random.choice([value for value in RELATIONS[relation] if value != typical])
         value, distractor = (other, typical) if (name, relation) in exceptions else (typical, other)
         split, wording = split_of[name, relation], random.randrange(len(WORDINGS))
-        fact = Fact(
-            name=name,
-            relation=relation,
-            value=value,
-            typical=typical,
-            split=split,
-            distractor=distractor,
-            wording=wording,
-        )
-        built.append(fact)
+        built.append(Fact(name, relation, value, typical, split, distractor, wording))
     return tuple(built)
 
 

@@ -22,10 +22,8 @@ from tn_lens.questions.registry import QUESTION_SETS, Source
 HUB = "OamPatel/iti_trivia_qa_val"
 """Questions, answers and wrong answers of Li et al. (2023)."""
 
-NO_WRONG = "no wrong answer"
-EQUAL = "the wrong answer is a right one"
-CONTAINED = "the wrong answer contains a right one"
-AGAIN = "the question stands in an earlier row"
+# with the quotation marks that TriviaQA's evaluation script removes besides ASCII punctuation
+TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,11 @@ class Row:
     number: int
     """Number of the row in its file, counted from 1."""
     question: str
-    value: str
-    """The answer to show; empty if the file has only aliases."""
+    right: str
+    """The right answer to show."""
     aliases: tuple[str, ...]
     """All answers that count as right."""
     wrong: str
-
-    @property
-    def right(self) -> str:
-        """The right answer to show."""
-        return self.value or plainest(self.aliases)
 
 
 @QUESTION_SETS.register("triviaqa")
@@ -81,7 +74,9 @@ def load_triviaqa(
     for row in rows:
         wrong = wrong_of.get(row.question, row.wrong).strip()
         # checked before duplicates: a later row with a usable wrong answer replaces an earlier one without
-        reason = _reason_to_drop(row, wrong, strict) or (AGAIN if row.question in questions else None)
+        reason = _reason_to_drop(row, wrong, strict)
+        if row.question in questions:
+            reason = reason or "the question stands in an earlier row"
         if reason is not None:
             dropped.append(Dropped(row.number, row.question, reason))
         else:
@@ -94,10 +89,7 @@ def load_triviaqa(
 
 def normalize(text: str) -> str:
     """Lower case, without punctuation, articles and extra spaces, as in TriviaQA's own comparison of answers."""
-    text = text.lower().replace("_", " ")
-    # the quotation marks that TriviaQA's evaluation script removes besides ASCII punctuation
-    text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(TO_SPACES)).split())
 
 
 def plainest(aliases: Sequence[str]) -> str:
@@ -135,22 +127,22 @@ def read_wrong_answers(path: str | Path) -> dict[str, str]:
 def _reason_to_drop(row: Row, wrong: str, strict: bool) -> str | None:
     form, right_forms = normalize(wrong), [normalize(alias) for alias in row.aliases]
     if not form:
-        return NO_WRONG
+        return "no wrong answer"
     if form in right_forms:
-        return EQUAL
-    return CONTAINED if strict and any(right and right in form for right in right_forms) else None
+        return "the wrong answer is a right one"
+    is_contained = strict and any(right and right in form for right in right_forms)
+    return "the wrong answer contains a right one" if is_contained else None
 
 
 def _read(path: Path) -> list[Row]:
-    if path.suffix == ".json":
-        return _parse(_verified(read_json(path), path), str(path))
-    if path.suffix not in READERS:
+    if path.suffix not in (".json", *READERS):
         raise BadInput(f"expected a .json, .csv, .jsonl or .parquet file of TriviaQA, got {str(path)!r}")
-    return _parse(READERS[path.suffix](path), str(path))
+    return _parse(_verified(path) if path.suffix == ".json" else READERS[path.suffix](path), str(path))
 
 
-def _verified(content: Any, path: Path) -> Rows:
+def _verified(path: Path) -> Rows:
     """Rows of a file in TriviaQA's own layout, without the questions that the file marks as not verified by people."""
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("Data"), list):
         raise BadInput(f"{path}: expected TriviaQA's layout, an object with a list 'Data'")
     return [
@@ -170,7 +162,9 @@ def _parse(rows: Iterable[Mapping[Any, Any]], where: str) -> list[Row]:
         value, aliases = _answers(answer)
         if not aliases:
             raise BadInput(f"{where}, row {number}: the answer of {question[:60]!r} is empty")
-        parsed.append(Row(number, question.strip(), value, aliases, str(row.get("false_answer") or "")))
+        # a file with aliases only marks none of them as the answer to show
+        right, wrong = value or plainest(aliases), str(row.get("false_answer") or "")
+        parsed.append(Row(number, question.strip(), right, aliases, wrong))
     return parsed
 
 

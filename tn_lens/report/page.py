@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,22 @@ from tn_lens.core.settings import Settings, default_memory
 from tn_lens.evaluation.condition import condition_label
 from tn_lens.evaluation.diagnosis import CASES, VERDICTS
 from tn_lens.evaluation.reference import PAPER
-from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tables import table2
 from tn_lens.figures import (
     Figure,
+    get_plotlyjs,
     plot_accuracies,
     plot_candidates,
     plot_categories,
     plot_completeness,
     plot_layers,
     plot_probability_change,
-    plotly_js,
 )
 from tn_lens.figures.layout import write_in_cells
 from tn_lens.figures.look import LOOKS
 from tn_lens.neurons import SITES
 from tn_lens.results.comparison import RunComparison
-from tn_lens.results.found import TruthNeurons
+from tn_lens.results.found import TruthNeurons, settings_of
 from tn_lens.selection.significance import LEVEL
 
 N_ROWS = 1000
@@ -48,7 +48,7 @@ def write_report(found: TruthNeurons) -> str:
         found: from `find_truth_neurons` or `load_run`; each of its cards is shown below its neuron's row.
     """
     evaluation, settings, worst = found.evaluation, found.provenance.settings, worst_gap(found.completeness)
-    others = _others(found)
+    others = found.elsewhere
     names = [str(neuron) for neuron in found.selection.by_strength]
     return page(
         "report.html.j2",
@@ -82,7 +82,6 @@ def write_report(found: TruthNeurons) -> str:
 
 def write_comparison(comparison: RunComparison) -> str:
     """The page about several runs as text; see `write_report`."""
-    names, runs = list(comparison.runs), list(comparison.runs.values())
     figures = {
         "layers": comparison.plot_layers(),
         "overlap": comparison.plot_overlap(),
@@ -91,15 +90,17 @@ def write_comparison(comparison: RunComparison) -> str:
     }
     if len(comparison.sets) == 1:
         figures["categories"] = plot_categories(comparison.evaluations)
+    pairs = zip(combinations(comparison.runs.items(), 2), comparison.pairs(comparison.jaccard), strict=True)
     shared = [
         {
-            "names": f"{names[i]} and {names[j]}",
-            "both": len(runs[i].neurons & runs[j].neurons),
-            "either": len(runs[i].neurons | runs[j].neurons),
-            "jaccard": comparison.jaccard[i, j],
+            "names": f"{name} and {other_name}",
+            "both": len(run.neurons & other.neurons),
+            "either": len(run.neurons | other.neurons),
+            "jaccard": jaccard,
         }
-        for i, j in zip(*np.triu_indices(len(runs), 1), strict=True)
-        if not np.isnan(comparison.jaccard[i, j])
+        for ((name, run), (other_name, other)), jaccard in pairs
+        # NaN for runs of different models, which have no neurons in common
+        if not np.isnan(jaccard)
     ]
     frame = comparison.to_frame()
     return page(
@@ -125,14 +126,14 @@ def page(template: str, figures: Mapping[str, Figure], **context: Any) -> str:
         name: {"light": (bare := figure.bare()), "dark": in_dark(bare, figure)} for name, figure in figures.items()
     }
     return templates.get_template(template).render(
-        plotly_js=Markup(plotly_js()), figures=figures, figures_json=Markup(_in_script(drawn)), **context
+        plotly_js=Markup(get_plotlyjs()), figures=figures, figures_json=Markup(_in_script(drawn)), **context
     )
 
 
 def figures_of(found: TruthNeurons) -> dict[str, Figure]:
     """The figures of the page by name; if no neurons were found, only those that have something to show."""
     evaluation = found.evaluation
-    several = [evaluation, *_others(found)]
+    several = [evaluation, *found.elsewhere]
     figures: dict[str, Figure] = {}
     if found.selection.candidates:
         figures["candidates"] = plot_candidates(found.selection)
@@ -149,11 +150,6 @@ def figures_of(found: TruthNeurons) -> dict[str, Figure]:
     return figures
 
 
-def _others(found: TruthNeurons) -> list[Evaluation]:
-    """The evaluations on question sets other than the run's own."""
-    return [evaluation for evaluation in found.others if evaluation.name != found.evaluation.name]
-
-
 def command(found: TruthNeurons) -> str:
     """The command line that started the run, with its number of threads; empty if it was started from Python."""
     words, n_threads = found.provenance.command, found.provenance.settings["n_threads"]
@@ -168,8 +164,7 @@ def python_call(found: TruthNeurons) -> str:
     # defaults that depend on the device or on the model's abilities are known from the manifest only
     default = {f.name: f.default for f in fields(Settings)} | {"max_memory": default_memory(stored["device"])}
     default["engine"] = "shared_prefix"
-    values = {name: stored[name] for name in default}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = vars(settings_of(stored))
     given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != default[name])
     return (
         "import tn_lens as tn\n\n"
@@ -225,6 +220,7 @@ DARK_SCALES = {LOOKS["light"].scale: LOOKS["dark"].scale, LOOKS["light"].divergi
 
 def _in_script(payload: Any) -> str:
     """JSON that is safe inside a script element."""
+    # "</script>" inside a string would end the element
     text = json.dumps(payload, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

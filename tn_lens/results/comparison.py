@@ -26,14 +26,8 @@ from tn_lens.neurons import NeuronSet
 from tn_lens.results.found import TruthNeurons, load_run
 from tn_lens.selection.significance import LEVEL
 
-COMPARED: Mapping[str, str] = {
-    "share_threshold": "p",
-    "order": "order",
-    "method": "method",
-    "target": "target",
-    "correction": "correction",
-}
-"""Settings that runs should share if their models are compared, and their names in sentences."""
+COMPARED = ("share_threshold", "order", "method", "target", "correction")
+"""Settings that runs should share if their models are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -70,12 +64,7 @@ class RunComparison:
     @cached_property
     def others(self) -> list[Evaluation]:
         """The evaluations on question sets other than a run's own, under the names of the runs."""
-        return [
-            replace(evaluation, model_name=name)
-            for name, run in self.runs.items()
-            for evaluation in run.others
-            if evaluation.name != run.evaluation.name
-        ]
+        return [replace(other, model_name=name) for name, run in self.runs.items() for other in run.elsewhere]
 
     @property
     def sets(self) -> list[str]:
@@ -97,6 +86,7 @@ class RunComparison:
     @property
     def by_third(self) -> dict[int, int]:
         """Third of the depth with most neurons -> number of runs; empty if a model is too shallow for thirds."""
+        # runs without neurons have no distribution, and count for no third
         thirds = [thirds_of(run) for run in self.runs.values() if run.neurons]
         if any(np.isnan(shares).any() for shares in thirds):
             return {}
@@ -172,7 +162,9 @@ class RunComparison:
         n_lower = sum(run.evaluation.welch_p < LEVEL for run in self.runs.values())
         mean = self.means().iloc[-1].to_dict() if self.has_one_set else None
         settings = [run.settings for run in self.runs.values()]
-        differing = [text for name, text in COMPARED.items() if len({getattr(s, name) for s in settings}) > 1]
+        differing = [name for name in COMPARED if len({getattr(s, name) for s in settings}) > 1]
+        # prose calls the share threshold p, like the paper
+        differing = ["p" if name == "share_threshold" else name for name in differing]
         return say_each("comparison.sentences", self, n_lower, LEVEL, mean, differing)
 
     def summary(self) -> str:
@@ -199,6 +191,7 @@ def compare(runs: Sequence[TruthNeurons | str | Path]) -> RunComparison:
         raise BadInput(f"compare needs at least two runs; got {len(runs)}")
     loaded = [run if isinstance(run, TruthNeurons) else load_run(run) for run in runs]
     spread = [spread_over_depth(run.neurons, run.selection.space.n_layers) for run in loaded]
+    # [run, run]; the same name in two models is not the same neuron
     jaccard = [[a.neurons.jaccard(b.neurons) if _weights(a) == _weights(b) else np.nan for b in loaded] for a in loaded]
     return RunComparison(
         runs=dict(zip(names_of(loaded), loaded, strict=True)),
@@ -210,13 +203,11 @@ def compare(runs: Sequence[TruthNeurons | str | Path]) -> RunComparison:
 def names_of(runs: Sequence[TruthNeurons]) -> list[str]:
     """Unique names of the runs: the model, and only if needed the question set, or the folder and a number."""
     folders = [f"{run.model_name}, {run.provenance.name or 'in memory'}" for run in runs]
-    candidates = (
-        [run.model_name for run in runs],
-        [f"{run.model_name}, {run.questions_name}" for run in runs],
-        folders,
-    )
+    with_questions = [f"{run.model_name}, {run.questions_name}" for run in runs]
+    # the numbers make the last candidate unique
     numbered = [f"{name} ({number})" for number, name in enumerate(folders, 1)]
-    return next((names for names in candidates if len(set(names)) == len(names)), numbered)
+    candidates = ([run.model_name for run in runs], with_questions, folders, numbered)
+    return next(names for names in candidates if len(set(names)) == len(names))
 
 
 def spread_over_depth(neurons: NeuronSet, n_layers: int) -> dict[str, Float[np.ndarray, " layer"]]:
@@ -233,6 +224,7 @@ def overlap_of(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> floa
     overlap = 0.0
     for site in (site for site in a if site in b):
         pair = (a[site], b[site])
+        # the borders of all cells of both models, between which both densities are constant
         edges = np.unique(np.concatenate([np.linspace(0, 1, len(fractions) + 1) for fractions in pair]))
         middles = (edges[:-1] + edges[1:]) / 2
         densities = [fractions[(middles * len(fractions)).astype(int)] * len(fractions) for fractions in pair]

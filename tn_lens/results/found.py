@@ -108,6 +108,11 @@ class TruthNeurons:
         return None if self.is_held_out or not rest else self.evaluation.only(rest)
 
     @property
+    def elsewhere(self) -> list[Evaluation]:
+        """The evaluations on question sets other than the run's own."""
+        return [other for other in self.others if other.name != self.evaluation.name]
+
+    @property
     def completeness_gap(self) -> float:
         """Mean |gap| over mean |change| of the site and layer with the largest completeness error."""
         return worst_gap(self.completeness).share
@@ -120,9 +125,7 @@ class TruthNeurons:
         """One record for each neuron, strongest first: place, statistics, diagnosis; plain values for JSON."""
         diagnosed = self.diagnosis.records()
         ranked = self.selection.by_strength
-        return [
-            record | diagnosed[neuron] for neuron, record in zip(ranked, self.selection.to_records(), strict=True)
-        ]
+        return [record | diagnosed[neuron] for neuron, record in zip(ranked, self.selection.to_records(), strict=True)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
@@ -147,6 +150,7 @@ class TruthNeurons:
         yield "cards.json", CardFile(cards=self.cards).to_bytes(".json")
         rest = _Rest(**{f.name: getattr(self, f.name) for f in fields(_Rest)})
         yield "result.json", rest.to_bytes(".json")
+        # last, so that a folder with this file holds all the others
         yield "summary.json", dump_json(self._numbers())
 
     def _numbers(self) -> dict[str, Any]:
@@ -181,8 +185,10 @@ def load_run(path: str | Path) -> TruthNeurons:
         raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
     provenance = Provenance.of(read_manifest(path / "manifest.json"), path.resolve().name)
     settings = settings_of(provenance.settings)
+    # written last but the summary: without it the run is not finished
     rest = _Rest.load(path / "result.json")
     selection = Selection.load(path / "selection.json")
+    # `tn-lens evaluate RUN` writes these
     others = [Evaluation.load(file) for file in sorted((path / "evaluation").glob("*.safetensors"))]
     try:
         model_name, questions_name = provenance.settings["model"], provenance.settings["questions"]

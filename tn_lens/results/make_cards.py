@@ -21,7 +21,7 @@ from tn_lens.prompts import Prompt, PromptSet
 from tn_lens.questions.question import LETTERS, Question, QuestionSet
 from tn_lens.results.card import Activation, Card, Example, Token
 from tn_lens.results.tokens import token_text, unknown_tokens
-from tn_lens.runs.chunks import PROMPTS_ASKED, chunk_key
+from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 from tn_lens.selection.result import Selection
 
@@ -115,22 +115,20 @@ def make_cards(
 
 def _by_question(columns: Float[Tensor, "prompt neuron"], prompts: PromptSet) -> Float[np.ndarray, "question neuron"]:
     """The mean over the orders of each question, added up in the dtype of the scores."""
-    zero = torch.zeros(())
-    means = [sum(columns[rows.start : rows.stop], zero) / len(rows) for rows in prompts.groups.values()]
-    return np.array([mean.tolist() for mean in means], dtype=np.float64).reshape(len(means), columns.shape[1])
+    means = [columns[rows.start : rows.stop].mean(0) for rows in prompts.groups.values()]
+    return torch.stack(means).double().numpy() if means else np.zeros((0, columns.shape[1]))
 
 
 def _activations(model: Model, prompts: PromptSet, neurons: Sequence[Neuron]) -> Float[np.ndarray, "prompt neuron"]:
     """The neurons' activations at the last position of each prompt, in float64."""
     chunks = prompts.chunks(PROMPTS_ASKED)
     keys = [chunk_key("activations", neurons, chunk) for chunk in chunks]
-    computed = map_chunks(
-        "activations", keys, lambda index: {"activations": _read(model, chunks[index], neurons)}, "cards"
-    )
+    computed = map_chunks("activations", keys, lambda index: _read(model, chunks[index], neurons), "cards")
     return torch.cat([chunk["activations"] for chunk in computed]).numpy()
 
 
-def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) -> Float[Tensor, "prompt neuron"]:
+def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) -> Tensors:
+    """The same for one chunk of prompts, as "activations"."""
     space = neuron_space(model)
     activations = torch.zeros(len(prompts), len(neurons), dtype=torch.float64)
     places: dict[str, list[int]] = {}
@@ -138,36 +136,32 @@ def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) ->
         places.setdefault(hook_name(neuron.site, neuron.layer), []).append(place)
 
     def hooks(layout: Layout) -> Hooks:
-        last = layout.lengths - 1 - layout.first
-
         def keep(value: Tensor, hook: Any) -> None:
-            at = places[hook.name]
-            columns = [space.flat(neurons[place]) for place in at]
-            rows = torch.arange(len(layout.rows), device=value.device)
-            # [row, column, ...] -> [row, neuron of the site] -> [row, chosen neuron]
-            read = value.flatten(2)[rows, last.to(value.device)][:, columns]
-            activations[torch.tensor(layout.rows)[:, None], torch.tensor(at)] = read.double().cpu()
+            last = (layout.lengths - 1 - layout.first).to(value.device)
+            # [row, column, ...] -> [row, neuron of the site]
+            read = value.flatten(2)[torch.arange(len(last), device=value.device), last].double().cpu()
+            for place in places[hook.name]:
+                activations[list(layout.rows), place] = read[:, space.flat(neurons[place])]
 
         # the common beginning of a group of prompts has no rows, and no last position
         return [(name, keep) for name in places] if layout.rows else []
 
     for _ in prompt_logits(model, prompts, hooks=hooks):
         pass
-    return activations
+    return {"activations": activations}
 
 
 def _groups(check: ManipulationCheck) -> dict[str, list[int]]:
     """Rows of the asked prompts by whether the model answers right, and by the position of the right answer."""
-    right = check.right.tolist()
-    shown = [prompt.right for prompt in check.asked]
-    groups = {
-        "answered right": [row for row, is_right in enumerate(right) if is_right],
-        "answered wrong": [row for row, is_right in enumerate(right) if not is_right],
+    answered = ["answered right" if is_right else "answered wrong" for is_right in check.right.tolist()]
+    shown = [f"right answer at {LETTERS[prompt.right]}" for prompt in check.asked]
+    # if the right answer always stands at the same letter, that group would be all prompts
+    groupings = [answered, shown] if len(set(shown)) > 1 else [answered]
+    return {
+        name: [row for row, group in enumerate(groups) if group == name]
+        for groups in groupings
+        for name in sorted(set(groups))
     }
-    if len(set(shown)) > 1:
-        for at in sorted(set(shown)):
-            groups[f"right answer at {LETTERS[at]}"] = [row for row, place in enumerate(shown) if place == at]
-    return {name: rows for name, rows in groups.items() if rows}
 
 
 def _activation(values: Float[np.ndarray, " prompt"]) -> Activation:
@@ -193,12 +187,13 @@ def _direct_logits(
             row.index_fill(0, unknown, sign * -torch.inf).mul(sign).topk(n_tokens).indices.tolist() for sign in (1, -1)
         )
         chosen = {"promotes": highest, "demotes": lowest, "labels": label_ids}
-        lists.append({name: _tokens(model, row, ids) for name, ids in chosen.items()})
+        lists.append(
+            {
+                name: tuple(Token(token_text(model.tokenizer, i), i, float(row[i])) for i in ids)
+                for name, ids in chosen.items()
+            }
+        )
     return lists
-
-
-def _tokens(model: Model, logits: Float[Tensor, " vocab"], ids: list[int]) -> tuple[Token, ...]:
-    return tuple(Token(token_text(model.tokenizer, i), i, float(logits[i])) for i in ids)
 
 
 def _texts(prompts: PromptSet, asked: PromptSet, questions: QuestionSet | None) -> list[dict[str, Any]]:

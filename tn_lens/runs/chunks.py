@@ -24,6 +24,7 @@ PROMPTS_ASKED = 512
 
 def chunk_key(*parts: Any) -> str:
     """SHA-256 of everything that a chunk depends on: plain values, dataclasses, collections of them, and tensors."""
+    # sorted keys, so that the order of a mapping does not change the key
     return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True).encode()).hexdigest()
 
 

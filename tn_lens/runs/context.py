@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar, overload
+from typing import ParamSpec, TypeVar
 
 from tn_lens.core.errors import BadInput
 from tn_lens.runs.chunks import Tensors, chunk_key
@@ -61,15 +61,17 @@ class Run:
 
     def stage(self, name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a stage: its chunks are kept under its name, and its warnings become notes."""
+        # chunks of the stage are kept in a folder of its name
         self.names.append(name)
         try:
             with warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always", UserWarning)
                 result = function(*args, **kwargs)
             for warning in raised:
-                self.note(str(warning.message)) if issubclass(
-                    warning.category, UserWarning
-                ) else warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+                if issubclass(warning.category, UserWarning):
+                    self.note(str(warning.message))
+                else:  # deprecations, for example, do not concern the result
+                    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             return result
         finally:
             self.names.pop()
@@ -81,13 +83,14 @@ class Run:
 
     def map(
         self, name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None
-    ) -> Sequence[Tensors]:
+    ) -> Iterable[Tensors]:
         """See `map_chunks`."""
         if self.folder is None:
             return [compute(index) for index in progress_bar(range(len(keys)), self._text(text), delay=DELAY)]
         folder, workers = self.folder, self.folder.workers
         # scores have a place of their own, since other thresholds are answered from them
         name = name if name == SCORES else "/".join((WORK, *self.names, name))
+        # the same work in another run, or at another place of this one, is other work
         keys = [chunk_key(self.basis, name, key) for key in keys]
         mine = workers.share(len(keys))
         # the first worker looks at all chunks, so that a damaged one is named once
@@ -103,6 +106,7 @@ class Run:
                 folder.log("warning", name=name, index=index, text=str(warning.message))
             folder.write_chunk(name, index, tensors, keys[index])
             folder.log("chunk", name=name, index=index, seconds=round(time.perf_counter() - started, 3))
+        # every worker may read every chunk from here on
         workers.wait()
         return StoredChunks(folder, name, tuple(keys))
 
@@ -112,8 +116,11 @@ class Run:
     @staticmethod
     def _is_whole(folder: RunFolder, name: str, index: int, key: str) -> bool:
         """Whether a chunk need not be computed; a damaged one is reported, by the first worker alone."""
-        path, stored = folder.chunk(name, index), folder.read_chunk(name, index)
-        if stored is None and path.exists() and folder.workers.is_first:
+        path = folder.chunk(name, index)
+        if not path.exists():
+            return False
+        stored = folder.read_chunk(name, index)
+        if stored is None and folder.workers.is_first:
             logger.warning("%s is cut off or altered (its checksum does not fit); it is computed again", path)
             folder.log("damaged", name=name, index=index)
         return stored is not None and stored[0] == key
@@ -124,7 +131,7 @@ _CURRENT: ContextVar[Run] = ContextVar("run", default=Run())  # noqa: B039 (it h
 
 def map_chunks(
     name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None
-) -> Sequence[Tensors]:
+) -> Iterable[Tensors]:
     """Compute chunks, or read those that the run has already.
 
     Args:
@@ -152,29 +159,21 @@ def in_stage(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 def track(items: Iterable[T], text: str) -> Iterable[T]:
     """Iterate with a progress bar."""
     run = _CURRENT.get()
-    return progress_bar(items, text if run.progress else None, delay=0 if run.folder else DELAY)
+    return progress_bar(items, text if run.progress else None, delay=0.0 if run.folder else DELAY)
 
 
 @dataclass(frozen=True)
-class StoredChunks(Sequence[Tensors]):
+class StoredChunks:
     """The results of chunks, each read when it is asked for: memory does not grow with their number."""
 
     folder: RunFolder
     name: str
     keys: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    def __iter__(self) -> Iterator[Tensors]:
+        return map(self._read, range(len(self.keys)))
 
-    @overload
-    def __getitem__(self, index: int) -> Tensors: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensors]: ...
-    def __getitem__(self, index: int | slice) -> Tensors | list[Tensors]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _read(self, index: int) -> Tensors:
         several = self.folder.workers.n_workers > 1
         for pause in (0, 0.2, 1, 5) if several else (0,):  # a shared disk may lag behind
             time.sleep(pause)

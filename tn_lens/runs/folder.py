@@ -48,6 +48,9 @@ LOCK, HOLDER, LOG = ".lock", ".holder", "log.jsonl"
 BEGINNINGS = (LOCK, HOLDER, LOG, ".manifest.json.part")
 """What a folder may hold whose run was stopped before it had a manifest."""
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that cannot lock, as some network file systems."""
+
 CHUNK = re.compile(r"\.?\d{5,}\.safetensors(\.part)?")
 logger = logging.getLogger("tn_lens")
 
@@ -75,6 +78,7 @@ class RunFolder:
         if not workers.is_first:
             workers.wait()
             return cls(path, workers)
+        # as they will be read back, so that tuples compare equal to lists
         settings = json.loads(json.dumps(settings))
         manifest = path / "manifest.json"
         with _writing(path):
@@ -89,6 +93,7 @@ class RunFolder:
                 _refuse_other_settings(path, read_manifest(manifest)["settings"], settings)
             if overwrite or not is_run:
                 folder.write_json("manifest.json", sealed({"fingerprint": fingerprint(settings), "settings": settings}))
+        # also after Ctrl-C the lock must not outlive this call
         except BaseException:
             folder.release()
             raise
@@ -113,7 +118,9 @@ class RunFolder:
                 raise BadInput(
                     f"another run is at work in {path} ({_holder(path)}); wait until it has ended, or give another folder"
                 ) from None
-            except NotImplementedError as error:  # some network file systems have no locks
+            except (NotImplementedError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                    raise
                 logger.warning("%s cannot be locked (%s): do not start a second run in it", path, error)
         with contextlib.suppress(OSError):
             (path / HOLDER).write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
@@ -180,9 +187,11 @@ class RunFolder:
             self._refuse_outside(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                # O_NOFOLLOW: a link in the folder must not lead the write elsewhere
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
                 with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
                     file.write(content)
+                    # on disk before the rename, or a power failure could leave an empty file under the final name
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)

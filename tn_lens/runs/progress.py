@@ -14,7 +14,7 @@ DELAY = 2.0
 """Seconds after which a bar appears outside a run, so that short work shows none."""
 
 
-def progress_bar(items: Iterable[T] | None, text: str | None, *, total: int | None = None, delay: float = 0) -> Any:
+def progress_bar(items: Iterable[T] | None, text: str | None, *, total: int | None = None, delay: float = 0.0) -> Any:
     """A progress bar called `text` over the items, or to be advanced by hand with `update(n)`; silent if `text` is None.
 
     The environment variable TQDM_DISABLE=1 turns all bars off.

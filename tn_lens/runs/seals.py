@@ -25,6 +25,7 @@ BLANK = b"0" * 64
 def seal_tensors(tensors: Tensors, key: str = "") -> bytes:
     """A safetensors file with a checksum over all of its bytes, the header included."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # the checksum is computed with zeros in its place
     content = save(whole, metadata={"seal": f"{key} {BLANK.decode()}"})
     return content.replace(BLANK, hashlib.sha256(content).hexdigest().encode(), 1)
 

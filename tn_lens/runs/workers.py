@@ -84,6 +84,7 @@ class Workers:
         barrier = f"place/{next(self.meetings)}"
         self.store.set(f"{barrier}/{self.rank}", "here")
         seen = {other: ("", time.monotonic()) for other in range(self.n_workers) if other != self.rank}
+        # first often, since workers usually arrive together, then less and less
         pause = 0.005
         while seen:
             for other in [other for other in seen if self.store.check([f"{barrier}/{other}"])]:
@@ -191,6 +192,7 @@ class Workers:
                         sys.stderr.write(f"error: {self._lost(other)}\n")
                         sys.stderr.flush()
                     break
+        # without cleaning up: other threads may hang in calls to a store that is gone
         os._exit(TERMINATED)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from html import escape
 from typing import Any
 
@@ -19,6 +19,8 @@ from tn_lens.selection.significance import half_width
 
 FEW = 20
 """Number of questions in half 2 below which a test says little."""
+PLACE = ["site", "layer", "head", "index"]
+"""The columns that name a neuron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,7 @@ class Selection(Stored):
     @property
     def rules(self) -> Rules:
         """The rules that it was made with, but for t and the split."""
-        return Rules(
-            share_threshold=self.share_threshold, alpha=self.alpha, correction=self.correction, family=self.family
-        )
+        return Rules(**{field.name: getattr(self, field.name) for field in fields(Rules)})
 
     @property
     def neurons(self) -> NeuronSet:
@@ -105,22 +105,18 @@ class Selection(Stored):
     def to_frame(self, *, candidates: bool = False) -> pd.DataFrame:
         """One row per found neuron (or per candidate), strongest first; ci is the 95 % interval of mean D."""
         low, high = self.interval()
-        frame = pd.DataFrame(
-            {
-                "site": [n.site for n in self.candidates],
-                "layer": [n.layer for n in self.candidates],
-                "head": pd.array([n.head for n in self.candidates], dtype="Int64"),
-                "index": [n.index for n in self.candidates],
-                "mean_difference": self.mean_difference,
-                "ci_low": low,
-                "ci_high": high,
-                "cohens_d": self.cohens_d,
-                "t_statistic": self.t_statistic,
-                "p_value": self.p_value,
-                "p_adjusted": self.p_adjusted,
-                "share": self.share,
-                "found": self.found,
-            }
+        places = pd.DataFrame([asdict(neuron) for neuron in self.candidates], columns=PLACE)
+        # neurons outside of attention have no head, which plain integers cannot say
+        frame = places.astype({"head": "Int64"}).assign(
+            mean_difference=self.mean_difference,
+            ci_low=low,
+            ci_high=high,
+            cohens_d=self.cohens_d,
+            t_statistic=self.t_statistic,
+            p_value=self.p_value,
+            p_adjusted=self.p_adjusted,
+            share=self.share,
+            found=self.found,
         )
         frame = frame.iloc[self._ranked()]
         frame = frame if candidates else frame[frame["found"]].drop(columns="found")
@@ -128,18 +124,18 @@ class Selection(Stored):
 
     def statistics(self) -> dict[Neuron, dict[str, Any]]:
         """Every candidate's row of `to_frame(candidates=True)` without its place, strongest first."""
-        frame = self.to_frame(candidates=True).drop(columns=["site", "layer", "head", "index"])
+        frame = self.to_frame(candidates=True).drop(columns=PLACE)
         return {self.candidates[i]: row for i, row in zip(self._ranked(), frame.to_dict("records"), strict=True)}  # pyright: ignore[reportReturnType]
 
     def to_records(self) -> list[dict[str, Any]]:
         """`to_frame` as plain values for JSON; the head of an MLP neuron is None."""
         statistics = self.statistics()
-        names = ("site", "layer", "head", "index")
-        rows = [{name: getattr(n, name) for name in names} | statistics[n] for n in self.by_strength]
+        rows = [asdict(neuron) | statistics[neuron] for neuron in self.by_strength]
         return [{key: value for key, value in row.items() if key != "found"} for row in rows]
 
     def _ranked(self) -> list[int]:
         """Indices of the candidates by mean D, the highest first."""
+        # stable, so that ties keep the order of the candidates
         return np.argsort(-self.mean_difference, kind="stable").tolist()
 
     def summary(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -46,10 +46,6 @@ class Moments:
         mean = self.mean + delta * other.n / n
         return type(self)(n, mean, self.m2 + other.m2 + delta**2 * self.n * other.n / n)
 
-    def add(self, row: Float[Array, " column"]) -> Moments:
-        """One more observation of every column."""
-        return self.merge(type(self)(1, row.astype(np.float64), np.zeros_like(self.m2)))
-
     def columns(self, chosen: Bool[Array, " column"]) -> Moments:
         """The moments of some columns."""
         return type(self)(self.n, self.mean[chosen], self.m2[chosen])
@@ -62,8 +58,7 @@ class Moments:
         return np.sqrt(self.m2 / (self.n - 1) / self.n)
 
 
-@dataclass(frozen=True)
-class TTest:
+class TTest(NamedTuple):
     """One test per column."""
 
     statistic: Float[Array, " column"]
@@ -76,6 +71,7 @@ def one_sided_t_test(moments: Moments) -> TTest:
     Constant columns, and all columns with fewer than two observations, carry no evidence: t = 0, p = 1.
     """
     error = moments.standard_error
+    # rounding errors of a constant column must not pass for variance
     scale = np.abs(moments.mean) * np.finfo(np.float64).eps * 8
     usable = np.isfinite(error) & (error * np.sqrt(max(moments.n, 1)) > scale)
     statistic = np.divide(moments.mean, error, out=np.zeros_like(moments.mean), where=usable)
@@ -105,8 +101,10 @@ def adjust(p_value: Float[Array, " test"], correction: Correction, n_tests: int 
         case "bonferroni":
             return np.minimum(p_value * n, 1.0)
         case "holm":
+            # step down: no adjusted p-value is smaller than that of a smaller p-value
             ordered = np.maximum.accumulate(p_value[order] * (n - rank + 1))
         case "benjamini-hochberg":
+            # step up, from the largest p-value
             ordered = np.minimum.accumulate((p_value[order] * n / rank)[::-1])[::-1]
         case _:
             raise BadInput(f"unknown correction {correction!r}: expected {', '.join(get_args(Correction))}")
@@ -127,11 +125,6 @@ def welch(lower: Float[Array, " repetition"], higher: Float[Array, " repetition"
     moments = [moment for sample in (lower, higher) for moment in (sample.mean(), sample.std(ddof=1), len(sample))]
     _, p_value = stats.ttest_ind_from_stats(*moments, equal_var=False, alternative="less")
     return float(np.asarray(p_value))
-
-
-def significant(adjusted: Float[Array, " test"], alpha: float) -> Bool[Array, " test"]:
-    """Which tests reject at alpha."""
-    return adjusted < alpha
 
 
 def half_width(std: Float[Array, " column"], n: int, level: float = 0.95) -> Float[Array, " column"]:

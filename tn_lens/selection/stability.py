@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -43,16 +43,15 @@ def sweep(
         BadInput: a threshold outside (0, 1], or no scores.
     """
     rules = [Rules(share_threshold=p, alpha=alpha, correction=correction) for p in ps]
-    for t in ts:
-        for rule in rules:
-            check_thresholds(t, rule)
+    pairs = list(product(ts, rules))
+    for t, rule in pairs:
+        check_thresholds(t, rule)
     table = SelectionTable(scores, ts=ts, splits=[Split(seed)], share_threshold=min(ps))
     rows = []
-    for t in ts:
-        for p, rule in zip(ps, rules, strict=True):
-            selection = table.select(t, Split(seed), rule)
-            n_found = int(selection.found.sum())
-            rows.append({"t": t, "p": p, "n_candidates": len(selection.candidates), "n_found": n_found})
+    for t, rule in pairs:
+        selection = table.select(t, Split(seed), rule)
+        counts = {"n_candidates": len(selection.candidates), "n_found": int(selection.found.sum())}
+        rows.append({"t": t, "p": rule.share_threshold, **counts})
     return pd.DataFrame(rows)
 
 

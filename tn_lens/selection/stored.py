@@ -77,6 +77,7 @@ class StoredScores(ScoreSource):
 
     def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
         """D of each question (or of some) in each order in which it was asked: [order, layer, neuron] by site."""
+        # a chunk without any of the questions is not read
         for index, chunk in enumerate(self.chunks):
             wanted = {q: rows for q, rows in chunk.groups.items() if questions is None or q in questions}
             tensors = self._read(index) if wanted else {}
@@ -118,20 +119,20 @@ class StoredScores(ScoreSource):
             columns: of some neurons, from `columns`.
             questions: ids of the questions.
         """
-        if "right" not in columns:
+        # rows of the questions in each chunk
+        rows = [[row for row, prompt in enumerate(chunk) if prompt.question in questions] for chunk in self.chunks]
+        n_prompts = sum(map(len, rows))
+        if "right" not in columns or not n_prompts:
             return None
-        wrong = columns["right"] - columns["difference"]
-        sizes = list(map(len, self.chunks))
-        means = []
-        for values in (columns["right"], wrong):
-            total, n_prompts = np.zeros(values.shape[1]), 0
-            for chunk, part in zip(self.chunks, values.split(sizes), strict=True):
-                rows = [row for row, prompt in enumerate(chunk) if prompt.question in questions]
-                n_prompts += len(rows)
-                total += part[rows].T.contiguous().sum(-1).numpy()
-            means.append(total / n_prompts if n_prompts else None)
-        right_mean, wrong_mean = means
-        return None if right_mean is None or wrong_mean is None else (right_mean, wrong_mean)
+
+        def mean(values: Float[Tensor, "prompt neuron"]) -> Float[np.ndarray, " neuron"]:
+            parts = values.split(list(map(len, self.chunks)))
+            # chunk by chunk, and neuron by neuron within it: the order of a sum decides its last digits
+            sums = [part[at].T.contiguous().sum(-1).numpy() for part, at in zip(parts, rows, strict=True)]
+            return sum(sums, start=np.zeros(values.shape[1])) / n_prompts
+
+        # D = Attr_t - Attr_f
+        return mean(columns["right"]), mean(columns["right"] - columns["difference"])
 
     def completeness(self) -> Gaps:
         """Mean |gap| and mean |change| of every site and layer, over all prompts."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch import Tensor
 from tn_lens.attribution.result import Scores, ScoreSource, drawn_order, mean_of_orders
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
-from tn_lens.neurons import NeuronSpace, SiteName
+from tn_lens.neurons import SiteName
 from tn_lens.selection.result import Rules, Selection
-from tn_lens.selection.significance import Moments, adjust, one_sided_t_test, significant
+from tn_lens.selection.significance import Moments, adjust, one_sided_t_test
 
 Threshold: TypeAlias = float | None
 Counts: TypeAlias = dict[SiteName, Int[Tensor, "layer neuron"]]
@@ -51,20 +51,19 @@ class SelectionTable:
     """
 
     def __init__(
-        self,
-        scores: ScoreSource,
-        *,
-        ts: Sequence[Threshold],
-        splits: Sequence[Split],
-        share_threshold: float | None,
+        self, scores: ScoreSource, *, ts: Sequence[Threshold], splits: Sequence[Split], share_threshold: float | None
     ) -> None:
         self.space = scores.space
         # equal splits are counted once
         self.halves = {split: split_halves(scores.categories, split.seed) for split in splits}
+        sizes = {site: (self.space.n_layers, self.space.width(site)) for site in self.space.sites}
         self.counts: dict[tuple[Split, Threshold], Counts] = {
-            (split, t): _empty_counts(self.space) for split in self.halves for t in ts
+            (split, t): {site: torch.zeros(size, dtype=torch.int32) for site, size in sizes.items() if size[1]}
+            for split in self.halves
+            for t in ts
         }
         self._count(scores, ts)
+        # a neuron that is salient at a high threshold is salient at a lower one, so these candidates include all
         loosest = min(ts, key=lambda t: 0 if t is None else t)
         self.places = {
             split: {
@@ -82,8 +81,10 @@ class SelectionTable:
         half_1, half_2 = self.halves[split]
         counts, places = self.counts[split, t], self.places[split]
         least = least_count(rules.share_threshold, len(half_1))
+        # [layer, neuron] -> [candidate of the loosest thresholds]
         flat = {site: counts[site].flatten()[at] for site, at in places.items()}
         chosen = {site: count >= least for site, count in flat.items()}
+        # columns are independent, so those of the candidates can be picked afterwards
         moments = self.moments[split].columns(np.concatenate([is_chosen.numpy() for is_chosen in chosen.values()]))
         test = one_sided_t_test(moments)
         n_tests = None if rules.family == "candidates" else self.space.n_neurons
@@ -98,15 +99,12 @@ class SelectionTable:
             t_statistic=test.statistic,
             p_value=test.p_value,
             p_adjusted=adjusted,
-            found=np.ones(len(adjusted), dtype=bool) if rules.alpha is None else significant(adjusted, rules.alpha),
+            found=np.ones(len(adjusted), dtype=bool) if rules.alpha is None else adjusted < rules.alpha,
             space=self.space,
             half_1=half_1,
             half_2=half_2,
             adaptive_threshold=t,
-            share_threshold=rules.share_threshold,
-            alpha=rules.alpha,
-            correction=rules.correction,
-            family=rules.family,
+            **asdict(rules),
             seed=split.seed,
             largest_share=most / max(len(half_1), 1),
         )
@@ -116,6 +114,7 @@ class SelectionTable:
         members = {split: set(half_1) for split, (half_1, _) in self.halves.items()}
         for question, variants in self._variants(scores):
             for drawn, difference in variants.items():
+                # the same salience serves all splits that have the question in half 1
                 splits = [s for s, half in members.items() if s.drawn == drawn and question in half]
                 for t in ts if splits else ():
                     is_salient = {site: salient(difference[site], t) for site in self.space.sites}
@@ -131,19 +130,15 @@ class SelectionTable:
                 if question in half:
                     difference = variants[split.drawn]
                     row = [difference[site].flatten()[at].double() for site, at in self.places[split].items()]
-                    self.moments[split] = self.moments[split].add(torch.cat(row).numpy())
+                    observed = Moments.of(torch.cat(row).numpy()[None])  # [1, candidate]
+                    self.moments[split] = self.moments[split].merge(observed)
 
     def _variants(self, scores: ScoreSource) -> Iterator[tuple[str, dict[int | None, Scores]]]:
         """D of each question: the mean over its orders (None), and the order that each seed draws."""
         seeds = {split.drawn for split in self.halves}
         for question, orders in scores.each_question():
-            yield (
-                question,
-                {
-                    seed: mean_of_orders(orders) if seed is None else drawn_order(question, orders, seed)
-                    for seed in seeds
-                },
-            )
+            drawn = {seed: drawn_order(question, orders, seed) for seed in seeds if seed is not None}
+            yield question, {**drawn, None: mean_of_orders(orders)}
 
 
 def check_thresholds(t: Threshold, rules: Rules) -> None:
@@ -195,8 +190,3 @@ def salient(difference: Float[Tensor, "layer neuron"], t: float | None) -> Bool[
 def least_count(share_threshold: float | None, n_questions: int) -> int:
     """The smallest number of questions in which a candidate is salient."""
     return 1 if share_threshold is None else max(1, int(np.ceil(share_threshold * n_questions - 1e-9)))
-
-
-def _empty_counts(space: NeuronSpace) -> Counts:
-    sizes = {site: space.width(site) for site in space.sites}
-    return {site: torch.zeros(space.n_layers, width, dtype=torch.int32) for site, width in sizes.items() if width}

@@ -13,7 +13,7 @@ from tn_lens.attribution.methods.integrated_gradients import replacing
 from tn_lens.attribution.methods.method import Place
 from tn_lens.core.options import Positions
 from tn_lens.models import Model, backend_of
-from tn_lens.models.backend import at_least_float32
+from tn_lens.models.tensors import at_least_float32
 from tn_lens.neurons import SiteName, hook_name
 from tn_lens.prompts import Prompt
 

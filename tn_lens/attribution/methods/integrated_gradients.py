@@ -96,6 +96,7 @@ class Paths:
             self.start[site, layer], self.direction[site, layer] = carried[0, 0], carried[1:]
         self.nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])
         self.weight_at_end = float(rule.weights[rule.nodes == 1].sum())
+        # alpha = 1 is the prompt as it is: one row serves all places
         inner = [node for node in range(len(self.nodes)) if self.nodes[node] != 1]
         self.rows: list[tuple[Place, int] | None] = [(place, node) for place in self.places for node in inner]
         if self.weight_at_end:
@@ -173,6 +174,7 @@ def read_targets(
 ) -> list[tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row _"]]]:
     """Each target's values, and its gradient with respect to the rows' final vectors."""
     read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in targets]
+    # [prompt, row, vector], a part of the rows at a time
     for part in final.detach().split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1):
         leaf = part.requires_grad_()
         with torch.enable_grad():
