@@ -1,4 +1,4 @@
-"""Every bad input of docs/bad_input.md, and what comes back: `python -m tests.test_bad_input` writes the table anew."""
+"""The error messages of docs/bad_input.md; `python -m tests.test_bad_input` writes this page again."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tn_lens as tn
-from tn_lens import Neuron, NeuronSet, QuestionSet
+from tn_lens import Neuron, NeuronSet, QuestionSet, Settings
 from tn_lens.attribution.result import PassSize
-from tn_lens.cli import main as cli
+from tn_lens.cli import main
 from tn_lens.models import Model
 from tn_lens.pipeline.retest import retest
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "bad_input.md"
 
-HEAD = """# What comes back for bad input
+HEAD = """# Error messages for invalid input
 
-One sentence each: what was expected, what came, what to do. A command prints it after `error:` and ends with exit code 2; a
-call raises `BadInput`, which is a `ValueError`. Nothing is written. `DIR` stands for a folder of the user's. Every row is
-held by a test (`tests/test_bad_input.py`, which also writes this table), and `make fuzz` looks for what is not in it.
+Every message says what was expected, what was found, and what to do. A command prints it after `error:` and exits with code 2;
+a call raises `BadInput`, which is a `ValueError`. Nothing is written. `DIR` stands for a folder of the user's. Every row is
+tested (`tests/test_bad_input.py`, which also writes this page), and `make fuzz` looks for inputs that are not in the table.
 
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: where, what goes in, and files that must be there."""
+    """One row of the table: where, what is given, and files that must exist."""
 
     where: str
     what: str
     given: Any
-    """Arguments of the command, or a call that gets the folder, the toy and its questions."""
+    """Arguments of the command, or a function of the folder, the toy model and twelve of its questions."""
     files: tuple[tuple[str, str | bytes], ...] = ()
 
 
@@ -81,6 +82,10 @@ CASES = [
     option("--threads", "0"),
     option("--max-memory", "0"),
     option("--order", "chaos"),
+    option("--sites", "mlp", "brain"),
+    option("--controls", "placebo"),
+    option("--intervention", "scale"),
+    option("--format", "figure_0"),
     option("--engine", "shared_prefix", "--positions", "all"),
     option("--separate", "--target", "log_ratio"),
     option("--device", "abacus"),
@@ -164,13 +169,32 @@ CASES = [
         ("evaluate", "--neurons", "DIR/n.json", "--model", "toy", "--on", "toy", "--limit", "0"),
         (("n.json", '{"neurons": []}'),),
     ),
+    Case(
+        "`tn-lens evaluate`",
+        "`--mode scale` without `--factor`",
+        ("evaluate", "--neurons", "DIR/n.json", "--model", "toy", "--on", "toy", "--mode", "scale"),
+        (("n.json", '{"neurons": []}'),),
+    ),
+    Case(
+        "`tn-lens evaluate`",
+        "`--factor` without `--mode scale`",
+        ("evaluate", "--neurons", "DIR/n.json", "--model", "toy", "--on", "toy", "--factor", "2"),
+        (("n.json", '{"neurons": []}'),),
+    ),
     call('`find_truth_neurons("toy", questions)`', lambda folder, toy, few: tn.find_truth_neurons("toy", few)),
     call('`find_truth_neurons(model, "toy")`', lambda folder, toy, few: tn.find_truth_neurons(toy, "toy")),
-    call("`find_truth_neurons(..., speed=3)`", lambda folder, toy, few: tn.find_truth_neurons(toy, few, speed=3)),
     call(
-        "`find_truth_neurons(..., n_steps=2.5)`", lambda folder, toy, few: tn.find_truth_neurons(toy, few, n_steps=2.5)
+        "`find_truth_neurons(model, questions, {'t': 0.2})`",
+        lambda folder, toy, few: tn.find_truth_neurons(toy, few, {"t": 0.2}),  # pyright: ignore
     ),
-    call("`find_truth_neurons(..., t=True)`", lambda folder, toy, few: tn.find_truth_neurons(toy, few, t=True)),
+    call(
+        "`Settings(n_steps=2.5)`",
+        lambda folder, toy, few: tn.find_truth_neurons(toy, few, Settings(n_steps=2.5)),  # pyright: ignore
+    ),
+    call(
+        "`Settings(adaptive_threshold=True)`",
+        lambda folder, toy, few: tn.find_truth_neurons(toy, few, Settings(adaptive_threshold=True)),
+    ),
     call("`find_truth_neurons(..., threads=0)`", lambda folder, toy, few: tn.find_truth_neurons(toy, few, threads=0)),
     call(
         "questions longer than the context window",
@@ -184,8 +208,8 @@ CASES = [
     ),
     call("`attribute(model, [])`", lambda folder, toy, few: tn.attribute(toy, [])),
     call(
-        "`attribute(..., pass_size=PassSize(0, 1))`",
-        lambda folder, toy, few: tn.attribute(toy, tn.build_prompts(toy, few), pass_size=PassSize(0, 1)),
+        "`attribute(..., internal_batch_size=PassSize(0, 1))`",
+        lambda folder, toy, few: tn.attribute(toy, tn.build_prompts(toy, few), internal_batch_size=PassSize(0, 1)),
     ),
     call(
         '`attribute(..., target="truth")`',
@@ -198,7 +222,11 @@ CASES = [
         "`evaluate(..., n_repetitions=0)`",
         lambda folder, toy, few: tn.evaluate(toy, few, NeuronSet(), n_repetitions=0),
     ),
-    call('`evaluate(..., mode="scale")`', lambda folder, toy, few: tn.evaluate(toy, few, NeuronSet(), mode="scale")),
+    call(
+        '`evaluate(..., intervention="scale")`',
+        lambda folder, toy, few: tn.evaluate(toy, few, NeuronSet(), intervention="scale"),
+    ),
+    call("`Scale(factor=nan)`", lambda folder, toy, few: tn.Scale(factor=float("nan"))),
     call(
         "a question set called `../../etc`",
         lambda folder, toy, few: retest(
@@ -213,58 +241,63 @@ def put(case: Case, folder: Path) -> None:
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def shown(sentence: str, folder: Path) -> str:
-    """The sentence as the table has it."""
-    sentence = sentence.removeprefix("error: ").strip().replace(str(folder), "DIR")
-    sentence = re.sub(r"this machine has .*", "this machine has cpu", sentence)
-    return re.sub(r"x{100,}", "xxx...", sentence)
+def shown(message: str, folder: Path) -> str:
+    """The message as in the table."""
+    message = message.removeprefix("error: ").strip().replace(str(folder), "DIR")
+    message = re.sub(r"this machine's devices: .*", "this machine's devices: cpu", message)
+    return re.sub(r"x{100,}", "xxx...", message)
+
+
+@cache
+def loaded() -> tuple[Model, QuestionSet]:
+    """The toy model and some of its questions."""
+    return tn.load_model("toy"), tn.load_questions("toy").select(range(12))
 
 
 def result_of(case: Case, folder: Path) -> dict[str, Any]:
-    """Exit code, sentence, and whether the folder was left as it was; to be called without the tests' type checker."""
+    """Exit code and message, and whether the folder is unchanged. To be called without the type checker of the tests."""
     put(case, folder)
     before = sorted(folder.rglob("*"))
-    said = io.StringIO()
+    printed = io.StringIO()
     code = 0
     if callable(case.given):
-        toy, questions = tn.load_model("toy"), tn.load_questions("toy")
         try:
-            case.given(folder, toy, questions.select(range(12)))
+            case.given(folder, *loaded())
         except tn.BadInput as error:
             code = 2
-            said.write(str(error))
+            printed.write(str(error))
     else:
         sys.argv = ["tn-lens", *(argument.replace("DIR", str(folder)) for argument in case.given)]
         try:
-            with contextlib.redirect_stderr(said):
-                cli.main()
+            with contextlib.redirect_stderr(printed):
+                main()
         except SystemExit as stop:
             code = int(stop.code or 0)
     left = [path for path in sorted(folder.rglob("*")) if path.name not in (".lock", "log.jsonl", "out")]
-    return {"code": code, "said": shown(said.getvalue(), folder), "untouched": left == before}
+    return {"code": code, "message": shown(printed.getvalue(), folder), "unchanged": left == before}
 
 
 def rows() -> list[dict[str, Any]]:
-    """What comes back for every case."""
-    found = []
+    """The result of every case."""
+    results = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(result_of(case, Path(folder)))
-    return found
+            results.append(result_of(case, Path(folder)))
+    return results
 
 
-def table(said: list[str]) -> str:
-    """The document."""
-    lines = ["| where | what goes in | what comes back |", "|---|---|---|"]
-    for case, sentence in zip(CASES, said, strict=True):
-        cells = [case.where, case.what, re.sub(r"([<>|*_`])", r"\\\1", sentence)]
+def table(messages: list[str]) -> str:
+    """The page."""
+    lines = ["| where | input | message |", "|---|---|---|"]
+    for case, message in zip(CASES, messages, strict=True):
+        cells = [case.where, case.what, re.sub(r"([<>|*_`])", r"\\\1", message)]
         lines.append(f"| {' | '.join(cells)} |")
     return HEAD + "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    """From a process of its own, as users have it: without the type checker."""
+    """From another process, as users have it: without the type checker of the tests."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_bad_input", "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -273,18 +306,18 @@ def results() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("place", range(len(CASES)), ids=[f"{case.where} {case.what}"[:60] for case in CASES])
-def test_a_bad_input_is_one_sentence(place: int, results: list[dict[str, Any]]) -> None:
-    found = results[place]
-    assert found["code"] == 2, found
-    assert found["said"]
-    assert len(found["said"].splitlines()) == 1
-    assert "Traceback" not in found["said"]
-    assert found["untouched"], "nothing is written"
+def test_bad_input_ends_with_one_sentence(place: int, results: list[dict[str, Any]]) -> None:
+    result = results[place]
+    assert result["code"] == 2, result
+    assert result["message"]
+    assert len(result["message"].splitlines()) == 1
+    assert "Traceback" not in result["message"]
+    assert result["unchanged"], "nothing is written"
 
 
-def test_the_table_in_the_docs_is_what_comes_back(results: list[dict[str, Any]]) -> None:
+def test_the_page_shows_these_messages(results: list[dict[str, Any]]) -> None:
     assert len(CASES) >= 40
-    assert TABLE.read_text(encoding="utf-8") == table([found["said"] for found in results])
+    assert TABLE.read_text(encoding="utf-8") == table([result["message"] for result in results])
 
 
 if __name__ == "__main__":
@@ -294,4 +327,4 @@ if __name__ == "__main__":
     if as_json:
         print(json.dumps(made))
     else:
-        TABLE.write_text(table([found["said"] for found in made]), encoding="utf-8")
+        TABLE.write_text(table([result["message"] for result in made]), encoding="utf-8")

@@ -1,38 +1,103 @@
-"""The command line: what it prints, and that bad input is one sentence, exit code 2, and nothing written."""
+"""The command line: what it prints, and that bad input ends with one sentence, exit code 2 and no file written."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib
+import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from tn_lens import load_questions
-from tn_lens.cli import main as cli
-from tn_lens.report.prose import command, python_call
-from tn_lens.results.run import load_run
+from tests.conftest import contents
+from tn_lens import Settings, find_truth_neurons, load_model, load_questions, load_run
+from tn_lens.attribution.engines.shared_prefix import SharedPrefix
+from tn_lens.questions.toy import binary
+from tn_lens.questions.toy_world import facts
+from tn_lens.report.page import command, python_call
 from tn_lens.runs.folder import RESULT_FILES
-
-from .conftest import contents
 
 TOY = ["run", "--model", "toy", "--questions", "toy"]
 FAST = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
+AGAIN = [*TOY, "--out", "run", *FAST]
+"""The command that made `finished`; in the directory of a copy it resumes the copy."""
+
+
+class Finished(NamedTuple):
+    """A finished run and what it printed."""
+
+    path: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A small run on the toy, which no test changes."""
+    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    main = importlib.import_module("tn_lens.cli.main").main
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["tn-lens", *AGAIN])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0
+    return Finished(folder / "run", printed.getvalue())
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, in the working directory: the same command resumes it."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished.path, tmp_path / "run")
+
+
+def on_one_line(text: str) -> str:
+    """What was printed, without the line breaks of the console."""
+    return " ".join(text.split())
 
 
 def test_help_names_the_options() -> None:
-    text = (
-        CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).output
-    )
+    app = importlib.import_module("tn_lens.cli.main").app
+    text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).output
     for option in ("--model", "--questions", "--out", "--limit", "--dry-run", "--order", "--method"):
         assert option in text
+    assert "--adaptive-threshold" not in text, "the paper's letters name the thresholds"
+    for field in fields(Settings):
+        assert (field.metadata["flag"] or f"--{field.name.replace('_', '-')}") in text
+        assert " ".join(field.metadata["help"].split()[:2]) in text
+
+
+def test_help_version_and_import_load_no_heavy_library() -> None:
+    """torch and transformers take seconds to import."""
+    code = (
+        "import contextlib, sys\n"
+        "import tn_lens\n"
+        "from tn_lens.cli import main\n"
+        "for arguments in (['--help'], ['run', '--help'], ['--version']):\n"
+        "    sys.argv = ['tn-lens', *arguments]\n"
+        "    try: main()\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "print('loaded:', *sorted({'torch', 'transformers', 'transformer_lens'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for printed in ("Usage: tn-lens [OPTIONS] COMMAND", "--dry-run", version("truth-neurons")):
+        assert printed in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded:"
 
 
 @pytest.mark.parametrize(
@@ -40,22 +105,25 @@ def test_help_names_the_options() -> None:
     [
         (["run", "--model", "no/such place", "--questions", "toy", "--out", "X"], "neither a folder nor a hub id"),
         (["run", "--model", "toy", "--questions", "riddles", "--out", "X"], "no question set 'riddles'"),
-        ([*TOY, "--out", "X", "--t", "0"], "t must lie in"),
+        ([*TOY, "--out", "X", "--t", "0"], "adaptive_threshold (t) must lie in (0, 1]"),
         ([*TOY, "--out", "X", "--t", "20"], "a fraction and not a percentage"),
-        ([*TOY, "--out", "X", "--p", "1.5"], "p must lie in"),
-        ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in"),
-        ([*TOY, "--out", "X", "--limit", "0"], "limit must be a whole number"),
-        ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be a whole number"),
+        ([*TOY, "--out", "X", "--p", "1.5"], "share_threshold (p) must lie in (0, 1]"),
+        ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in (0, 1)"),
+        ([*TOY, "--out", "X", "--limit", "0"], "limit must be a positive integer"),
+        ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be a positive integer"),
         ([*TOY, "--out", "X", "--max-memory", "0"], "expected more than 0 GiB for '--max-memory', got 0"),
         ([*TOY, "--out", "X", "--max-memory", "nan"], "expected more than 0 GiB"),
-        ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a whole number"),
+        ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a positive integer"),
         ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not available"),
         ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
         (TOY, "give one with --out"),
         (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "there is no file"),
-        ([*TOY, "--out", "X", "--seed", "-1"], "a seed is a whole number from 0"),
+        ([*TOY, "--out", "X", "--seed", "-1"], "seed must be a non-negative integer"),
         ([*TOY, "--out", "X", "--method", "riemann_trapezoid", "--n-steps", "1"], "from 2 to 10,000"),
-        ([*TOY, "--out", "X", "--method", "simpson"], "simpson"),
+        ([*TOY, "--out", "X", "--method", "simpson"], "unknown attribution method 'simpson'"),
+        ([*TOY, "--out", "X", "--sites", "mlp", "brain"], "unknown site 'brain'"),
+        ([*TOY, "--out", "X", "--controls", "random", "placebo"], "unknown control 'placebo'"),
+        ([*TOY, "--out", "X", "--intervention", "scale"], "the intervention 'scale' needs an argument"),
         ([*TOY, "--out", "X", "--t", "abc"], "'--t'"),
         ([*TOY, "--out", "X", "--engine", "shared_prefix", "--positions", "all"], "positions='all'"),
         (["run", "--questions", "toy", "--out", "X"], "--model"),
@@ -72,7 +140,7 @@ def test_bad_input(arguments: list[str], said: str, run: Callable, tmp_path: Pat
 
 def test_the_version(run: Callable) -> None:
     code, text, _ = run("--version")
-    assert (code, text.strip()) == (0, f"tn-lens {version('tn_lens')}")
+    assert (code, text.strip()) == (0, f"tn-lens {version('truth-neurons')}")
 
 
 def test_an_unknown_option_is_a_usage_error(run: Callable) -> None:
@@ -100,9 +168,6 @@ def test_a_file_of_ones_own_is_asked_and_can_be_repeated(run: Callable, tmp_path
 
 
 def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None:
-    from tn_lens.questions.toy import binary
-    from tn_lens.questions.toy_world import facts
-
     taught = [fact for fact in facts() if fact.split == "train" and not fact.is_exception][:10]
     lies = "".join(
         json.dumps({"question": f.question(), "right": f.distractor, "wrong": f.value}) + "\n" for f in taught
@@ -116,44 +181,39 @@ def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_ends_with_a_table_and_goes_on_where_it_was(run: Callable, tmp_path: Path) -> None:
-    out = tmp_path / "runs" / "small"
-    code, text, error = run(*TOY, "--out", out, *FAST)
-    assert code == 0, error
-    assert re.search(r"untouched.*truth neurons at zero", text, re.DOTALL)
-    assert 'share of "A"' in text
-    files = sorted(p.name for p in out.iterdir())
+def test_a_run_ends_with_a_table_and_is_resumed(run: Callable, finished: Finished, copy: Path) -> None:
+    assert re.search(r"unablated.*truth neurons zero-ablated", finished.text, re.DOTALL)
+    assert 'fraction of "A"' in finished.text
+    files = sorted(p.name for p in finished.path.iterdir())
     assert files == sorted([*RESULT_FILES, "scores", "work", ".lock", "log.jsonl"])
-    before = contents(out)
-    shard = next((out / "scores").iterdir())
+    before = contents(finished.path)
+    shard = next((copy / "scores").iterdir())
     stamp = shard.stat().st_mtime_ns
-    code, again, _ = run(*TOY, "--out", out, *FAST)
+    code, again, _ = run(*AGAIN)
     assert code == 0
-    assert again == text
-    assert contents(out) == before, "the same run gives the same bytes"
+    assert again == finished.text
+    assert contents(copy) == before, "the same run gives the same bytes"
     assert shard.stat().st_mtime_ns == stamp, "nothing is computed twice"
     tensors = load_file(shard)
     narrow = tensors | {"mlp": tensors["mlp"][..., :5].contiguous()}
     for damaged in (shard.read_bytes()[:100], save({}), save({"mlp": tensors["mlp"]}), save(narrow)):
         shard.write_bytes(damaged)
-        assert run(*TOY, "--out", out, *FAST)[0] == 0
-        assert contents(out) == before, "a damaged shard is computed anew"
+        assert run(*AGAIN)[0] == 0
+        assert contents(copy) == before, "a damaged shard is computed anew"
 
 
-def test_a_folder_of_another_run_is_left_alone(run: Callable, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert run(*TOY, "--out", out, *FAST)[0] == 0
-    before = (out / "summary.json").read_bytes()
-    code, _, error = run(*TOY, "--out", out, *FAST, "--t", "0.33")
+def test_a_folder_of_another_run_is_left_alone(run: Callable, copy: Path) -> None:
+    before = (copy / "summary.json").read_bytes()
+    code, _, error = run(*AGAIN, "--t", "0.33")
     assert code == 2
-    assert "with t = " in error
-    assert "t = 0.33" in error
+    assert "with adaptive_threshold = " in error
+    assert "adaptive_threshold = 0.33" in error
     assert "--overwrite" in error
-    assert (out / "summary.json").read_bytes() == before
-    (out / "my_notes.md").write_text("precious")
-    assert run(*TOY, "--out", out, *FAST, "--t", "0.33", "--overwrite")[0] == 0
-    assert (out / "my_notes.md").read_text() == "precious", "only what a run wrote is removed"
-    assert json.loads((out / "summary.json").read_text())["t"] == 0.33
+    assert (copy / "summary.json").read_bytes() == before
+    (copy / "my_notes.md").write_text("precious")
+    assert run(*AGAIN, "--repetitions", "1", "--t", "0.33", "--overwrite")[0] == 0
+    assert (copy / "my_notes.md").read_text() == "precious", "only what a run wrote is removed"
+    assert json.loads((copy / "summary.json").read_text())["t"] == 0.33
 
 
 def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: Path) -> None:
@@ -176,9 +236,6 @@ def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: P
 def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-    import os
-
     real = os.fsync
     calls = []
 
@@ -189,18 +246,16 @@ def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    code, _, error = run(*TOY, "--out", tmp_path / "run", *FAST)
+    out = tmp_path / "run"
+    code, _, error = run(*TOY, "--out", out, *FAST, "--repetitions", "1")
     assert (code, "No space left on device" in error, error.count("\n")) == (2, True, 1)
-    assert not list((tmp_path / "run").rglob(".*.part"))
-    assert run(*TOY, "--out", tmp_path / "run", *FAST)[0] == 0
+    assert not list(out.rglob(".*.part"))
+    assert run(*TOY, "--out", out, *FAST, "--repetitions", "1")[0] == 0
 
 
 def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable, finished: Finished, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
-    from tn_lens.attribution.engines.shared_prefix import SharedPrefix
-
     real, sizes = SharedPrefix.run, []
 
     def small(self: SharedPrefix, paths: dict, nudges: dict) -> torch.Tensor:
@@ -209,50 +264,45 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
             raise torch.OutOfMemoryError("on purpose")
         return real(self, paths, nudges)
 
-    out = tmp_path / "run"
-    assert run(*TOY, "--out", tmp_path / "whole", *FAST)[0] == 0
     monkeypatch.setattr(SharedPrefix, "run", small)
-    assert run(*TOY, "--out", out, *FAST)[0] == 0
-    assert json.loads((out / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 12}
-    assert "Out of memory: going on with 12 rows of 4 prompts" in (out / "report.html").read_text()
-    found = [json.loads((f / "neurons.json").read_text())["neurons"] for f in (out, tmp_path / "whole")]
-    assert [row["index"] for row in found[0]] == [row["index"] for row in found[1]]
+    next((copy / "scores").iterdir()).unlink()
+    assert run(*AGAIN)[0] == 0
+    assert max(sizes) > 4
+    assert json.loads((copy / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 12}
+    report = (copy / "report.html").read_text()
+    assert "Out of memory: continuing with 12 rows of 4 prompts" in report
+    assert "It ran out during attribution: passes of 4 prompts and 12 rows" in on_one_line(report)
+    records = [json.loads((folder / "neurons.json").read_text())["neurons"] for folder in (copy, finished.path)]
+    assert [record["index"] for record in records[0]] == [record["index"] for record in records[1]]
     sizes.clear()
-    next((out / "scores").iterdir()).unlink()
-    assert run(*TOY, "--out", out, *FAST)[0] == 0
+    next((copy / "scores").iterdir()).unlink()
+    assert run(*AGAIN)[0] == 0
     assert max(sizes) == 4, "a resumed run keeps the size that fitted"
 
 
-def test_selecting_again_needs_no_model(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "run"
-    assert run(*TOY, "--out", out, *FAST)[0] == 0
-    before = contents(out)
-    monkeypatch.setattr("tn_lens.loading.load_model", None)
-    found = json.loads((out / "neurons.json").read_text())
+def test_selecting_again_needs_no_model(
+    run: Callable, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, before = finished.path, contents(finished.path)
+    monkeypatch.setattr("tn_lens.models.loading.load_model", None)
+    stored = json.loads((out / "neurons.json").read_text())
     code, text, error = run("select", out, "--out", tmp_path / "again.json")
     assert code == 0, error
     again = json.loads((tmp_path / "again.json").read_text())
-    places = [[(n["site"], n["layer"], n["head"], n["index"]) for n in of["neurons"]] for of in (found, again)]
+    places = [
+        [(n["site"], n["layer"], n["head"], n["index"]) for n in selection["neurons"]] for selection in (stored, again)
+    ]
     assert places[0] == places[1] != []
-    code, text, error = run(
-        "select",
-        out,
-        "--t",
-        "0.05",
-        "--correction",
-        "holm",
-        "--sweep",
-        "--splits",
-        "3",
-        "--out",
-        tmp_path / "loose.json",
-    )
+    loose = ["--t", "0.05", "--correction", "holm", "--sweep", "--splits", "3", "--out", tmp_path / "loose.json"]
+    code, text, error = run("select", out, *loose)
     assert code == 0, error
-    assert "Over 3 splits" in text
-    assert "neurons found, t down, p across" in text
+    assert "With 3 splits" in text
+    assert "number of neurons found with every t (rows) and p (columns)" in on_one_line(text)
     assert (tmp_path / "loose.html").stat().st_size > 1_000_000, "works offline"
+    rules = json.loads((tmp_path / "loose.json").read_text())
+    assert (rules["adaptive_threshold"], rules["correction"], rules["share_threshold"]) == (0.05, "holm", 0.4)
     assert contents(out) == before, "the run is left as it was"
-    assert {"verdict", "case", "cohens_d", "ci_low"} <= found["neurons"][0].keys()
+    assert {"verdict", "case", "cohens_d", "ci_low"} <= stored["neurons"][0].keys()
 
 
 @pytest.mark.parametrize(
@@ -264,97 +314,121 @@ def test_selecting_again_needs_no_model(run: Callable, tmp_path: Path, monkeypat
         (["--out", "/nowhere/at/all.json"], "a folder that exists"),
     ],
 )
-def test_bad_input_to_select(arguments: list[str], said: str, run: Callable, tmp_path: Path) -> None:
+def test_bad_input_to_select(arguments: list[str], said: str, run: Callable, finished: Finished) -> None:
+    before = contents(finished.path)
+    code, _, error = run("select", finished.path, *arguments)
+    assert (code, said in error, error.count("\n")) == (2, True, 1)
+    assert contents(finished.path) == before
+
+
+def test_selecting_needs_the_files_of_a_run(run: Callable, copy: Path, tmp_path: Path) -> None:
     code, _, error = run("select", tmp_path, "--t", "0.1")
     assert (code, "holds no run" in error) == (2, True)
-    out = tmp_path / "run"
-    assert run(*TOY, "--out", out, *FAST)[0] == 0
-    code, _, error = run("select", out, *arguments)
-    assert (code, said in error, error.count("\n")) == (2, True, 1)
-    (out / "prompts.json").write_text("{")
-    code, _, error = run("select", out)
+    (copy / "prompts.json").write_text("{")
+    code, _, error = run("select", copy)
     assert (code, "is missing or damaged" in error) == (2, True)
 
 
-def test_attr_t_may_be_stored_beside_d(run: Callable, tmp_path: Path) -> None:
-    out, plain = tmp_path / "separate", tmp_path / "plain"
-    assert run(*TOY, "--out", plain, *FAST)[0] == 0
+def test_attr_t_may_be_stored_beside_d(run: Callable, finished: Finished, tmp_path: Path) -> None:
+    plain, out = finished.path, tmp_path / "separate"
     assert run(*TOY, "--out", out, *FAST, "--separate")[0] == 0
-    held = [{p.name: load_file(p) for p in (folder / "scores").iterdir()} for folder in (plain, out)]
-    for name, tensors in held[1].items():
-        assert {"mlp.right", "attn.right"} <= tensors.keys() - held[0][name].keys()
+    stored = [{p.name: load_file(p) for p in (folder / "scores").iterdir()} for folder in (plain, out)]
+    for name, tensors in stored[1].items():
+        assert {"mlp.right", "attn.right"} <= tensors.keys() - stored[0][name].keys()
         assert tensors["mlp.right"].dtype == tensors["mlp"].dtype == torch.float16
-    found = [json.loads((folder / "neurons.json").read_text())["neurons"] for folder in (plain, out)]
-    assert [(n["layer"], n["index"], n["case"]) for n in found[0]] == [
-        (n["layer"], n["index"], n["case"]) for n in found[1]
+    records = [json.loads((folder / "neurons.json").read_text())["neurons"] for folder in (plain, out)]
+    assert records[0]
+    assert [(n["layer"], n["index"], n["case"]) for n in records[0]] == [
+        (n["layer"], n["index"], n["case"]) for n in records[1]
     ]
-    for one, other in zip(*found, strict=True):  # few prompts: both ways take all of half 2
+    for one, other in zip(*records, strict=True):  # few prompts: both runs attribute the labels on all of half 2
         assert one["attr_right"] == pytest.approx(other["attr_right"], rel=0.01, abs=1e-5)
         assert one["attr_wrong"] == pytest.approx(other["attr_wrong"], rel=0.01, abs=1e-5)
     code, _, error = run(*TOY, "--out", tmp_path / "x", *FAST, "--separate", "--target", "log_ratio")
-    assert (code, "only probability_difference has" in error) == (2, True)
+    assert (code, "only the target probability_difference has" in error) == (2, True)
 
 
-def test_t_is_searched_on_questions_of_its_own(run: Callable, tmp_path: Path) -> None:
+def test_t_is_tuned_on_separate_questions(run: Callable, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code, text, error = run(*TOY, "--out", out, *FAST, "--t", "auto")
+    code, text, error = run(*TOY, "--out", out, *FAST, "--repetitions", "1", "--t", "auto")
     assert code == 0, error
     summary = json.loads((out / "summary.json").read_text())
-    tuning = json.loads((out / "diagnosis.json").read_text())["tuning"]
+    tuning = json.loads((out / "result.json").read_text())["tuning"]
     assert summary["t"] == tuning["t"]
     assert tuning["n_questions"] == 144
     assert "How t was chosen" in (out / "report.html").read_text()
-    assert f"t = {100 * summary['t']:.0f} % lowers" in " ".join(text.split())
+    assert f"t = {100 * summary['t']:.0f} % lowers" in on_one_line(text)
     code, _, error = run(*TOY, "--out", tmp_path / "other", *FAST, "--t", "often")
     assert (code, "a number in (0, 1] or 'auto'" in error) == (2, True)
 
 
-def test_stopping_by_hand_says_how_to_go_on(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_by_hand_says_how_to_continue(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tn_lens.pipeline.attribute", stop)
+    monkeypatch.setattr("tn_lens.pipeline.run.attribute", stop)
     code, _, error = run(*TOY, "--out", tmp_path / "run", *FAST)
     assert (code, "run the same command again" in error) == (130, True)
 
 
-def test_edited_weights_are_another_model(tmp_path: Path) -> None:
-    from tn_lens import find_truth_neurons, load_model, load_questions
-
-    options = {"out": tmp_path / "run", "limit": 20, "n_steps": 2, "n_repetitions": 2, "progress": False}
+def test_edited_weights_are_another_model(copy: Path) -> None:
+    settings = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
     model, questions = load_model("toy"), load_questions("toy")
-    find_truth_neurons(model, questions, **options)
+    found = find_truth_neurons(model, questions, settings, out=copy, progress=False)
+    assert found.neurons == load_run(copy).neurons
     model.blocks[0].mlp.W_out.data *= 0.5
     with pytest.raises(ValueError, match="weights_sha256"):
-        find_truth_neurons(model, questions, **options)
+        find_truth_neurons(model, questions, settings, out=copy, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ({"correction": "hope"}, "expected correction"),
-        ({"order": "chaos"}, "expected order"),
-        ({"n_steps": 2.5}, "n_steps must be a whole number"),
-        ({"max_memory": 0}, "max_memory must be a whole number and at least 1"),
-        ({"t": "0.2"}, "t must be a number"),
-        ({"speed": 3}, "unknown setting 'speed'"),
-        ({"out": ""}, "run folder's name is empty"),
-    ],
+WRONG_SETTINGS = (
+    ({"correction": "hope"}, "BadInput: expected correction"),
+    ({"order": "chaos"}, "BadInput: expected order"),
+    ({"n_steps": 2.5}, "BadInput: n_steps must be a positive integer; got 2.5"),
+    ({"max_memory": 0}, "BadInput: max_memory must be a positive integer; got 0"),
+    ({"adaptive_threshold": "0.2"}, "BadInput: adaptive_threshold (t) must be a number, or 'auto'; got '0.2'"),
+    ({"speed": 3}, "TypeError: Settings.__init__() got an unexpected keyword argument 'speed'"),
+    ({"out": ""}, "BadInput: the run folder's name is empty"),
 )
-def test_wrong_settings_are_refused_before_anything_runs(setting: dict, said: str, toy: object, tmp_path: Path) -> None:
-    """Without the type checker of the tests, as users call it."""
-    code = (
-        "import sys, warnings; warnings.simplefilter('ignore'); import tn_lens as tn\n"
-        "try: tn.find_truth_neurons(tn.load_model('toy'), tn.load_questions('toy'), "
-        f"**({{'out': {str(tmp_path / 'run')!r}}} | {setting!r}))\n"
-        "except tn.BadInput as error: sys.exit(str(error))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert said in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run: Callable, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bool]]:
+    """For each of the wrong settings the error, and whether a run folder was made.
+
+    They are tried in one process without the type checker of the tests, as users call it.
+    """
+    code = """
+import json, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import tn_lens as tn
+model, questions, refusals = tn.load_model("toy"), tn.load_questions("toy"), []
+for given in json.loads(sys.argv[2]):
+    out, error = Path(sys.argv[1]) / str(len(refusals)), None
+    try:
+        where = given.pop("out", out)
+        tn.find_truth_neurons(model, questions, tn.Settings(**given), out=where)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    refusals.append((error, out.exists()))
+print(json.dumps(refusals))
+"""
+    given = json.dumps([wrong for wrong, _ in WRONG_SETTINGS])
+    command_line = [sys.executable, "-c", code, str(tmp_path_factory.mktemp("refused")), given]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("place", range(len(WRONG_SETTINGS)), ids=[str(wrong) for wrong, _ in WRONG_SETTINGS])
+def test_wrong_settings_are_refused_before_anything_runs(place: int, refusals: list[tuple[str, bool]]) -> None:
+    error, is_there = refusals[place]
+    assert WRONG_SETTINGS[place][1] in error
+    assert not is_there
+
+
+def test_a_dry_run_estimates_the_cost_and_writes_nothing(run: Callable, tmp_path: Path) -> None:
     code, text, _ = run(*TOY, "--out", tmp_path / "run", *FAST, "--dry-run")
     assert code == 0
     assert re.search(r"24 questions, 48 prompts of up to \d+ tokens; at most about \d+ min \d+ s .* GiB", text)
@@ -365,13 +439,25 @@ def test_a_real_checkpoint_that_knows_nothing_ends_well(run: Callable, tmp_path:
     out = tmp_path / "run"
     model, questions = shared / "models" / "tinystories-656k", shared / "data" / "TruthfulQA.csv"
     code, text, error = run(
-        "run", "--model", model, "--questions", questions, "--out", out, "--limit", 30, "--repetitions", 2
+        "run",
+        "--model",
+        model,
+        "--questions",
+        questions,
+        "--out",
+        out,
+        "--limit",
+        30,
+        "--n-steps",
+        4,
+        "--repetitions",
+        2,
     )
     assert code == 0, error
     summary = json.loads((out / "summary.json").read_text())
     assert summary["n_layers"] == 2
     assert summary["t"] == 0.2
     assert sum(map(sum, summary["neurons_by_layer"].values())) == summary["n_neurons"]
-    assert "hardly follows the instruction" in text
-    assert summary["n_neurons"] or "No truth neurons were found" in text
+    assert "hardly follows the instruction" in on_one_line(text)
+    assert summary["n_neurons"] or "No truth neurons were found" in on_one_line(text)
     assert (out / "report.html").stat().st_size > 1e6

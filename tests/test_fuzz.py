@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,36 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from tn_lens import BadInput, NeuronSet, QuestionSet, build_prompts, find_truth_neurons, load_questions, select_neurons
-from tn_lens.attribution.result import Attribution
+from tests.conftest import contents
+from tn_lens import (
+    Attribution,
+    BadInput,
+    Evaluation,
+    ManipulationCheck,
+    NeuronSet,
+    PromptSet,
+    Question,
+    QuestionSet,
+    Selection,
+    Settings,
+    TruthNeurons,
+    build_prompts,
+    find_truth_neurons,
+    load_questions,
+    load_run,
+    select_neurons,
+)
+from tn_lens.core.stored import Stored
+from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.models import Model
-from tn_lens.neurons.neuron import NeuronSpace
+from tn_lens.neurons import NeuronSpace
 from tn_lens.pipeline.retest import run_of
 from tn_lens.pipeline.settings import resolve_settings
 from tn_lens.prompts import Prompt
-from tn_lens.questions.question import Question
-from tn_lens.selection.select import split_halves
+from tn_lens.results.card import CardFile
+from tn_lens.results.found import _Rest
 from tn_lens.selection.stored import StoredScores
-
-from .conftest import contents
+from tn_lens.selection.table import split_halves
 
 WHOLE = bool(os.environ.get("TN_LENS_FUZZ"))
 """Whether this is `make fuzz`."""
@@ -153,18 +172,21 @@ VALUES = (
 
 
 @cases(2000)
-@given(t=VALUES, p=VALUES, alpha=VALUES, n_steps=VALUES, limit=VALUES, seed=VALUES)
+@given(
+    adaptive_threshold=VALUES, share_threshold=VALUES, alpha=VALUES, n_steps=VALUES, limit=VALUES, seed=VALUES
+)
 def test_settings(toy: Model, **given_values: Any) -> None:
     try:
-        found = resolve_settings(toy, **given_values)
+        found = resolve_settings(toy, Settings(**given_values))
     except BadInput as error:
         is_sentence(error)
         return
     except TypeCheckError:  # the tests' own; `make fuzz` runs without it
         assert not WHOLE
         return
-    assert found.t == "auto" or 0 < found.t <= 1
-    assert 0 < found.p <= 1
+    assert found.adaptive_threshold is not None
+    assert found.adaptive_threshold == "auto" or 0 < found.adaptive_threshold <= 1
+    assert 0 < found.share_threshold <= 1
     assert 0 < found.alpha < 1
     assert found.n_steps >= 1
     assert found.limit is None or found.limit >= 1
@@ -188,21 +210,24 @@ def test_candidates_are_those_of_the_definition(seed: int, n_questions: int, t: 
         site: torch.randn(n_questions, 2, width, generator=coins).round(decimals=1)
         for site, width in (("mlp", 3), ("attn", 2))
     }
-    prompts = tuple(
-        Prompt(token_ids=(1,), label_ids=((0,), (1,)), right=0, question=q, order=(0, 1), category="c")
-        for q in range(n_questions)
+    rows = {f"question {row}": row for row in range(n_questions)}
+    prompts = PromptSet(
+        tuple(
+            Prompt(token_ids=(1,), label_ids=((0,), (1,)), right=0, question=question, order=(0, 1), category="c")
+            for question in rows
+        )
     )
     change = {site: values.sum(-1) for site, values in difference.items()}
     scores = Attribution(prompts=prompts, space=SPACE, difference=difference, change=change)
     try:
-        selection = select_neurons(scores, t=t, p=p)
+        selection = select_neurons(scores, adaptive_threshold=t, share_threshold=p)
     except BadInput as error:
         is_sentence(error)
         return
     half, _ = split_halves(scores.categories, 0)
     expected = set()
     for site, values in difference.items():
-        own = values[list(half)]
+        own = values[[rows[question] for question in half]]
         largest = own.flatten(1).max(1).values[:, None, None]
         salient = (own > t * largest) & (largest > 0)
         for layer, index in (salient.sum(0) >= p * len(half) - 1e-9).nonzero().tolist():
@@ -245,23 +270,23 @@ def is_short(text: str) -> bool:
 )
 @pytest.mark.filterwarnings("ignore:.*prompts contain words that:UserWarning")
 def test_prompts(toy: Model, toy_questions: QuestionSet, texts: list[str], choices: list[str]) -> None:
-    from dataclasses import replace
-
     known = toy_questions[0]
     asked = [known, *(Question(text=text, choices=tuple(choices)) for text in texts)]
     questions = replace(toy_questions, questions=tuple(asked))
+    answers = {question.id: given.answer for question, given in zip(questions, asked, strict=True)}
+    assert len(answers) == len(asked), "ids are unique, also where questions are equal"
     try:
         prompts = build_prompts(toy, questions, order="both")
     except BadInput as error:
         is_sentence(error)
         return
     for prompt in prompts:
-        assert prompt.order[prompt.right] == asked[prompt.question].answer
+        assert prompt.order[prompt.right] == answers[prompt.question]
         assert len(prompt.token_ids) <= toy.cfg.n_ctx
         assert 0 <= prompt.start < len(prompt.token_ids)
 
 
-SMALL: dict[str, Any] = {"limit": 16, "n_steps": 1, "n_repetitions": 1, "order": "both", "progress": False}
+SMALL = Settings(limit=16, n_steps=1, n_repetitions=1, order="both")
 
 
 @pytest.fixture(scope="module")
@@ -274,18 +299,46 @@ def few(toy_questions: QuestionSet) -> QuestionSet:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    find_truth_neurons(toy, few, out=folder, **SMALL)
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    find_truth_neurons(toy, few, SMALL, out=folder, progress=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
+    """The result files of the run without its scores, with an evaluation as `tn-lens evaluate` adds it."""
+    folder = tmp_path_factory.mktemp("results") / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("scores", "work", "report.html", "log.jsonl", ".lock"))
+    (folder / "evaluation").mkdir()
+    replace(load_run(folder).evaluation, name="again").save(folder / "evaluation" / "again.safetensors")
+    return folder
+
+
+def numbers(run: TruthNeurons) -> tuple[Any, ...]:
+    """Everything that a run holds, in a form in which NaN equals NaN."""
+    others = [evaluation.to_bytes(".safetensors") for evaluation in run.others]
+    return dict(run.files()), others, run.strangers, vars(run.provenance)
+
+
+@pytest.fixture(scope="module")
+def expected(whole: Path) -> tuple[Any, ...]:
+    return numbers(load_run(whole))
+
+
+@pytest.fixture(scope="module")
+def expected_results(results: Path) -> tuple[Any, ...]:
+    run = load_run(results)
+    assert [evaluation.name for evaluation in run.others] == ["again"]
+    return numbers(run)
 
 
 DAMAGE = st.sampled_from(["flip", "cut", "empty", "delete", "append", "swap", "folder", "link", "zeros", "text"])
 
 
-def damage(folder: Path, how: str, data: st.DataObject) -> None:
-    """Spoil one file of a run folder."""
+def damage(folder: Path, how: str, data: st.DataObject, name: str | None = None) -> None:
+    """Spoil one file of a run folder, the named one or any."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock",))
-    path = data.draw(st.sampled_from(files), label="file")
+    path = data.draw(st.sampled_from(files), label="file") if name is None else folder / name
     content = path.read_bytes()
     place = data.draw(st.integers(0, max(0, len(content) - 1)), label="place")
     match how:
@@ -321,22 +374,86 @@ def damage(folder: Path, how: str, data: st.DataObject) -> None:
 
 @cases(900)
 @given(how=DAMAGE, data=st.data())
-def test_damaged_folders_are_not_read_as_whole(whole: Path, how: str, data: st.DataObject) -> None:
-    expected = select_neurons(StoredScores.load(whole), t=0.05, p=0.3).neurons
+def test_damaged_folders_are_not_read_as_whole(
+    whole: Path, expected: tuple[Any, ...], how: str, data: st.DataObject
+) -> None:
+    thresholds: dict[str, Any] = {"adaptive_threshold": 0.05, "share_threshold": 0.3}
+    selected = select_neurons(StoredScores.load(whole), **thresholds).neurons
     neurons = run_of(whole)[1]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("report.html"))
         damage(folder, how, data)
         try:
-            assert select_neurons(StoredScores.load(folder), t=0.05, p=0.3).neurons == expected
+            assert select_neurons(StoredScores.load(folder), **thresholds).neurons == selected
         except BadInput as error:
             is_sentence(error)
         try:
             assert run_of(folder)[1] == neurons
         except BadInput as error:
             is_sentence(error)
+        try:
+            assert numbers(load_run(folder)) == expected
+        except BadInput as error:
+            is_sentence(error)
         assert not (Path(scratch) / "outside").exists()
+
+
+STORED: dict[str, type[Stored]] = {
+    "check.safetensors": ManipulationCheck,
+    "selection.json": Selection,
+    "evaluation.safetensors": Evaluation,
+    "diagnosis.safetensors": Diagnosis,
+    "cards.json": CardFile,
+    "result.json": _Rest,
+    "evaluation/again.safetensors": Evaluation,
+}
+"""The files that hold a result, and its class."""
+OTHERS = ("summary.json", "neurons.json", "prompts.json", "manifest.json")
+"""The other files of a run but its report, its log and its chunks."""
+ALTERED = st.sampled_from(["flip", "flip", "flip", "cut", "cut", "empty", "append", "folder", "link", "zeros", "text"])
+"""Damage that leaves something where the file was: without the file, an evaluation on another set was never made."""
+
+
+def test_every_result_file_is_damaged_below(results: Path) -> None:
+    files = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
+    assert files == {*STORED, *OTHERS}
+
+
+@pytest.mark.parametrize("name", [*STORED, *OTHERS])
+@cases(240)
+@given(how=ALTERED, data=st.data())
+def test_a_damaged_result_is_refused_or_whole(
+    results: Path, expected_results: tuple[Any, ...], name: str, how: str, data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        shutil.copytree(results, folder)
+        damage(folder, how, data, name)
+        try:
+            assert numbers(load_run(folder)) == expected_results
+        except BadInput as error:
+            is_sentence(error)
+        assert not (Path(scratch) / "outside").exists()
+
+
+@pytest.mark.parametrize("name", STORED)
+@cases(240)
+@given(data=st.data())
+def test_altered_content_is_refused_or_read(results: Path, name: str, data: st.DataObject) -> None:
+    """Several altered bytes and a cut, without the checksum of `load` before the parser."""
+    content = bytearray((results / name).read_bytes())
+    # most bytes are numbers: the names and brackets at the beginning are altered as often as all the others
+    place = st.integers(0, min(2000, len(content) - 1)) | st.integers(0, len(content) - 1)
+    for at, byte in data.draw(st.lists(st.tuples(place, st.integers(0, 255)), max_size=4), label="bytes"):
+        content[at] = byte
+    end = data.draw(st.just(len(content)) | st.integers(0, len(content)), label="end")
+    try:
+        result = STORED[name].from_bytes(bytes(content[:end]), Path(name).suffix)
+    except BadInput as error:
+        is_sentence(error)
+        return
+    assert type(result) is STORED[name]
 
 
 @cases(120)
@@ -349,7 +466,7 @@ def test_damaged_folders_are_mended_or_refused(
         shutil.copytree(whole, folder)
         damage(folder, how, data)
         try:
-            find_truth_neurons(toy, few, out=folder, **SMALL)
+            find_truth_neurons(toy, few, SMALL, out=folder, progress=False)
         except BadInput as error:
             is_sentence(error)
             return

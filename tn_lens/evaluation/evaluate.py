@@ -19,7 +19,7 @@ from tn_lens.evaluation.controls import CONTROLS, Activity
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, text_loss
 from tn_lens.inference.answers import ZERO, Asking, ask_each
-from tn_lens.inference.interventions import INTERVENTIONS, Intervention, Mean
+from tn_lens.inference.interventions import Intervention, Mean, intervention_called
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, neuron_space
 from tn_lens.neurons import NeuronSet, usual_sites
@@ -75,7 +75,7 @@ def evaluate(
             needs prompts.
     """
     if isinstance(intervention, str):
-        intervention = INTERVENTIONS[intervention]()
+        intervention = intervention_called(intervention, seed)
     order = order or ("given" if questions.fixed_order else "both")
     _check_arguments(model, questions, neurons, n_repetitions, conditions, order)
     prompts = build_prompts(model, questions, order=order, drop_long=drop_long)

@@ -18,7 +18,7 @@ from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.inference.answers import Asking, ask_each
 from tn_lens.models import Model
 from tn_lens.neurons import NeuronSet
-from tn_lens.prompts import build_prompts
+from tn_lens.prompts import PromptSet, build_prompts
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.context import track
 from tn_lens.selection.table import Rules, SelectionTable, Split
@@ -112,7 +112,8 @@ def tune_threshold(
     rules = rules or Rules()
     split = Split(seed)
     table = table or SelectionTable(scores, ts=THRESHOLDS, splits=[split], share_threshold=rules.share_threshold)
-    effect_of = _effects(model, questions, drop_long=drop_long)
+    prompts = build_prompts(model, questions, order="both", drop_long=drop_long)
+    effect_of = _effects(model, prompts)
     unablated = effect_of(NeuronSet())
 
     def step(t: float) -> TuningStep:
@@ -136,16 +137,15 @@ def tune_threshold(
             f"{least_mass:.2f} of the unablated model's or one letter takes over; set t yourself"
         )
     best = min(allowed, key=lambda s: (s.order_averaged_accuracy, -s.t))
-    return Tuning(t=best.t, steps=tuple(steps), unablated=unablated, n_questions=len(questions))
+    return Tuning(t=best.t, steps=tuple(steps), unablated=unablated, n_questions=len(prompts.groups))
 
 
 THRESHOLDS = (START, *LOWER, *HIGHER)
 """All thresholds that the search may try."""
 
 
-def _effects(model: Model, questions: QuestionSet, *, drop_long: bool) -> Callable[[NeuronSet], Effect]:
+def _effects(model: Model, prompts: PromptSet) -> Callable[[NeuronSet], Effect]:
     """A function from neurons to the effect of their ablation, which asks the same set of neurons once."""
-    prompts = build_prompts(model, questions, order="both", drop_long=drop_long)
     first = np.array([rows.start for rows in prompts.groups.values()])
 
     @cache

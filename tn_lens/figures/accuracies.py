@@ -64,6 +64,7 @@ def plot_accuracies(
     _add_repetitions(figure, bars, look)
     averaged = [bar for bar in bars if bar.result.is_complete and bar.evaluation.n_orders > 1]
     _add_order_averages(figure, averaged, look)
+    # chance is one line only where all sets have the same number of choices
     n_choices = {len(e.conditions["unablated"].shares) for e in shown}
     if len(n_choices) == 1:
         figure.add_vline(x=100 / min(n_choices), line=look.dashed)  # chance

@@ -39,6 +39,7 @@ def plot_attribution(
         raise BadInput(f"top must be at least 1; got {top}")
     look = look_of(theme)
     shown = scores[prompt]
+    # D of a site is [prompt, layer, neuron], and only one prompt is left
     sites = list(shown.difference)
     sums = np.stack([shown.difference[site][0].double().sum(-1).numpy() for site in sites])  # [site, layer]
     changes = np.stack([shown.change[site][0].double().numpy() for site in sites])  # [site, layer]

@@ -100,6 +100,7 @@ def plot_categories(
     """
     shown = listed(evaluations, "plot_categories")
     look = look_of(theme)
+    # each frame has columns for the number of questions, the fraction hurt and both accuracies
     frames = [e.by_category(least) for e in shown]
     # a category may be large enough in some evaluations only
     every = pd.concat(frames)

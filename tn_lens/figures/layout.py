@@ -86,7 +86,7 @@ class Figure(go.Figure):
         """Add markers without lines between them."""
         self.add_scatter(mode="markers", **options)
 
-    def add_cells(self, n_layers: int = 0, **options: Any) -> None:
+    def add_cells(self, n_layers: int = 0, /, **options: Any) -> None:
         """Add a heatmap whose cells are apart from each other, and closer where there are many layers."""
         self.add_heatmap(xgap=2 if n_layers <= 32 else 1, ygap=2, **options)
 
@@ -190,6 +190,7 @@ def finish(
         "title": {"standoff": 12, "font": {"size": TEXT_SIZE}},
         "tickfont": {"size": TEXT_SIZE - 1},
     }
+    # figures with several panels have several axes of each kind, and all get the same style
     figure.update_xaxes(axis)
     figure.update_yaxes(axis)
     figure.update_annotations(font={"family": FONT, "size": TEXT_SIZE, "color": look.ink})
@@ -243,6 +244,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def _luminance(scale: Sequence[tuple[float, str]], values: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " cell"]:
     """Relative luminance in [0, 1] (WCAG 2) of the colours of a scale at values in [0, 1]."""
+    # the scale is linear between its stops, as plotly draws it
     stops = [stop for stop, _ in scale]
     colours = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for _, colour in scale])  # [stop, 3]
     rgb = np.stack([np.interp(values, stops, channel) for channel in colours.T]) / 255  # [3, cell]

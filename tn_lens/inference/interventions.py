@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
@@ -175,6 +175,21 @@ class Resample(Intervention):
 
 for _name, _class in {"zero": Zero, "scale": Scale, "mean": Mean, "resample": Resample}.items():
     INTERVENTIONS.register(_name, _class)
+
+
+def intervention_called(name: str, seed: int = 0) -> Intervention:
+    """A registered intervention that needs no argument, with this seed if it has one.
+
+    Raises:
+        BadInput: there is none of this name, or it needs an argument.
+    """
+    kind = INTERVENTIONS[name]
+    try:
+        return kind(**{"seed": seed} if "seed" in {field.name for field in fields(kind)} else {})
+    except TypeError as error:
+        raise BadInput(
+            f"the intervention {name!r} needs an argument ({error}); pass the intervention itself to evaluate"
+        ) from error
 
 
 def intervention_hooks(

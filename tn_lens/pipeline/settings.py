@@ -15,7 +15,7 @@ from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
 from tn_lens.evaluation.controls import CONTROLS
 from tn_lens.evaluation.reference import PAPER
-from tn_lens.inference.interventions import INTERVENTIONS
+from tn_lens.inference.interventions import intervention_called
 from tn_lens.models import Model, backend_of
 from tn_lens.neurons import SITES
 from tn_lens.questions.formats import FORMATS
@@ -45,7 +45,6 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
     for registry, names in (
         (SITES, settings.sites),
         (CONTROLS, settings.controls),
-        (INTERVENTIONS, (settings.intervention,)),
         (FORMATS, () if settings.format is None else (settings.format,)),
     ):
         for name in names:
@@ -54,6 +53,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
         raise BadInput(
             f"separate stores Attr_t beside D, which only the target probability_difference has; got {settings.target!r}"
         )
+    intervention_called(settings.intervention)
     METHODS[settings.method].check(settings.n_steps)
     generator(settings.seed)
     return replace(settings, engine=choose_engine(model, settings.engine, settings.positions))

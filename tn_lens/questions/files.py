@@ -29,6 +29,7 @@ def read_csv(path: Path, header: list[str] | None = None) -> Rows:
         raise BadInput(f"{path} cannot be read as a UTF-8 CSV file with a header line: {error}") from error
     if not any(header):
         raise BadInput(f"{path} cannot be read as a CSV file with a header line: it is empty")
+    # zip would drop the fields that have no column
     for line, fields in numbered:
         if len(fields) != len(header):
             too_many = len(fields) > len(header)

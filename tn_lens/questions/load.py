@@ -47,6 +47,7 @@ def load_questions(
         BadInput: there is no such set, file, option or column, or a row cannot be used; the message names the row.
     """
     name = str(name_or_path)
+    # checked like the options of the set, since some sets read no file
     options |= {"source": source, "columns": columns}
     accepted = options_of(name)
     for option, value in options.items():
@@ -117,6 +118,7 @@ def _find_columns(available: list[str], columns: Mapping[str, str], where: str) 
 
 def _question(values: dict[str, Any], where: str) -> Question:
     text = _text(values["question"], f"{where}: the question")
+    # of the columns right and wrong, the right answer comes first
     answer = 0
     if "right" in values:
         choices = tuple(_text(values[side], f"{where}: the {side} answer") for side in ("right", "wrong"))

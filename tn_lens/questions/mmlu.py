@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
     dev = _read(folder, "dev") if n_shots else {}
     questions: list[Question] = []
     for subject, rows in _read(folder, "test").items():
+        # the same examples for every question of a subject, as in Hendrycks et al. (2021)
         examples = dev.get(subject, [])[:n_shots]
         if len(examples) < n_shots:
             n_rows = count(len(examples), "row")
@@ -80,7 +82,7 @@ def _read(source: str | Path | None, split: str) -> dict[str, list[Question]]:
     for path in sorted(folder.glob(f"*_{split}.csv")):
         subject = path.stem.removesuffix(f"_{split}")
         rows_of[subject] = [
-            _question(row["question"], [row[x] for x in "ABCD"], row["answer"], subject, f"{path}, row {number}")
+            _question(row["question"], itemgetter(*"ABCD")(row), row["answer"], subject, f"{path}, row {number}")
             for number, row in enumerate(read_csv(path, HEADER), start=1)
         ]
     if not rows_of:

@@ -71,6 +71,7 @@ class QuestionSet(Sequence[Question]):
     """Rows that were left out when the set was loaded."""
 
     def __post_init__(self) -> None:
+        # a file may repeat a question, and users may repeat an id
         taken = {question.id for question in self.questions}
         suffixes: dict[str, Iterator[int]] = {}
         questions = []
