@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tests.conftest import PAPER_MODELS, POST_NORM, PRE_NORM
 from tn_lens import Prompt, PromptSet, attribute, build_prompts, mean_activations
-from tn_lens.attribution import post_norm_warning, quadrature_rule, right_probability
+from tn_lens.attribution.attribute import post_norm_warning
 from tn_lens.attribution.engines.direct import Direct
-from tn_lens.attribution.target import TARGETS, probability_difference
+from tn_lens.attribution.quadrature import quadrature_rule
+from tn_lens.attribution.target import TARGETS, probability_difference, right_probability
 from tn_lens.models import Model, last_logits
 from tn_lens.neurons import NEURON_SITES, SiteName, hook_name
 from tn_lens.questions.toy import binary

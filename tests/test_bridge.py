@@ -362,9 +362,7 @@ def test_directions_of_the_residual_stream(site: Any) -> None:
 def test_prompts_that_begin_alike_run_their_beginning_once(family: str) -> None:
     model, prompts = bridged(family), prompts_of(*range(20, 40), begin=15)
     silenced = NeuronSet([Neuron("mlp", 1, None, 3), Neuron("attn", 2, 1, 2)])
-    whole, once = (
-        ask(model, prompts, neurons=silenced, share_prefix=s) for s in (False, True)
-    )
+    whole, once = (ask(model, prompts, neurons=silenced, share_prefix=s) for s in (False, True))
     torch.testing.assert_close(once, whole, atol=1e-6, rtol=1e-4)
     for row in (0, 7):
         tokens = torch.tensor([prompts[row].token_ids])

@@ -163,8 +163,9 @@ def test_a_file_of_ones_own_is_asked_and_can_be_repeated(run: Callable, tmp_path
     code, text, error = run("run", "--model", "toy", "--questions", mine, "--out", out, *FAST)
     assert code == 0, error
     assert "toy on mine (24 questions)" in text
-    assert f"--questions {mine}" in command(load_run(out))
-    assert f"load_questions({str(mine)!r})" in python_call(load_run(out))
+    loaded = load_run(out)
+    assert f"--questions {mine}" in command(loaded)
+    assert f"load_questions({str(mine)!r})" in python_call(loaded)
 
 
 def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: P
 
 
 def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
-    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable, finished: Finished, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.fsync
     calls = []
@@ -245,12 +246,14 @@ def test_a_full_disk_ends_with_one_sentence_and_a_later_run_completes(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
+    for path in [*(copy / "scores").iterdir(), *(copy / name for name in RESULT_FILES if name != "manifest.json")]:
+        path.unlink()
     monkeypatch.setattr(os, "fsync", full)
-    out = tmp_path / "run"
-    code, _, error = run(*TOY, "--out", out, *FAST, "--repetitions", "1")
+    code, _, error = run(*AGAIN)
     assert (code, "No space left on device" in error, error.count("\n")) == (2, True, 1)
-    assert not list(out.rglob(".*.part"))
-    assert run(*TOY, "--out", out, *FAST, "--repetitions", "1")[0] == 0
+    assert not list(copy.rglob(".*.part"))
+    assert run(*AGAIN)[0] == 0
+    assert contents(copy) == contents(finished.path)
 
 
 def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(

@@ -116,10 +116,15 @@ def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_question
     wrong, sure = np.full(shape, 0.9), np.full(shape, 0.1)
     wrong[np.arange(len(right)), right], sure[np.arange(len(right)), right] = 0.1, 0.9
     known = diagnosed_as(made, neurons)
-    no_more, more = "no evidence that it raises accuracy there more than with random", "more than with random neurons, as it"
+    no_more, more = (
+        "no evidence that it raises accuracy there more than with random",
+        "more than with random neurons, as it",
+    )
     for others, said, unsaid in ((sure, no_more, more), (wrong, more, no_more)):
         answers = {"unablated": wrong, "random_matched": others, "ablated": sure}
-        probabilities = {name: np.broadcast_to(value, made.probabilities[name].shape) for name, value in answers.items()}
+        probabilities = {
+            name: np.broadcast_to(value, made.probabilities[name].shape) for name, value in answers.items()
+        }
         summary = replace(known, evaluation=replace(made, probabilities=probabilities)).summary()
         assert said in summary
         assert unsaid not in summary

@@ -42,19 +42,19 @@ def write(self, name, index, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, name, index, *rest)
 RunFolder.write_chunk = write
-options = "--limit 80 --n-steps 2 --repetitions 2 --order both"
-sys.argv = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", {out!r}, *options.split()]
+sys.argv = {command!r}
 cli.main()
 """
+OPTIONS = ["--limit", "80", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
+COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "run", *OPTIONS]
 
 
-def torchrun(n_workers: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A job as a user would start it, on a port of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_workers)]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
+    command += map(str, arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300, cwd=cwd)
 
 
 def few_of(questions: QuestionSet) -> QuestionSet:
@@ -65,8 +65,8 @@ def few_of(questions: QuestionSet) -> QuestionSet:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> Path:
     """The run of one worker."""
-    out = tmp_path_factory.mktemp("runs") / "alone"
-    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, threads=1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, threads=1, command=COMMAND)
     assert len(list((out / "scores").iterdir())) > 1
     return out
 
@@ -74,8 +74,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: Q
 @pytest.mark.parametrize("n_workers", [2, 4])
 def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path, tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, out=str(out), dies=None))
-    done = torchrun(n_workers, script)
+    script.write_text(RUN.format(few=FEW, command=COMMAND, dies=None))
+    done = torchrun(n_workers, script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report:") == done.stdout.count("│ unablated ") == 1, "one voice"
     assert contents(out) == contents(alone)
@@ -89,14 +89,14 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
     alone: Path, toy: Model, toy_questions: QuestionSet, tmp_path: Path
 ) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, out=str(out), dies=1))
-    done = torchrun(2, script)
+    script.write_text(RUN.format(few=FEW, command=COMMAND, dies=1))
+    done = torchrun(2, script, cwd=tmp_path)
     assert done.returncode != 0
     assert "error: worker 1 of 2" in done.stderr
     assert "has died; run the same command again" in done.stderr
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert any(path.parent.name == "scores" for path in held)
-    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out)
+    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, command=COMMAND)
     assert contents(out) == contents(alone), "a run of two workers resumes on one"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
 

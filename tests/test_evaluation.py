@@ -203,7 +203,9 @@ def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch:
 
 
 def test_a_model_that_always_says_a_is_called_lopsided(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tn_lens.inference.answers.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts)))
+    monkeypatch.setattr(
+        "tn_lens.inference.answers.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts))
+    )
     check = manipulation_check(toy, [prompt(i, i % 2) for i in range(20)])
     assert check.questions == list(map(str, range(0, 20, 2)))
     assert check.right_at_a_after == 1
@@ -314,7 +316,9 @@ def test_a_fall_by_letter_bias_alone_is_called_that() -> None:
     says_a = [[0.9, 0.1], [0.6, 0.4]] * 10
     found = made(knows, says_a)
     assert found.conditions["ablated"].accuracy == 0.5
-    assert found.conditions["ablated"].order_averaged_accuracy == 1, "the letters cancel and the knowledge is still there"
+    assert found.conditions["ablated"].order_averaged_accuracy == 1, (
+        "the letters cancel and the knowledge is still there"
+    )
     assert (
         "letter bias explains part of the fall of 50.0 points; averaged over the orders of the answers, the fall is 0.0 points"
         in found.summary()
@@ -598,7 +602,13 @@ def assert_same(loaded: Evaluation, live: Evaluation) -> None:
     np.testing.assert_equal(loaded.fall(), live.fall())
     for frame in (lambda e: e.to_frame(), lambda e: e.by_category(1), lambda e: e.by_part()):
         assert_frame_equal(frame(loaded), frame(live))
-    for sentences in (lambda e: e.explain(), lambda e: e.warnings(), lambda e: e.summary(), repr, Evaluation._repr_html_):
+    for sentences in (
+        lambda e: e.explain(),
+        lambda e: e.warnings(),
+        lambda e: e.summary(),
+        repr,
+        Evaluation._repr_html_,
+    ):
         assert sentences(loaded) == sentences(live)
     for other in set(live.conditions) - {"ablated"}:
         np.testing.assert_equal(vars(loaded.compare("ablated", other)), vars(live.compare("ablated", other)))
@@ -614,7 +624,10 @@ def test_a_stored_evaluation_is_the_one_in_memory(
     ids = list(evaluation.prompts.groups)
     losses = {name: np.arange(len(p)) / 7 for name, p in evaluation.probabilities.items()}
     whole = replace(
-        evaluation, text_loss=losses, parts={"first": tuple(ids[:20]), "rest": tuple(ids[20:])}, left_out=("row 3: empty",)
+        evaluation,
+        text_loss=losses,
+        parts={"first": tuple(ids[:20]), "rest": tuple(ids[20:])},
+        left_out=("row 3: empty",),
     )
     neurons, few = whole.neurons, ("unablated", "random", "ablated")
     drawn = evaluate(toy, binary().part("report")[:12], neurons, n_repetitions=2, control_orders="drawn")

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +172,7 @@ VALUES = (
 
 
 @cases(2000)
-@given(
-    adaptive_threshold=VALUES, share_threshold=VALUES, alpha=VALUES, n_steps=VALUES, limit=VALUES, seed=VALUES
-)
+@given(adaptive_threshold=VALUES, share_threshold=VALUES, alpha=VALUES, n_steps=VALUES, limit=VALUES, seed=VALUES)
 def test_settings(toy: Model, **given_values: Any) -> None:
     try:
         found = resolve_settings(toy, Settings(**given_values))
@@ -314,19 +312,25 @@ def results(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
     return folder
 
 
-def numbers(run: TruthNeurons) -> tuple[Any, ...]:
-    """Everything that a run holds, in a form in which NaN equals NaN."""
-    others = [evaluation.to_bytes(".safetensors") for evaluation in run.others]
-    return dict(run.files()), others, run.strangers, vars(run.provenance)
+def numbers(run: TruthNeurons) -> dict[str, list[Any]]:
+    """Every field of a run, in a form in which NaN equals NaN."""
+    values = {field.name: getattr(run, field.name) for field in fields(run)}
+    return {
+        name: [
+            part.to_bytes(".safetensors") if isinstance(part, Stored) else repr(part)
+            for part in (value if isinstance(value, tuple) else (value,))
+        ]
+        for name, value in values.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def expected(whole: Path) -> tuple[Any, ...]:
+def expected(whole: Path) -> dict[str, list[Any]]:
     return numbers(load_run(whole))
 
 
 @pytest.fixture(scope="module")
-def expected_results(results: Path) -> tuple[Any, ...]:
+def expected_results(results: Path) -> dict[str, list[Any]]:
     run = load_run(results)
     assert [evaluation.name for evaluation in run.others] == ["again"]
     return numbers(run)
@@ -375,7 +379,7 @@ def damage(folder: Path, how: str, data: st.DataObject, name: str | None = None)
 @cases(900)
 @given(how=DAMAGE, data=st.data())
 def test_damaged_folders_are_not_read_as_whole(
-    whole: Path, expected: tuple[Any, ...], how: str, data: st.DataObject
+    whole: Path, expected: dict[str, list[Any]], how: str, data: st.DataObject
 ) -> None:
     thresholds: dict[str, Any] = {"adaptive_threshold": 0.05, "share_threshold": 0.3}
     selected = select_neurons(StoredScores.load(whole), **thresholds).neurons
@@ -424,7 +428,7 @@ def test_every_result_file_is_damaged_below(results: Path) -> None:
 @cases(240)
 @given(how=ALTERED, data=st.data())
 def test_a_damaged_result_is_refused_or_whole(
-    results: Path, expected_results: tuple[Any, ...], name: str, how: str, data: st.DataObject
+    results: Path, expected_results: dict[str, list[Any]], name: str, how: str, data: st.DataObject
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"

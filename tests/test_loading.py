@@ -274,5 +274,7 @@ def test_the_real_small_checkpoint(shared: Path) -> None:
 
 def test_recommended_settings(toy: Model, tiny: Callable[..., Model]) -> None:
     assert recommended_settings(toy)["order"] == "both"
-    assert {name: recommended_settings(tiny(name))["adaptive_threshold"] for name in PAPER_THRESHOLDS} == PAPER_THRESHOLDS
+    assert {
+        name: recommended_settings(tiny(name))["adaptive_threshold"] for name in PAPER_THRESHOLDS
+    } == PAPER_THRESHOLDS
     assert PAPER_THRESHOLDS["Qwen2.5-3B-Instruct"] == 0.01

@@ -62,7 +62,7 @@ def test_everything_planted_is_found_and_nothing_else(seed: int) -> None:
     assert set(check.questions) == set(world.prompts.groups) - world.mistaken
     assert len(world.prompts.groups) == 200
     assert len(world.mistaken) == 40
-    scores = attribute(world.model, check.prompts)
+    scores = attribute(world.model, check.prompts, n_steps=20 if seed < 5 else 5)  # the default, and a faster one
     for t in (0.1, 0.2, 0.3):
         assert select_neurons(scores, adaptive_threshold=t).neurons == world.truth
 

@@ -34,7 +34,9 @@ def test_evaluating_a_run_makes_both_tables(demo: Path, run: Callable, tmp_path:
     names = {path.name for path in (tmp_path / "again").iterdir()}
     tables = {f"table{n}.{ending}" for n in (1, 2) for ending in ("md", "tex", "csv")}
     sets = ("toy", "toy_true_false", "toy_four_choice")
-    assert names - {"work", ".lock", "log.jsonl"} == tables | {"summary.json"} | {f"{name}.safetensors" for name in sets}
+    assert names - {"work", ".lock", "log.jsonl"} == tables | {"summary.json"} | {
+        f"{name}.safetensors" for name in sets
+    }
     numbers = json.loads((tmp_path / "again" / "summary.json").read_text())
     assert tuple(numbers) == sets
     stored = Evaluation.load(tmp_path / "again" / "toy_four_choice.safetensors")
@@ -108,7 +110,10 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         (["RUN", "--model", "toy", "--on", "toy", "toy"], "a name of its own"),
         (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "limit must be a positive integer; got 0"),
         (["RUN", "--model", "toy", "--on", "toy", "--conditions", "unablated"], "'ablated' is missing"),
-        (["RUN", "--model", "toy", "--on", "toy", "--mode", "scale"], "--mode scale needs a factor; give one with --factor"),
+        (
+            ["RUN", "--model", "toy", "--on", "toy", "--mode", "scale"],
+            "--mode scale needs a factor; give one with --factor",
+        ),
         (["RUN", "--model", "toy", "--on", "toy", "--factor", "2"], "--mode zero has no factor; leave out --factor"),
         (["RUN", "--model", "toy", "--on", "toy", "--text", "nothing.txt"], "cannot read 'nothing.txt'"),
         (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "give the folder with test/"),

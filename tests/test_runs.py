@@ -120,7 +120,9 @@ def test_the_same_stages_in_memory_give_the_same_numbers(whole: Path, toy: Model
     for name, result in found.evaluation.conditions.items():
         assert result.accuracies.tolist() == stored.conditions[name].accuracies.tolist()
     records = json.loads((whole / "neurons.json").read_text())["neurons"]
-    assert [record["mean_difference"] for record in found.records()] == [stored["mean_difference"] for stored in records]
+    assert [record["mean_difference"] for record in found.records()] == [
+        stored["mean_difference"] for stored in records
+    ]
 
 
 def test_a_damaged_chunk_is_named_and_computed_again_and_no_other(
@@ -456,7 +458,11 @@ def test_a_loaded_run_is_the_one_that_was_returned(
     assert loaded.diagnosis.summary() == ours.diagnosis.summary()
     assert len(loaded.cards) == len(ours.cards) > 0
     for stored, made in zip(loaded.cards, ours.cards, strict=True):
-        assert (stored.to_text(), stored.to_html(), stored.summary()) == (made.to_text(), made.to_html(), made.summary())
+        assert (stored.to_text(), stored.to_html(), stored.summary()) == (
+            made.to_text(),
+            made.to_html(),
+            made.summary(),
+        )
     assert loaded.provenance.name == ours.provenance.name == folder.name
     assert loaded.provenance.settings == ours.provenance.settings
     written = dict(ours.files())

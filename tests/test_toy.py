@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -106,10 +107,11 @@ def test_the_run_is_the_same_wherever_it_is_made(demo: TruthNeurons) -> None:
 
 
 def words_and_numbers(report: Path) -> tuple[list[str], list[float]]:
-    """What a reader sees of a report, without drawings, the manifest, which names the backend, and the weights' digest."""
+    """What a reader sees of a report, without drawings, the manifest, the weights' digest and the name of the backend."""
     page = report.read_text(encoding="utf-8")
     text = re.sub(r"(?s)<(script|style|svg|details)\b.*?</\1>|<[^>]*>", " ", page)
     text = re.sub(r"weights:\s*[0-9a-f]+", "", text)
+    text = re.sub(r"backend='\w+'", "", html.unescape(text))
     parts = re.split(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)", text)
     return " ".join(parts[::2]).split(), [float(part) for part in parts[1::2]]
 
@@ -119,6 +121,9 @@ def test_the_report_is_the_same_on_the_bridge(demo: TruthNeurons, folder: Path, 
     model, out = load_model("toy", backend="bridge"), tmp_path / folder.name
     found = find_truth_neurons(model, load_questions("toy"), out=out, progress=False)
     assert_same_run(summed_up(found), json.loads(EXPECTED.read_text(encoding="utf-8")))
+    for path, backend in ((out, "bridge"), (folder, "hooked")):
+        page = html.unescape((path / "report.html").read_text(encoding="utf-8"))
+        assert f"load_model('toy', backend='{backend}')" in page, "the call that repeats the run names the backend"
     (words, numbers), (others, expected) = (words_and_numbers(one / "report.html") for one in (out, folder))
     assert len(words) > 1000
     assert words == others

@@ -24,7 +24,6 @@ from typing import Any
 import tn_lens.pipeline.dry_run
 import tn_lens.pipeline.run
 import tn_lens.report.page  # noqa: F401 (the forks need not import them)
-
 from tests.conftest import contents
 from tn_lens import cli
 from tn_lens.questions import load
@@ -73,15 +72,15 @@ def phase_of(event: dict[str, Any]) -> str:
     return "evaluation"
 
 
-def moments(reference: Path) -> dict[str, list[tuple[int, float]]]:
+def moments(out: Path) -> dict[str, list[tuple[int, float]]]:
     """Per phase: numbers of log lines to wait for, and seconds from there to the next."""
-    held = events(reference)
-    times = [datetime.fromisoformat(event["time"]).timestamp() for event in held]
+    logged = events(out)
+    times = [datetime.fromisoformat(event["time"]).timestamp() for event in logged]
     gaps = [after - before for before, after in pairwise(times)]
     found: dict[str, list[tuple[int, float]]] = {phase: [] for phase in PHASES}
     for place, gap in enumerate(gaps):
         last = place == len(gaps) - 1  # from the last chunk to the end: figures, report, result files
-        found["report" if last else phase_of(held[place])].append((place + 1, gap))
+        found["report" if last else phase_of(logged[place])].append((place + 1, gap))
     return found
 
 
@@ -115,14 +114,13 @@ def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
     few = tuple(question for part in ("find", "report") for question in toy.part(part)[:100:2])
     load.load_questions = lambda name: replace(toy, questions=few)  # pyright: ignore[reportAttributeAccessIssue]
     rng = random.Random(seed)
-    reference = folder / "reference"
-    finish(reference)
-    expected, chunks = contents(reference), whole_chunks(reference)
-    where = moments(reference)
+    out = folder / "run"  # the same for all, since a manifest holds the command line
+    finish(out)
+    expected, chunks, where = contents(out), whole_chunks(out), moments(out)
+    shutil.rmtree(out)
     done: dict[str, int] = dict.fromkeys(PHASES, 0)
     while sum(done.values()) < n_kills:
         phase = PHASES[sum(done.values()) % len(PHASES)]
-        out = folder / "run"
         n_lines, gap = rng.choice(where[phase])
         if not kill_once(out, n_lines, rng.uniform(0, gap)):
             shutil.rmtree(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -82,9 +82,6 @@ class PromptSet(Sequence[Prompt]):
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return iter(self.prompts)
 
     @classmethod
     def of(cls, prompts: Prompt | Sequence[Prompt]) -> PromptSet:

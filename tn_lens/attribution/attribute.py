@@ -74,7 +74,7 @@ def attribute(
     """
     check_model(model)
     prompts = PromptSet.of(prompts)
-    space = _space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
+    space = space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
     attribution_method = METHODS[method]
     attribution_method.check(n_steps)
@@ -145,7 +145,7 @@ class _Results:
         )
 
 
-def _space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
+def space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
     """The model's neurons at these sites, without sites that it does not have."""
     space = neuron_space(model, sites)
     return neuron_space(model, tuple(site for site in sites if space.width(site)))

@@ -52,19 +52,17 @@ def quadrature_rule(method: str = "riemann_right", n_steps: int = 20) -> Quadrat
     return RULES[method](n_steps)
 
 
-def _riemann_right(m: int) -> QuadratureRule:
-    return QuadratureRule(torch.arange(1, m + 1, dtype=torch.float64) / m, _equal(m))
-
-
-def _riemann_middle(m: int) -> QuadratureRule:
-    return QuadratureRule((torch.arange(1, m + 1, dtype=torch.float64) - 0.5) / m, _equal(m))
+def _riemann(m: int, first: float, n_intervals: int) -> QuadratureRule:
+    """Equal weights, and nodes one interval apart; `first` is the first node, in intervals."""
+    nodes = (torch.arange(m, dtype=torch.float64) + first) / n_intervals
+    return QuadratureRule(nodes, torch.full((m,), 1 / n_intervals, dtype=torch.float64))
 
 
 def _riemann_trapezoid(m: int) -> QuadratureRule:
-    weights = _equal(m - 1)[0].repeat(m)
+    rule = _riemann(m, first=0.0, n_intervals=m - 1)
     # the two ends count half
-    weights[[0, -1]] /= 2
-    return QuadratureRule(torch.arange(m, dtype=torch.float64) / (m - 1), weights)
+    rule.weights[[0, -1]] /= 2
+    return rule
 
 
 def _gausslegendre(m: int) -> QuadratureRule:
@@ -78,13 +76,9 @@ def _graded(m: int) -> QuadratureRule:
     return QuadratureRule(inner.nodes**GRADING, inner.weights * GRADING * inner.nodes ** (GRADING - 1))
 
 
-def _equal(m: int) -> Float[Tensor, " step"]:
-    return torch.full((m,), 1 / m, dtype=torch.float64)
-
-
 RULES: Mapping[str, Callable[[int], QuadratureRule]] = {
-    "riemann_right": _riemann_right,
-    "riemann_middle": _riemann_middle,
+    "riemann_right": lambda m: _riemann(m, first=1.0, n_intervals=m),
+    "riemann_middle": lambda m: _riemann(m, first=0.5, n_intervals=m),
     "riemann_trapezoid": _riemann_trapezoid,
     "gausslegendre": _gausslegendre,
     "graded": _graded,

@@ -75,8 +75,13 @@ class ScoreSource(ABC):
 
     def at_questions(self, neurons: Iterable[Neuron]) -> Float[Tensor, "question neuron"]:
         """D of some neurons, with the mean over the orders of each question."""
-        columns = self.at(neurons)
-        return torch.stack([columns[rows.start : rows.stop].mean(0) for rows in self.prompts.groups.values()])
+        return mean_by_question(self.at(neurons), self.prompts)
+
+
+def mean_by_question(columns: Float[Tensor, "prompt neuron"], prompts: PromptSet) -> Float[Tensor, "question neuron"]:
+    """The mean over the orders of each question, added up in the dtype of the scores."""
+    means = [columns[rows.start : rows.stop].mean(0) for rows in prompts.groups.values()]
+    return torch.stack(means) if means else columns
 
 
 def mean_of_orders(scores: OfOrders) -> Scores:
@@ -145,19 +150,9 @@ class Attribution(ScoreSource, Stored):
         """The largest completeness error relative to the largest |change|, over all prompts, sites and layers."""
         return relative_gap(self.gap, self.change)
 
-    @property
-    def categories(self) -> dict[str, str]:
-        """Question id -> category."""
-        return self.prompts.categories
-
     def completeness(self) -> pd.DataFrame:
         """The mean of |gap| and of |change| over the prompts, one row for each site and layer."""
-        rows = [
-            {"site": site, "layer": layer, "gap": gap, "change": change}
-            for site, means in self.mean_gaps().items()
-            for layer, (gap, change) in enumerate(zip(means["gap"], means["change"], strict=True))
-        ]
-        return pd.DataFrame(rows, columns=["site", "layer", "gap", "change"])
+        return pd.DataFrame(layer_gaps(self.mean_gaps()), columns=list(LayerGap._fields))
 
     def mean_gaps(self) -> Gaps:
         """The same numbers by site, with a list over the layers for each."""
@@ -225,8 +220,8 @@ def relative_gap(gap: Scores, change: Scores) -> float:
     return missing / largest if largest else float(missing > 0)
 
 
-class WorstGap(NamedTuple):
-    """The site and layer with the largest completeness error, on the mean over prompts."""
+class LayerGap(NamedTuple):
+    """The completeness error of a site and layer, on the mean over prompts."""
 
     site: str
     layer: int
@@ -241,11 +236,15 @@ class WorstGap(NamedTuple):
         return self.gap / self.change if self.change else (float("inf") if self.gap else 0.0)
 
 
-def worst_gap(completeness: Gaps) -> WorstGap:
-    """The site and layer with the largest mean |gap|, beside its mean |change|."""
-    every = [
-        WorstGap(site, layer, gap, change)
+def layer_gaps(completeness: Gaps) -> list[LayerGap]:
+    """The completeness errors of all sites and layers."""
+    return [
+        LayerGap(site, layer, gap, change)
         for site, means in completeness.items()
         for layer, (gap, change) in enumerate(zip(means["gap"], means["change"], strict=True))
     ]
-    return max(every, key=lambda worst: worst.gap, default=WorstGap("mlp", 0, 0.0, 0.0))
+
+
+def worst_gap(completeness: Gaps) -> LayerGap:
+    """The site and layer with the largest mean |gap|, beside its mean |change|."""
+    return max(layer_gaps(completeness), key=lambda layer: layer.gap, default=LayerGap("mlp", 0, 0.0, 0.0))

@@ -1,5 +1,3 @@
 """The command line: `tn-lens --help`."""
 
-from tn_lens.cli.main import main
-
-__all__ = ["main"]
+from tn_lens.cli.main import main as main

@@ -1,16 +1,18 @@
 """Saving and loading of results: frozen dataclasses as JSON, or as safetensors where they hold large arrays.
 
-A file holds the fields of the dataclass and nothing else. The type annotations say how a field is read back, so no class
+A file holds the fields of the dataclass and a checksum. The type annotations say how a field is read back, so no class
 has a reader of its own, and no name in a file decides which code runs.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +21,10 @@ import numpy as np
 from tn_lens.core.errors import BadInput
 
 R = TypeVar("R", bound="Stored")
+
+SEAL = re.compile(rb'("sha256\\?": \\?")[^"\\]{64}')
+"""The checksum in a file; in the header of a safetensors file its quotation marks are escaped."""
+BLANK = "0" * 64
 
 
 class Stored:
@@ -45,7 +51,11 @@ class Stored:
         """
         path = Path(path)
         try:
-            return cls.from_bytes(path.read_bytes(), path.suffix)
+            content = path.read_bytes()
+            # a digit that was altered in a number is seen by nothing else
+            if content != _seal(content):
+                raise BadInput("is damaged: its checksum does not fit; run the same command again to write it anew")
+            return cls.from_bytes(content, path.suffix)
         except FileNotFoundError:
             raise BadInput(
                 f"{path.parent} has no {path.name} yet; finish the run with the same command, or check the path"
@@ -59,19 +69,19 @@ class Stored:
         """The content of the file that `save` writes."""
         match ending:
             case ".json":
-                return dump_json(_encode(self, None))
+                return _seal(dump_json({"sha256": BLANK, **_encode(self, None)}))
             case ".safetensors":
                 from safetensors.torch import save
 
                 arrays: dict[str, Any] = {}
-                encoded = dump_json(_encode(self, arrays)).decode()
-                return save(arrays, metadata={"result": encoded})
+                encoded = dump_json({"sha256": BLANK, **_encode(self, arrays)}).decode()
+                return _seal(save(arrays, metadata={"result": encoded}))
             case _:
                 raise BadInput(f"expected a file that ends in .json or .safetensors, got the ending {ending!r}")
 
     @classmethod
     def from_bytes(cls: type[R], content: bytes, ending: str) -> R:
-        """The inverse of `to_bytes`."""
+        """The inverse of `to_bytes`; the checksum is compared by `load` alone."""
         try:
             # safetensors: 8 bytes for the length of the header, the header as JSON, then the arrays
             if ending == ".safetensors":
@@ -79,8 +89,11 @@ class Stored:
 
                 n_header = int.from_bytes(content[:8], "little")
                 encoded = json.loads(content[8 : 8 + n_header])["__metadata__"]["result"]
-                return _decode(cls, json.loads(encoded), load(content))
-            return _decode(cls, json.loads(content), {})
+                payload, arrays = json.loads(encoded), load(content)
+            else:
+                payload, arrays = json.loads(content), {}
+            payload.pop("sha256", None)
+            return _decode(cls, payload, arrays)
         except BadInput:
             raise
         except Exception as error:  # a damaged file fails in many ways
@@ -92,6 +105,13 @@ class Stored:
     def __repr__(self) -> str:
         summary = getattr(self, "summary", None)
         return f"{type(self).__name__}: {summary()}" if summary else object.__repr__(self)
+
+
+def _seal(content: bytes) -> bytes:
+    """The content with the SHA-256 of all its other bytes as its checksum; unchanged if it has none."""
+    # zeros are in the place of the checksum while it is computed
+    blank = SEAL.sub(rb"\g<1>" + BLANK.encode(), content, count=1)
+    return SEAL.sub(rb"\g<1>" + sha256(blank).hexdigest().encode(), content, count=1)
 
 
 def dump_json(payload: Any) -> bytes:

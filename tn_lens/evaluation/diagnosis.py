@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from tn_lens.attribution import attribute
+from tn_lens.attribution.attribute import attribute
 from tn_lens.attribution.result import at_neurons
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored

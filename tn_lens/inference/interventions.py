@@ -207,21 +207,29 @@ def intervention_hooks(
 
     # called once per batch; the masks are the same for all
     def hooks(layout: Layout) -> Hooks:
-        replacement, where = prepared(layout), layout.at(intervention.positions)
-        return [(hook_name(*place), _hook(place, mask, where, replacement)) for place, mask in masks.items()]
+        where = layout.at(intervention.positions)
+        return _hooks(masks, prepared(layout), lambda flat: where)
 
     return hooks
 
 
-def _hook(
-    place: Place, mask: Bool[Tensor, " neuron"], where: Bool[Tensor, "row column"] | None, replacement: Replacement
-) -> Callable[..., Tensor]:
-    def put(value: Tensor, hook: object) -> Tensor:
-        flat = value.flatten(2)  # [row, column, neuron]: heads side by side
-        at = mask if where is None else mask & where[..., None].to(mask.device)
-        return torch.where(at, replacement(place, flat), flat).reshape(value.shape)
+def _hooks(
+    masks: Mapping[Place, Bool[Tensor, " neuron"]],
+    replacement: Replacement,
+    where: Callable[[Tensor], Bool[Tensor, "*row column"] | None],
+) -> Hooks:
+    """Hooks that replace the activations of the neurons; `where` gives the columns, None for all of them."""
 
-    return put
+    def acting(place: Place, mask: Tensor) -> Callable[..., Tensor]:
+        def put(value: Tensor, hook: object) -> Tensor:
+            flat = value.flatten(2)  # [row, column, neuron]: heads side by side
+            columns = where(flat)
+            at = mask if columns is None else mask & columns[..., None].to(mask.device)
+            return torch.where(at, replacement(place, flat), flat).reshape(value.shape)
+
+        return put
+
+    return [(hook_name(*place), acting(place, mask)) for place, mask in masks.items()]
 
 
 @contextmanager
@@ -250,20 +258,10 @@ def intervene(
     masks, backend = _masks(model, neurons), backend_of(model)
     replacement = intervention.prepare(model, prompts, masks.keys())(Layout.aligned(prompts, backend.device))
 
-    def acting(place: Place, mask: Tensor) -> Callable[..., Tensor]:
-        def put(value: Tensor, hook: object) -> Tensor:
-            flat = value.flatten(2)  # [row, column, neuron]
-            new = _fitted(replacement(place, flat), flat)
-            if intervention.positions == "last":
-                at = torch.zeros_like(flat, dtype=torch.bool)
-                at[:, -1] = mask.to(flat.device)
-            else:
-                at = mask.to(flat.device)
-            return torch.where(at, new, flat).reshape(value.shape)
+    def last(flat: Float[Tensor, "row column neuron"]) -> Bool[Tensor, " column"] | None:
+        return torch.arange(1 - flat.shape[1], 1) == 0 if intervention.positions == "last" else None
 
-        return put
-
-    with backend.hooks([(hook_name(*place), acting(place, mask)) for place, mask in masks.items()]):
+    with backend.hooks(_hooks(masks, lambda place, flat: _fitted(replacement(place, flat), flat), last)):
         yield model
 
 

@@ -84,14 +84,10 @@ class Neuron:
             )
         return cls(site, layer, head, index)
 
-    def to_plain(self) -> str:
-        """The form in stored results."""
-        return str(self)
-
-    @classmethod
-    def from_plain(cls, name: str) -> Neuron:
-        """The inverse of `to_plain`."""
-        return cls.from_name(name)
+    to_plain = __str__
+    """The form in stored results."""
+    from_plain = from_name
+    """The inverse of `to_plain`."""
 
 
 class NeuronSet(Set[Neuron]):

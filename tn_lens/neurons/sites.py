@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tn_lens.core.options import NEURON_SITES
+from tn_lens.core.options import NEURON_SITES as NEURON_SITES
 from tn_lens.core.registry import Registry
 
 SiteName: TypeAlias = str
@@ -45,6 +45,3 @@ def hook_name(site: SiteName, layer: int) -> str:
         BadInput: there is no such site.
     """
     return f"blocks.{layer}.{SITES[site].hook}"
-
-
-__all__ = ["NEURON_SITES", "SITES", "Site", "SiteName", "hook_name"]

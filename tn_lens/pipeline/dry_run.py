@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from tn_lens.attribution import attribute
+from tn_lens.attribution.attribute import attribute
 from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
 from tn_lens.inference.answers import ask

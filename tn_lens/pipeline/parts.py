@@ -46,7 +46,5 @@ def split_questions(questions: QuestionSet, settings: Settings) -> Parts:
         is_held_out = False
         if not finding:
             raise BadInput(f"{len(questions)} questions are too few to tune t on some of them; set t yourself")
-    if settings.limit is not None and settings.limit < len(finding):
-        drawn = generator(settings.seed).choice(len(finding), settings.limit, replace=False)
-        finding = finding.select(sorted(drawn.tolist()))
+    finding = finding.sample(settings.limit, generator(settings.seed))
     return Parts(finding, reporting if is_held_out else finding, tuning, is_held_out)

@@ -57,10 +57,7 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
         known = {key: value for key, value in options.items() if key in options_of(name)}
         questions = load_questions(name, source=source or None, **known)
         questions = questions.part("report") or questions
-        if limit is not None and limit < len(questions):
-            drawn = generator(seed, 10).choice(len(questions), limit, replace=False)
-            questions = questions.select(sorted(drawn.tolist()))
-        sets.append(questions)
+        sets.append(questions.sample(limit, generator(seed, 10)))
     names = [questions.name for questions in sets]
     if len(set(names)) < len(names):
         raise BadInput(f"each question set needs a name of its own; got {', '.join(names)}")

@@ -8,20 +8,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from tn_lens.attribution import attribute, post_norm_warning
-from tn_lens.attribution.attribute import back_off_warning
+from tn_lens.attribution.attribute import attribute, back_off_warning, post_norm_warning, space_of
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
 from tn_lens.core.settings import Settings
 from tn_lens.evaluation.diagnosis import diagnose
 from tn_lens.evaluation.evaluate import evaluate
-from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
+from tn_lens.evaluation.tuning import THRESHOLDS, tune_threshold
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
-from tn_lens.models import Model, backend_of, check_model, neuron_space
+from tn_lens.models import Model, backend_of, check_model
 from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.provenance import describe, fixed_threads, threads_of
 from tn_lens.pipeline.settings import resolve_settings, rules_of
@@ -29,7 +25,7 @@ from tn_lens.prompts import PromptSet, build_prompts
 from tn_lens.questions.question import QuestionSet
 from tn_lens.report.page import write_report
 from tn_lens.results.found import Provenance, TruthNeurons, load_run
-from tn_lens.results.make_cards import N_CARDS, make_cards
+from tn_lens.results.make_cards import make_cards
 from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
 from tn_lens.runs.context import Run, map_chunks
 from tn_lens.runs.folder import SCORES, RunFolder
@@ -68,8 +64,7 @@ def find_truth_neurons(
         overwrite: start over if the folder holds another run.
         drop_long: leave out questions beyond the context window instead of raising.
         progress: show progress bars.
-        threads: number of torch threads of every worker, one of the run's settings since the last bits of the numbers
-            depend on it; by default that of the run folder, or torch's own.
+        threads: number of torch threads of every worker; by default that of the run folder, or torch's own.
         command: the command line that started the run, for the report.
 
     Raises:
@@ -90,8 +85,11 @@ def find_truth_neurons(
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
         # 3. select (2.2, 2.3, A.3)
         table = run.stage("selection", selection_table, scores, settings)
-        tuning = run.stage("tuning", tune, model, scores, parts.tuning, settings, table, drop_long)
-        t, rules = tuning.t if tuning else settings.adaptive_threshold, rules_of(settings)
+        t, tuning, rules = settings.adaptive_threshold, None, rules_of(settings)
+        if t == "auto":
+            about = {"rules": rules, "seed": settings.seed, "drop_long": drop_long, "table": table}
+            tuning = run.stage("tuning", tune_threshold, model, scores, parts.tuning, **about)
+            t = tuning.t
         selection = table.select(t, Split(settings.seed), rules)
         # 4. ablate and evaluate (3.3)
         measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
@@ -102,8 +100,7 @@ def find_truth_neurons(
         about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed}
         diagnosis = run.stage("diagnosis", diagnose, model, selection.neurons, check, parts.finding, **about, **options)
         about = {"selection": selection, "diagnosis": diagnosis, "questions": parts.finding}
-        about |= strongest(selection, columns["difference"])
-        cards = run.stage("cards", make_cards, model, scores, check, **about)
+        cards = run.stage("cards", make_cards, model, scores, check, columns=columns["difference"], **about)
         found = TruthNeurons(
             model_name=backend_of(model).name,
             questions_name=questions.name,
@@ -121,8 +118,7 @@ def find_truth_neurons(
             cards=cards,
             provenance=Provenance.of(read_manifest(folder.path / "manifest.json"), folder.path.name),
         )
-        finish(run, found)
-    return found
+        return finish(run, found)
 
 
 def check_arguments(
@@ -193,8 +189,7 @@ def attribution_options(model: Model, check: ManipulationCheck, settings: Settin
     """The keyword arguments of `attribute`; a mean baseline is that of the kept prompts."""
     baseline: Any = settings.baseline
     if baseline == "mean":
-        sites = settings.sites
-        baseline = mean_activations(model, check.prompts, positions=settings.positions, sites=sites)
+        baseline = mean_activations(model, check.prompts, positions=settings.positions, sites=settings.sites)
     return {"baseline": baseline, **settings.of_attribution()}
 
 
@@ -219,8 +214,7 @@ def attribute_into(
         return pack_scores(scores, size)
 
     done = map_chunks(SCORES, [chunk_key(chunk) for chunk in chunks], compute, "attribution")
-    sites = tuple(site for site in settings.sites if neuron_space(model, settings.sites).width(site))
-    scores = StoredScores(folder, neuron_space(model, sites), chunks, getattr(done, "keys", ()))
+    scores = StoredScores(folder, space_of(model, settings.sites), chunks, getattr(done, "keys", ()))
     if folder.workers.is_first:
         scores.save_index()
     if fitted := scores.backed_off():
@@ -238,21 +232,6 @@ def selection_table(scores: StoredScores, settings: Settings) -> SelectionTable:
     if scores.prompts.n_orders > 1:
         splits.append(Split(settings.seed, drawn=settings.seed))
     return SelectionTable(scores, ts=ts, splits=splits, share_threshold=settings.share_threshold)
-
-
-def tune(
-    model: Model,
-    scores: StoredScores,
-    questions: QuestionSet,
-    settings: Settings,
-    table: SelectionTable,
-    drop_long: bool,
-) -> Tuning | None:
-    """The search for t if the settings ask for it."""
-    if settings.adaptive_threshold != "auto":
-        return None
-    rules, seed = rules_of(settings), settings.seed
-    return tune_threshold(model, scores, questions, rules=rules, seed=seed, drop_long=drop_long, table=table)
 
 
 def again_with_every_order(table: SelectionTable, selection: Selection) -> float | None:
@@ -274,16 +253,8 @@ def notes_of(run: Run, model: Model, settings: Settings) -> tuple[str, ...]:
     return tuple(first.notes | run.notes)
 
 
-def strongest(selection: Selection, columns: Float[Tensor, "prompt neuron"]) -> dict[str, Any]:
-    """The strongest neurons, which get a card, and their D."""
-    neurons = selection.by_strength[:N_CARDS]
-    # columns are in the order of the set, cards in the order of strength
-    place = {neuron: column for column, neuron in enumerate(selection.neurons)}
-    return {"neurons": neurons, "columns": columns[:, [place[neuron] for neuron in neurons]]}
-
-
-def finish(run: Run, found: TruthNeurons) -> None:
-    """Write the result and its report, unless the run is in memory; the first worker does it for all."""
+def finish(run: Run, found: TruthNeurons) -> TruthNeurons:
+    """Write the result and its report, unless the run is in memory, and return it; the first worker writes for all."""
     folder = run.folder
     assert folder is not None
     if run.is_kept and folder.workers.is_first:
@@ -293,6 +264,7 @@ def finish(run: Run, found: TruthNeurons) -> None:
         folder.note("neurons_sha256", folder.digest("neurons.json"))  # `tn-lens evaluate` checks it
     folder.workers.wait()
     folder.log("end")
+    return found
 
 
 def report_bytes(found: TruthNeurons) -> bytes:

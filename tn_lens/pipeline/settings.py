@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -34,7 +34,8 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
     if not isinstance(settings, Settings):
         raise BadInput(f"expected Settings, got {settings!r:.60}; write tn.Settings(order='both', ...)")
     memory = default_memory(backend_of(model).device.type)
-    known = {"adaptive_threshold": 0.2, "order": "random", "max_memory": memory, **recommended_settings(model)}
+    known = {f.name: f.default for f in fields(Settings)}
+    known |= {"adaptive_threshold": 0.2, "order": "random", "max_memory": memory, **recommended_settings(model)}
     unset = {name: value for name, value in known.items() if getattr(settings, name) is None}
     settings = replace(settings, **unset)
     _check_numbers(settings)

@@ -9,6 +9,7 @@ from hashlib import sha256
 from itertools import count
 from typing import overload
 
+import numpy as np
 import pandas as pd
 
 from tn_lens.core.errors import BadInput
@@ -113,6 +114,12 @@ class QuestionSet(Sequence[Question]):
     def select(self, indices: Iterable[int]) -> QuestionSet:
         """The questions at these indices, in this order."""
         return replace(self, questions=tuple(self.questions[index] for index in indices))
+
+    def sample(self, n: int | None, random: np.random.Generator) -> QuestionSet:
+        """At most `n` questions, drawn without replacement, in the order of the set; all for None."""
+        if n is None or n >= len(self):
+            return self
+        return self.select(sorted(random.choice(len(self), n, replace=False).tolist()))
 
     def part(self, *splits: str) -> QuestionSet:
         """The questions of these parts."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.attribution.result import ScoreSource
+from tn_lens.attribution.result import ScoreSource, mean_by_question
 from tn_lens.core.errors import BadInput
 from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.inference.forward import Layout, prompt_logits
@@ -88,7 +88,7 @@ def make_cards(
     if not chosen:
         return ()
     columns = scores.at(chosen) if columns is None else columns[:, [given.index(n) for n in chosen]].float()
-    differences = _by_question(columns, scores.prompts)
+    differences = mean_by_question(columns, scores.prompts).double().numpy()
     activations = _activations(model, check.asked, chosen)
     statistics = {} if selection is None else selection.statistics()
     diagnosed = {} if diagnosis is None else diagnosis.records()
@@ -111,12 +111,6 @@ def make_cards(
         )
         for place, neuron in enumerate(chosen)
     )
-
-
-def _by_question(columns: Float[Tensor, "prompt neuron"], prompts: PromptSet) -> Float[np.ndarray, "question neuron"]:
-    """The mean over the orders of each question, added up in the dtype of the scores."""
-    means = [columns[rows.start : rows.stop].mean(0) for rows in prompts.groups.values()]
-    return torch.stack(means).double().numpy() if means else np.zeros((0, columns.shape[1]))
 
 
 def _activations(model: Model, prompts: PromptSet, neurons: Sequence[Neuron]) -> Float[np.ndarray, "prompt neuron"]:

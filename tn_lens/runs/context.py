@@ -61,20 +61,15 @@ class Run:
 
     def stage(self, name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a stage: its chunks are kept under its name, and its warnings become notes."""
-        # chunks of the stage are kept in a folder of its name
-        self.names.append(name)
-        try:
-            with warnings.catch_warnings(record=True) as raised:
-                warnings.simplefilter("always", UserWarning)
-                result = function(*args, **kwargs)
-            for warning in raised:
-                if issubclass(warning.category, UserWarning):
-                    self.note(str(warning.message))
-                else:  # deprecations, for example, do not concern the result
-                    warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            return result
-        finally:
-            self.names.pop()
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always", UserWarning)
+            result = in_stage(name, function, *args, **kwargs)
+        for warning in raised:
+            if issubclass(warning.category, UserWarning):
+                self.note(str(warning.message))
+            else:  # deprecations, for example, do not concern the result
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return result
 
     def note(self, message: str | None) -> None:
         """Note a warning as a sentence; None is ignored."""
@@ -85,8 +80,9 @@ class Run:
         self, name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None
     ) -> Iterable[Tensors]:
         """See `map_chunks`."""
+        text = text if self.progress else None
         if self.folder is None:
-            return [compute(index) for index in progress_bar(range(len(keys)), self._text(text), delay=DELAY)]
+            return [compute(index) for index in progress_bar(range(len(keys)), text, delay=DELAY)]
         folder, workers = self.folder, self.folder.workers
         # scores have a place of their own, since other thresholds are answered from them
         name = name if name == SCORES else "/".join((WORK, *self.names, name))
@@ -97,7 +93,7 @@ class Run:
         wanted = range(len(keys)) if workers.is_first else mine
         there = {index for index in wanted if self._is_whole(folder, name, index, keys[index])}
         todo = [index for index in mine if index not in there]
-        for index in progress_bar(todo, self._text(text) if workers.is_first else None):
+        for index in progress_bar(todo, text if workers.is_first else None):
             started = time.perf_counter()
             with warnings.catch_warnings(record=True) as raised:  # a resumed run could not raise them again
                 warnings.simplefilter("always", UserWarning)
@@ -109,9 +105,6 @@ class Run:
         # every worker may read every chunk from here on
         workers.wait()
         return StoredChunks(folder, name, tuple(keys))
-
-    def _text(self, text: str | None) -> str | None:
-        return text if self.progress else None
 
     @staticmethod
     def _is_whole(folder: RunFolder, name: str, index: int, key: str) -> bool:

@@ -35,7 +35,6 @@ RESULT_FILES = (
     "result.json",
     "check.safetensors",
     "evaluation.safetensors",
-    "diagnosis.json",
     "diagnosis.safetensors",
     "cards.json",
     "selection.json",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.attribution.target import Target
 from tn_lens.core.registry import Registry
 from tn_lens.neurons import SiteName
 from tn_lens.prompts import Prompt
@@ -81,5 +80,3 @@ class Method:
 
 METHODS: Registry[Method] = Registry("attribution method")
 """All attribution methods by name."""
-
-Targets: TypeAlias = Sequence[Target]
