@@ -46,7 +46,7 @@ from tn_lens.models import Model
 from tn_lens.neurons import NeuronSpace
 from tn_lens.pipeline.retest import run_of
 from tn_lens.pipeline.settings import resolve_settings
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 from tn_lens.results.card import CardFile
 from tn_lens.results.found import _Rest
 from tn_lens.selection.stored import StoredScores

@@ -20,6 +20,7 @@ import tn_lens
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tn_lens"
 
+
 def modules() -> dict[str, Path]:
     return {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

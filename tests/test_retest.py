@@ -20,8 +20,10 @@ from tn_lens.runs.seals import fingerprint, sealed
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run on the toy."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    model = load_model("toy")
-    find_truth_neurons(model, load_questions("toy"), Settings(limit=60, n_repetitions=2, n_steps=5), out=folder)
+    toy = load_questions("toy")
+    few = (*toy.part("find")[:60], *toy.part("report")[:24])
+    settings = Settings(n_repetitions=2, n_steps=5)
+    find_truth_neurons(load_model("toy"), replace(toy, questions=few), settings, out=folder)
     return folder
 
 

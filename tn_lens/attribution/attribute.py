@@ -21,7 +21,7 @@ from tn_lens.core.settings import default_memory
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.neurons import NeuronSpace, SiteName
-from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
 
 Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "layer _"]]

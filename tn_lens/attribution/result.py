@@ -18,7 +18,7 @@ from tn_lens.core.seeds import generator
 from tn_lens.core.sentences import say
 from tn_lens.core.stored import Stored
 from tn_lens.neurons import Neuron, NeuronSpace, SiteName
-from tn_lens.prompts import PromptSet, stream_of
+from tn_lens.questions.prompts import PromptSet, stream_of
 
 Scores: TypeAlias = Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, by site; attention neurons are flat, head * d_head + index."""

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 Target: TypeAlias = Callable[[Float[Tensor, "row vocab"], Prompt], Float[Tensor, " row"]]
 """Logits of several rows of one prompt -> one number per row."""

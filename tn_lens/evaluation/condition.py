@@ -14,7 +14,7 @@ from scipy import stats
 from tn_lens.core.options import Condition
 from tn_lens.evaluation.controls import CONTROLS
 from tn_lens.inference.manipulation import is_right
-from tn_lens.prompts import PromptSet
+from tn_lens.questions.prompts import PromptSet
 
 HEADINGS: Mapping[Condition | str, str] = {"random_matched": "matched", "top_activation": "most active"}
 """Conditions whose names in the columns of tables are other ones."""

@@ -26,7 +26,7 @@ from tn_lens.evaluation.result import Evaluation
 from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Model
 from tn_lens.neurons import Neuron, NeuronSet
-from tn_lens.prompts import PromptSet
+from tn_lens.questions.prompts import PromptSet
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
 from tn_lens.runs.context import in_stage, map_chunks

@@ -23,7 +23,7 @@ from tn_lens.inference.interventions import Intervention, Mean, intervention_cal
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, neuron_space
 from tn_lens.neurons import NeuronSet, usual_sites
-from tn_lens.prompts import PromptSet, build_prompts, stream_of
+from tn_lens.questions.prompts import PromptSet, build_prompts, stream_of
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import in_stage, map_chunks

@@ -19,7 +19,7 @@ from tn_lens.evaluation.comparison import FOLLOWED, LETTER_SHIFT, MASS_KEPT, Com
 from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.evaluation.tables import Table, table1, table2
 from tn_lens.neurons import NeuronSet
-from tn_lens.prompts import PromptSet
+from tn_lens.questions.prompts import PromptSet
 from tn_lens.selection.significance import welch
 
 FLOOR = 0.01

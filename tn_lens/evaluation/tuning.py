@@ -18,7 +18,7 @@ from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.inference.answers import Asking, ask_each
 from tn_lens.models import Model
 from tn_lens.neurons import NeuronSet
-from tn_lens.prompts import PromptSet, build_prompts
+from tn_lens.questions.prompts import PromptSet, build_prompts
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.context import track
 from tn_lens.selection.table import Rules, SelectionTable, Split

@@ -15,7 +15,7 @@ from tn_lens.inference.forward import MAX_TOKENS, prompt_logits
 from tn_lens.inference.interventions import Intervention, Zero, intervention_hooks
 from tn_lens.models import Model, backend_of
 from tn_lens.neurons import NeuronSet
-from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tn_lens.core.options import Where
 from tn_lens.models import Hooks, Model, backend_of
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 MAX_TOKENS = 4096
 """Tokens in one batch, padding included. A constant, since results differ in bits between batch sizes."""

@@ -24,7 +24,7 @@ from tn_lens.inference.forward import Layout, pad_right
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
 from tn_lens.neurons import NeuronSet, SiteName, hook_name, usual_sites
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 Place: TypeAlias = tuple[SiteName, int]
 """A site and a layer."""

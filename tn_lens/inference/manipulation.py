@@ -17,7 +17,7 @@ from tn_lens.core.sentences import say
 from tn_lens.core.stored import Stored
 from tn_lens.inference.answers import Asking, ask_each
 from tn_lens.models import Model
-from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.questions.prompts import Prompt, PromptSet
 
 LOPSIDED = 0.15
 """Distance from chance of the fraction of right answers at A from which the check is reported as lopsided."""

@@ -15,7 +15,7 @@ from tn_lens.inference.answers import ask
 from tn_lens.models import Model, backend_of, check_model
 from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.settings import resolve_settings
-from tn_lens.prompts import build_prompts
+from tn_lens.questions.prompts import build_prompts
 from tn_lens.questions.question import QuestionSet
 
 N_PROBES = 16

@@ -21,7 +21,7 @@ from tn_lens.models import Model, backend_of, check_model
 from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.provenance import describe, fixed_threads, threads_of
 from tn_lens.pipeline.settings import resolve_settings, rules_of
-from tn_lens.prompts import PromptSet, build_prompts
+from tn_lens.questions.prompts import PromptSet, build_prompts
 from tn_lens.questions.question import QuestionSet
 from tn_lens.report.page import write_report
 from tn_lens.results.found import Provenance, TruthNeurons, load_run

@@ -17,7 +17,7 @@ from tn_lens.inference.forward import Layout, prompt_logits
 from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
 from tn_lens.neurons import Neuron, NeuronSet, hook_name
-from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.questions.question import LETTERS, Question, QuestionSet
 from tn_lens.results.card import Activation, Card, Example, Token
 from tn_lens.results.tokens import token_text, unknown_tokens

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 Tensors = Mapping[str, Tensor]
 """The result of a chunk: named tensors on the CPU."""

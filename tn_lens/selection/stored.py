@@ -17,7 +17,7 @@ from torch import Tensor
 from tn_lens.attribution.result import Attribution, Gaps, OfOrders, PassSize, ScoreSource, at_neurons
 from tn_lens.core.errors import BadInput
 from tn_lens.neurons import Neuron, NeuronSpace
-from tn_lens.prompts import PromptSet
+from tn_lens.questions.prompts import PromptSet
 from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.runs.seals import is_sealed, read_manifest, sealed
 

@@ -19,7 +19,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.neurons.neuron import Neuron, NeuronSet
-from tn_lens.prompts import Prompt, PromptSet
+from tn_lens.questions.prompts import Prompt, PromptSet
 
 N_TOKENS = 12
 AT_A, AT_B, LAST = 4, 7, N_TOKENS - 1

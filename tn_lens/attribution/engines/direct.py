@@ -15,7 +15,7 @@ from tn_lens.core.options import Positions
 from tn_lens.models import Model, backend_of
 from tn_lens.models.tensors import at_least_float32
 from tn_lens.neurons import SiteName, hook_name
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 
 class Direct:

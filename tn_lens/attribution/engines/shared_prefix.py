@@ -27,7 +27,7 @@ from tn_lens.attribution.result import PassSize
 from tn_lens.inference.forward import pad_left
 from tn_lens.models import Model, backend_of
 from tn_lens.neurons import SiteName, hook_name
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 LAYERS_PER_PASS = 8
 """Maximum number of layers whose rows run together. More layers use the hardware better, but cost memory."""

@@ -25,7 +25,7 @@ from tn_lens.attribution.methods.method import METHODS, BatchScores, Engine, Met
 from tn_lens.attribution.quadrature import RULES, QuadratureRule, quadrature_rule
 from tn_lens.attribution.target import Target
 from tn_lens.neurons import SiteName, hook_name
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 T = TypeVar("T")
 

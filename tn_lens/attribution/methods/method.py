@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tn_lens.core.registry import Registry
 from tn_lens.neurons import SiteName
-from tn_lens.prompts import Prompt
+from tn_lens.questions.prompts import Prompt
 
 Place: TypeAlias = tuple[SiteName, int]
 """A site and a layer."""
