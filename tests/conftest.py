@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
 
 from scripts.train_toy import build_tokenizer
-from tn_lens import QuestionSet, load_model, load_questions
+from tn_lens import QuestionSet, Settings, TruthNeurons, find_truth_neurons, load_model, load_questions
 from tn_lens.models import HAS_HOOKED, Model
 
 torch.set_num_threads(1)
@@ -187,6 +188,46 @@ def toy() -> Model:
 def toy_questions() -> QuestionSet:
     """Its questions."""
     return load_questions("toy")
+
+
+SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
+"""Settings of a run that takes seconds."""
+
+
+@pytest.fixture(scope="session")
+def few(toy_questions: QuestionSet) -> QuestionSet:
+    """So few questions that a run takes seconds."""
+    return first_of_parts(toy_questions, find=24, report=24)
+
+
+def first_of_parts(questions: QuestionSet, **counts: int) -> QuestionSet:
+    """The first questions of some parts."""
+    kept = [question for part, n in counts.items() for question in questions.part(part)[:n]]
+    return replace(questions, questions=tuple(kept))
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bootstrap of few resamples, for tests that compare results only with each other."""
+    monkeypatch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
+
+
+N_RESAMPLES = 50
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> tuple[Path, TruthNeurons]:
+    """The folder of a run that nobody stopped, with `few_resamples`, and what the run returned; only to be read."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
+        return folder, find_truth_neurons(toy, few, SMALL, out=folder)
+
+
+@pytest.fixture
+def whole(small_run: tuple[Path, TruthNeurons]) -> Path:
+    """The folder of this run."""
+    return small_run[0]
 
 
 SHARED = Path(os.environ.get("TN_LENS_SHARED", Path(__file__).parents[2] / "shared"))

@@ -210,5 +210,5 @@ def test_each_worker_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None
     assert [Workers(rank, 4, rank % 2).device(None) for rank in range(4)] == ["cuda:0", "cuda:1"] * 2
     assert Workers(1, 2, 1).device("cpu") == "cpu"
     assert Workers().device("cuda:1") == "cuda:1"
-    with pytest.raises(ValueError, match="has 2 cards, too few for worker 2"):
+    with pytest.raises(ValueError, match="has 2 GPUs, too few for worker 2"):
         Workers(2, 3, 2).device("cuda")

@@ -6,32 +6,16 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import contents
-from tn_lens import BadInput, QuestionSet, Settings, find_truth_neurons
+from tests.conftest import SMALL, contents
+from tn_lens import BadInput, QuestionSet, find_truth_neurons
 from tn_lens.models import Model
 
-SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
-
-
-@pytest.fixture(scope="module")
-def few(toy_questions: QuestionSet) -> QuestionSet:
-    """So few questions that a run takes a second."""
-    kept = [question for part in ("find", "report") for question in toy_questions.part(part)[:24]]
-    return replace(toy_questions, questions=tuple(kept))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> dict[str, bytes]:
-    """What a run writes where nothing goes wrong."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    find_truth_neurons(toy, few, SMALL, out=folder)
-    return contents(folder)
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 class Failing:
@@ -57,7 +41,7 @@ class Failing:
 def test_every_call_that_writes_may_fail(
     number: int,
     said: str,
-    whole: dict[str, bytes],
+    whole: Path,
     toy: Model,
     few: QuestionSet,
     tmp_path: Path,
@@ -86,7 +70,7 @@ def test_every_call_that_writes_may_fail(
         assert not list(out.rglob("*.part"))
     assert all("cannot write" in one and said in one and os.strerror(number) in one for one in sentences)
     assert len(sentences) > 5
-    assert contents(out) == whole
+    assert contents(out) == contents(whole)
 
 
 @pytest.fixture
@@ -104,7 +88,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(
-    small_disk: Path, whole: dict[str, bytes], run: Callable, toy: Model, few: QuestionSet
+    small_disk: Path, whole: Path, run: Callable, toy: Model, few: QuestionSet
 ) -> None:
     out = small_disk / "run"
     with pytest.raises(ValueError, match="No space left on device; make room and run again: what was computed is kept"):
@@ -120,4 +104,4 @@ def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(
         find_truth_neurons(toy, few, SMALL, out=small_disk / "other")
     subprocess.run(["mount", "-o", "remount,rw,size=50m", small_disk], check=True)
     find_truth_neurons(toy, few, SMALL, out=out)
-    assert contents(out) == whole
+    assert contents(out) == contents(whole)

@@ -51,7 +51,9 @@ def test_sets_behave_as_sets(listed: list, others: list) -> None:
 @given(places)
 def test_masks_and_back(listed: list) -> None:
     neurons = of(listed)
-    back = [SPACE.from_mask(SPACE.mask(neurons, site), site) for site in NEURON_SITES]
+    back = [
+        NeuronSet(SPACE.at({site: SPACE.mask(neurons, site).flatten().nonzero().flatten()})) for site in NEURON_SITES
+    ]
     assert back[0] | back[1] == neurons
     counts = neurons.by_layer(4)
     assert [sum(column) for column in zip(*counts.values(), strict=True)] == [

@@ -16,19 +16,8 @@ from tn_lens.pipeline.retest import parts_of, retest, run_of
 from tn_lens.runs.seals import fingerprint, sealed
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished small run on the toy."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    toy = load_questions("toy")
-    few = (*toy.part("find")[:60], *toy.part("report")[:24])
-    settings = Settings(n_repetitions=2, n_steps=5)
-    find_truth_neurons(load_model("toy"), replace(toy, questions=few), settings, out=folder)
-    return folder
-
-
-def test_evaluating_a_run_makes_both_tables(demo: Path, run: Callable, tmp_path: Path) -> None:
-    arguments = ["evaluate", str(demo), "--on", "toy", "toy_true_false", "toy_four_choice", "--model", "toy"]
+def test_evaluating_a_run_makes_both_tables(whole: Path, run: Callable, tmp_path: Path) -> None:
+    arguments = ["evaluate", str(whole), "--on", "toy", "toy_true_false", "toy_four_choice", "--model", "toy"]
     code, out, err = run(*arguments, "--repetitions", "2", "--limit", "40", "--out", str(tmp_path / "again"))
     assert code == 0, err
     for said in ("most active", "order-averaged", "toy_four_choice", "Loss on plain text", "McNemar p"):
@@ -64,8 +53,8 @@ def test_a_run_knows_its_model(run: Callable, tmp_path: Path) -> None:
     assert f"Tables and numbers: {Path(folder) / 'evaluation'}" in out
 
 
-def test_a_set_of_neurons_needs_no_run(demo: Path, run: Callable, tmp_path: Path) -> None:
-    neurons = str(demo / "neurons.json")
+def test_a_set_of_neurons_needs_no_run(whole: Path, run: Callable, tmp_path: Path) -> None:
+    neurons = str(whole / "neurons.json")
     common = ["--on", "toy_true_false", "--repetitions", "2", "--limit", "20", "--conditions", "unablated", "ablated"]
     code, out, err = run(
         "evaluate", "--neurons", neurons, "--model", "toy", *common, "--mode", "scale", "--factor", "2"
@@ -73,7 +62,7 @@ def test_a_set_of_neurons_needs_no_run(demo: Path, run: Callable, tmp_path: Path
     assert code == 0, err
     assert "toy_true_false" in out
     assert "random" not in out.split("toy_true_false", 1)[1]
-    code, _, err = run("evaluate", str(demo), *common, "--out", str(tmp_path / "x"))
+    code, _, err = run("evaluate", str(whole), *common, "--out", str(tmp_path / "x"))
     assert code == 0, err
 
 
@@ -122,8 +111,8 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         (["nowhere", "--model", "toy", "--on", "toy"], "holds no run"),
     ],
 )
-def test_bad_input_to_evaluate(arguments: list[str], said: str, demo: Path, run: Callable, tmp_path: Path) -> None:
-    given = [str(demo) if argument == "RUN" else argument for argument in arguments]
+def test_bad_input_to_evaluate(arguments: list[str], said: str, whole: Path, run: Callable, tmp_path: Path) -> None:
+    given = [str(whole) if argument == "RUN" else argument for argument in arguments]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     code, _, err = run("evaluate", *given, *out)
     assert code == 2
@@ -131,9 +120,9 @@ def test_bad_input_to_evaluate(arguments: list[str], said: str, demo: Path, run:
     assert err.count("\n") == 1
 
 
-def test_neurons_of_other_weights_are_refused(demo: Path, run: Callable, tmp_path: Path) -> None:
+def test_neurons_of_other_weights_are_refused(whole: Path, run: Callable, tmp_path: Path) -> None:
     folder = tmp_path / "toy-edited"
-    shutil.copytree(demo, folder)
+    shutil.copytree(whole, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["settings"]["weights_sha256"] = "0" * 64
     manifest["fingerprint"] = fingerprint(manifest["settings"])

@@ -24,7 +24,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save
 
-from tests.conftest import contents
+from tests.conftest import N_RESAMPLES, SMALL, contents, first_of_parts
 from tn_lens import (
     Mean,
     Neuron,
@@ -48,36 +48,11 @@ from tn_lens.runs.folder import RESULT_FILES, SCORES, RunFolder
 from tn_lens.runs.seals import is_sealed, seal_tensors, sealed, unseal_tensors
 from tn_lens.selection.stored import StoredScores
 
-SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
-
-
-@pytest.fixture(scope="module")
-def few(toy_questions: QuestionSet) -> QuestionSet:
-    """So few questions that a run takes a second."""
-    return first_of_parts(toy_questions, find=24, report=24)
-
-
-def first_of_parts(questions: QuestionSet, **counts: int) -> QuestionSet:
-    """The first questions of some parts."""
-    kept = [question for part, n in counts.items() for question in questions.part(part)[:n]]
-    return replace(questions, questions=tuple(kept))
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 class Stop(BaseException):
     """What a kill looks like from inside."""
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> tuple[Path, TruthNeurons]:
-    """A run that nobody stopped, and what it returned."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, find_truth_neurons(toy, few, SMALL, out=folder)
-
-
-@pytest.fixture(scope="module")
-def whole(live: tuple[Path, TruthNeurons]) -> Path:
-    """The folder of this run."""
-    return live[0]
 
 
 def events(folder: Path, what: str) -> list[dict[str, Any]]:
@@ -384,6 +359,7 @@ def run_and_count_reads(
         return real(self, name, index)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
         patch.setattr(RunFolder, "read_chunk", read)
         patch.setattr(pipeline, "PROMPTS_ATTRIBUTED", 16)
         return find_truth_neurons(model, questions, settings, out=out), reads
@@ -421,9 +397,9 @@ def test_a_search_for_t_reads_the_scores_no_more_often(tuned: tuple[Path, TruthN
 
 @pytest.mark.parametrize("kind", ["plain", "tuned"])
 def test_a_loaded_run_is_the_one_that_was_returned(
-    kind: str, live: tuple[Path, TruthNeurons], tuned: tuple[Path, TruthNeurons, Counter[int]]
+    kind: str, small_run: tuple[Path, TruthNeurons], tuned: tuple[Path, TruthNeurons, Counter[int]]
 ) -> None:
-    folder, ours = live if kind == "plain" else tuned[:2]
+    folder, ours = small_run if kind == "plain" else tuned[:2]
     loaded = load_run(folder)
     assert type(loaded) is type(ours) is TruthNeurons
     for name in ("model_name", "questions_name", "settings", "completeness", "is_held_out", "found_again", "notes"):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from tests.conftest import contents
-from tn_lens import BadInput, NeuronSet, QuestionSet, Settings, find_truth_neurons, load_model
+from tests.conftest import SMALL, contents
+from tn_lens import BadInput, NeuronSet, QuestionSet, find_truth_neurons, load_model
 from tn_lens.models import Model
 from tn_lens.pipeline.retest import retest
 from tn_lens.questions.question import Question
@@ -24,21 +24,8 @@ from tn_lens.runs.folder import RunFolder
 from tn_lens.runs.seals import sealed
 
 ROOT = Path(__file__).parents[1]
-SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
+pytestmark = pytest.mark.usefixtures("few_resamples")
 EVIL = "<script>alert('x')</script>"
-
-
-@pytest.fixture(scope="module")
-def few(toy_questions: QuestionSet) -> QuestionSet:
-    kept = [question for part in ("find", "report") for question in toy_questions.part(part)[:24]]
-    return replace(toy_questions, questions=tuple(kept))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    find_truth_neurons(toy, few, SMALL, out=folder)
-    return folder
 
 
 def test_no_module_unpickles() -> None:

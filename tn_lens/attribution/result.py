@@ -148,7 +148,11 @@ class Attribution(ScoreSource, Stored):
     @property
     def completeness_gap(self) -> float:
         """The largest completeness error relative to the largest |change|, over all prompts, sites and layers."""
-        return relative_gap(self.gap, self.change)
+        largest, missing = (
+            max((float(values.abs().max()) for values in by_site.values() if values.numel()), default=0.0)
+            for by_site in (self.change, self.gap)
+        )
+        return missing / largest if largest else float(missing > 0)
 
     def completeness(self) -> pd.DataFrame:
         """The mean of |gap| and of |change| over the prompts, one row for each site and layer."""
@@ -211,13 +215,6 @@ def at_neurons(
     if not columns:
         return next(iter(scores.values()))[..., 0, :0]
     return torch.stack(columns, dim=-1)
-
-
-def relative_gap(gap: Scores, change: Scores) -> float:
-    """Largest |gap| over largest |change|; 0 where nothing changes and nothing is missing."""
-    largest = max((float(c.abs().max()) for c in change.values() if c.numel()), default=0.0)
-    missing = max((float(g.abs().max()) for g in gap.values() if g.numel()), default=0.0)
-    return missing / largest if largest else float(missing > 0)
 
 
 class LayerGap(NamedTuple):

@@ -45,9 +45,6 @@ Mode = Literal["zero", "scale", "mean", "resample"]
 Condition = Literal["unablated", "random", "random_matched", "top_activation", "ablated"]
 """Built-in conditions of an evaluation: no intervention, three controls, and the intervention on the found neurons."""
 
-PAPER_CONDITIONS: tuple[str, ...] = ("unablated", "random", "random_matched", "ablated")
-"""The paper's three conditions and the control matched by site and layer."""
-
 Theme = Literal["light", "dark"]
 """The background that a figure is drawn for."""
 

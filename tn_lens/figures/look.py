@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, get_args
 
 from tn_lens.core.errors import BadInput
-from tn_lens.core.options import Condition, Theme
+from tn_lens.core.options import Theme
+from tn_lens.core.stored import Stored
 from tn_lens.neurons import SITES, SiteName
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 """Markers of series, so that colour is never the only difference."""
-CONDITIONS = get_args(Condition)
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Look:
     """Secondary text."""
     line: str
     """Axes and grids."""
-    scale: Sequence[tuple[float, str]]
+    scale: tuple[tuple[float, str], ...]
     """Colour scale from zero to the largest value."""
-    diverging: Sequence[tuple[float, str]]
+    diverging: tuple[tuple[float, str], ...]
     """Colour scale from negative through zero to positive values."""
     sites: Mapping[SiteName, str]
     conditions: Mapping[str, str]
-    series: Sequence[str]
+    series: tuple[str, ...]
 
     def site(self, site: SiteName) -> str:
         """The colour of a site; a colour of the series for sites without a colour here."""
@@ -52,30 +53,15 @@ class Look:
         return {"size": size, "symbol": symbol, "color": self.paper, "line": {"color": self.ink, "width": width}}
 
 
-LOOKS: Mapping[Theme, Look] = {
-    "light": Look(
-        paper="#ffffff",
-        ink="#1c2733",
-        soft="#56646f",
-        line="#dde4ea",
-        scale=((0.0, "#f3f6f9"), (0.15, "#d6e4f0"), (0.4, "#8fb8d6"), (0.7, "#2f7fb8"), (1.0, "#08306b")),
-        diverging=((0.0, "#8c2d04"), (0.25, "#e08a4f"), (0.5, "#f3f6f9"), (0.75, "#5b9bd0"), (1.0, "#08306b")),
-        sites={"mlp": "#0b4f8a", "attn": "#e08a1e"},
-        conditions=dict(zip(CONDITIONS, ("#47545f", "#cfd8df", "#9fb0bd", "#74bde0", "#c2410c"), strict=True)),
-        series=("#0b4f8a", "#e08a1e", "#00896b", "#b65a8a", "#56b4e9", "#8c2d04"),
-    ),
-    "dark": Look(
-        paper="#14191f",
-        ink="#e6edf3",
-        soft="#9fb0bf",
-        line="#33404c",
-        scale=((0.0, "#1c242c"), (0.15, "#173a5a"), (0.4, "#1f6aa5"), (0.7, "#6db4e8"), (1.0, "#e8f4ff")),
-        diverging=((0.0, "#ffd9b8"), (0.25, "#d9733a"), (0.5, "#1c242c"), (0.75, "#2f86c9"), (1.0, "#d6ecff")),
-        sites={"mlp": "#4c9be8", "attn": "#ffc46b"},
-        conditions=dict(zip(CONDITIONS, ("#d5dde4", "#4f5d69", "#7f8f9c", "#2f7fb8", "#ff8a50"), strict=True)),
-        series=("#4c9be8", "#ffc46b", "#3fcfa8", "#e39ac0", "#a7dbff", "#ff8a50"),
-    ),
-}
+@dataclass(frozen=True)
+class Looks(Stored):
+    """The content of looks.json."""
+
+    themes: Mapping[str, Look]
+
+
+LOOKS = Looks.load(Path(__file__).with_name("looks.json")).themes
+"""The look of each theme."""
 
 
 def look_of(theme: Theme) -> Look:

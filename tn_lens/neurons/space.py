@@ -84,10 +84,6 @@ class NeuronSpace(Stored):
             mask[neuron.layer, self.flat(neuron)] = True
         return mask
 
-    def from_mask(self, mask: Bool[Tensor, "layer neuron"], site: SiteName) -> NeuronSet:
-        """The inverse of `mask`."""
-        return NeuronSet(self.neuron(site, layer, flat) for layer, flat in mask.nonzero().tolist())
-
 
 def usual_sites(sites: Sequence[SiteName]) -> tuple[SiteName, ...]:
     """The sites of the paper's neurons if they hold the given ones, else the given ones."""

@@ -256,8 +256,8 @@ def _refuse_other_settings(path: Path, stored: Mapping[str, Any], settings: Mapp
     for key in dict.fromkeys((*settings, *stored)):
         if settings.get(key) != stored.get(key):
             raise BadInput(
-                f"{path} holds a run with {key} = {_short(stored.get(key))}, and this one has {key} = "
-                f"{_short(settings.get(key))}; give another folder, or start over with --overwrite"
+                f"{path} holds a run with {key} = {stored.get(key)!r:.60}, and this one has {key} = "
+                f"{settings.get(key)!r:.60}; give another folder, or start over with --overwrite"
             )
 
 
@@ -269,11 +269,6 @@ def _sync_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextlib.contextmanager
