@@ -37,7 +37,6 @@ from tn_lens import (
     neuron_space,
     random_neurons,
 )
-from tn_lens.core.options import PAPER_CONDITIONS
 from tn_lens.evaluation.evaluate import draw_orders, draw_sets
 from tn_lens.inference.forward import pad_left, prompt_logits
 from tn_lens.inference.interventions import intervention_hooks
@@ -46,6 +45,7 @@ from tn_lens.models import Model, last_logits, lay_out_weights
 RESULTS = Path(__file__).with_suffix(".json")
 N_REPETITIONS = 10
 BATCH_SIZE = 16
+PAPER_CONDITIONS = ("unablated", "random", "random_matched", "ablated")
 N_NEURONS = 100
 
 

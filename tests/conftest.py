@@ -190,7 +190,7 @@ def toy_questions() -> QuestionSet:
     return load_questions("toy")
 
 
-SMALL = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
+QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
 """Settings of a run that takes seconds."""
 
 
@@ -221,7 +221,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: Questio
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
-        return folder, find_truth_neurons(toy, few, SMALL, out=folder)
+        return folder, find_truth_neurons(toy, few, QUICK, out=folder)
 
 
 @pytest.fixture

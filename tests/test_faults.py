@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SMALL, contents
+from tests.conftest import QUICK, contents
 from tn_lens import BadInput, QuestionSet, find_truth_neurons
 from tn_lens.models import Model
 
@@ -63,7 +63,7 @@ def test_every_call_that_writes_may_fail(
     for n_calls in range(1, 500, 4):
         budget[0] = n_calls
         try:
-            find_truth_neurons(toy, few, SMALL, out=out)
+            find_truth_neurons(toy, few, QUICK, out=out)
             break
         except BadInput as error:
             sentences.append(str(error))
@@ -92,16 +92,16 @@ def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(
 ) -> None:
     out = small_disk / "run"
     with pytest.raises(ValueError, match="No space left on device; make room and run again: what was computed is kept"):
-        find_truth_neurons(toy, few, SMALL, out=out)
+        find_truth_neurons(toy, few, QUICK, out=out)
     held = contents(out)
     assert held
     assert "report.html" not in held
     assert not list(out.rglob("*.part"))
     subprocess.run(["mount", "-o", "remount,ro,size=300k", small_disk], check=True)
     with pytest.raises(ValueError, match="Read-only file system; give another folder"):
-        find_truth_neurons(toy, few, SMALL, out=out)
+        find_truth_neurons(toy, few, QUICK, out=out)
     with pytest.raises(ValueError, match="Read-only file system"):
-        find_truth_neurons(toy, few, SMALL, out=small_disk / "other")
+        find_truth_neurons(toy, few, QUICK, out=small_disk / "other")
     subprocess.run(["mount", "-o", "remount,rw,size=50m", small_disk], check=True)
-    find_truth_neurons(toy, few, SMALL, out=out)
+    find_truth_neurons(toy, few, QUICK, out=out)
     assert contents(out) == contents(whole)

@@ -24,7 +24,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save
 
-from tests.conftest import N_RESAMPLES, SMALL, contents, first_of_parts
+from tests.conftest import N_RESAMPLES, QUICK, contents, first_of_parts
 from tn_lens import (
     Mean,
     Neuron,
@@ -79,7 +79,7 @@ def test_a_run_stopped_at_every_chunk_computes_each_chunk_once(
     for _ in range(100):
         written: list[Any] = []
         try:
-            find_truth_neurons(toy, few, SMALL, out=out)
+            find_truth_neurons(toy, few, QUICK, out=out)
             break
         except Stop:
             continue
@@ -89,7 +89,7 @@ def test_a_run_stopped_at_every_chunk_computes_each_chunk_once(
 
 
 def test_the_same_stages_in_memory_give_the_same_numbers(whole: Path, toy: Model, few: QuestionSet) -> None:
-    found = find_truth_neurons(toy, few, SMALL)
+    found = find_truth_neurons(toy, few, QUICK)
     stored = load_run(whole).evaluation
     np.testing.assert_equal(stored.to_dict(), found.evaluation.to_dict())
     for name, result in found.evaluation.conditions.items():
@@ -115,7 +115,7 @@ def test_a_damaged_chunk_is_named_and_computed_again_and_no_other(
         caplog.clear()
         n_before = len(computed(out))
         with caplog.at_level(logging.WARNING, "tn_lens"):
-            find_truth_neurons(toy, few, SMALL, out=out)
+            find_truth_neurons(toy, few, QUICK, out=out)
         assert [r.getMessage() for r in caplog.records] == [
             f"{path} is cut off or altered (its checksum does not fit); it is computed again"
         ]
@@ -286,22 +286,22 @@ def test_a_folder_left_before_its_manifest_is_taken(whole: Path, toy: Model, few
     (tmp_path / ".holder").write_text("process 1 on a machine that is gone")
     (tmp_path / ".manifest.json.part").write_bytes(b"{")
     (tmp_path / "log.jsonl").touch()
-    find_truth_neurons(toy, few, SMALL, out=tmp_path)
+    find_truth_neurons(toy, few, QUICK, out=tmp_path)
     assert {k: v for k, v in contents(tmp_path).items() if not k.endswith(".part")} == contents(whole)
 
 
 def test_threads_belong_to_the_run(toy: Model, few: QuestionSet, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     few = first_of_parts(few, find=12, report=2)  # threads wait for each other where cores are busy
-    find_truth_neurons(toy, few, SMALL, out=tmp_path, threads=2)
+    find_truth_neurons(toy, few, QUICK, out=tmp_path, threads=2)
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["n_threads"] == 2
     assert torch.get_num_threads() == before
-    find_truth_neurons(toy, few, SMALL, out=tmp_path)
+    find_truth_neurons(toy, few, QUICK, out=tmp_path)
     assert [event["n_threads"] for event in events(tmp_path, "start")] == [2, 2], "a resumed run keeps the folder's"
     with pytest.raises(ValueError, match="n_threads = 2, and this one has n_threads = 1"):
-        find_truth_neurons(toy, few, SMALL, out=tmp_path, threads=1)
+        find_truth_neurons(toy, few, QUICK, out=tmp_path, threads=1)
     with pytest.raises(ValueError, match="threads must be a positive integer; got 0"):
-        find_truth_neurons(toy, few, SMALL, out=tmp_path, threads=0)
+        find_truth_neurons(toy, few, QUICK, out=tmp_path, threads=0)
 
 
 def test_dates_and_durations_stand_in_the_log_alone(whole: Path) -> None:
@@ -319,7 +319,7 @@ def test_starting_over_removes_chunks_too(whole: Path, toy: Model, few: Question
     (out / "scores" / "mine.txt").write_text("precious")
     n_chunks = len(list((out / "work").rglob("*.safetensors")))
     assert n_chunks > 5
-    find_truth_neurons(toy, few, replace(SMALL, limit=20), out=out, overwrite=True)
+    find_truth_neurons(toy, few, replace(QUICK, limit=20), out=out, overwrite=True)
     assert len(computed(out)) > 5, "nothing of the old run serves the new one"
     assert (out / "scores" / "mine.txt").read_text() == "precious"
 
@@ -372,7 +372,7 @@ def tuned(
     """A run that tunes t and stores Attr_t, what it returned, and the reads of its scores."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     questions = first_of_parts(toy_questions, tune=8, find=24, report=8)
-    settings = replace(SMALL, adaptive_threshold="auto", separate=True)
+    settings = replace(QUICK, adaptive_threshold="auto", separate=True)
     return folder, *run_and_count_reads(toy, questions, settings, folder)
 
 
@@ -384,7 +384,7 @@ def assert_read_thrice(folder: Path, reads: Counter[int]) -> None:
 
 
 def test_every_chunk_of_scores_is_read_at_most_three_times(toy: Model, few: QuestionSet, tmp_path: Path) -> None:
-    _, reads = run_and_count_reads(toy, few, SMALL, tmp_path / "run")
+    _, reads = run_and_count_reads(toy, few, QUICK, tmp_path / "run")
     assert_read_thrice(tmp_path / "run", reads)
 
 

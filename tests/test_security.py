@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from tests.conftest import SMALL, contents
+from tests.conftest import QUICK, contents
 from tn_lens import BadInput, NeuronSet, QuestionSet, find_truth_neurons, load_model
 from tn_lens.models import Model
 from tn_lens.pipeline.retest import retest
@@ -52,7 +52,7 @@ def test_a_run_opens_no_connection(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    find_truth_neurons(load_model("toy"), few, SMALL, out=tmp_path / "run")
+    find_truth_neurons(load_model("toy"), few, QUICK, out=tmp_path / "run")
     load_model(checkpoint("Qwen2.5-3B-Instruct"))
     with pytest.raises((BadInput, AssertionError)):
         load_model("nobody/nothing")  # the check can fail
@@ -108,17 +108,17 @@ def test_a_link_in_a_run_folder_is_not_followed(whole: Path, toy: Model, few: Qu
     shutil.rmtree(out / "scores")
     (out / "scores").symlink_to(outside)
     with pytest.raises(ValueError, match="outside the run folder"):
-        find_truth_neurons(toy, few, SMALL, out=out)
+        find_truth_neurons(toy, few, QUICK, out=out)
     with pytest.raises(ValueError, match="outside the run folder"):
-        find_truth_neurons(toy, few, SMALL, out=out, overwrite=True)
+        find_truth_neurons(toy, few, QUICK, out=out, overwrite=True)
     (out / "scores").unlink()
     (out / ".report.html.part").symlink_to(outside / "file")
     (out / "summary.json").unlink(missing_ok=True)
     (out / "summary.json").symlink_to(outside / "file")
     with pytest.raises(ValueError, match="cannot write"):
-        find_truth_neurons(toy, few, SMALL, out=out)
+        find_truth_neurons(toy, few, QUICK, out=out)
     (out / ".report.html.part").unlink(missing_ok=True)
-    find_truth_neurons(toy, few, SMALL, out=out)
+    find_truth_neurons(toy, few, QUICK, out=out)
     assert contents(out) == contents(whole)
     assert {p.name: p.read_bytes() for p in outside.iterdir()} == dict.fromkeys(
         ["00000.safetensors", "file"], b"precious"
@@ -161,7 +161,7 @@ def test_what_a_manifest_names_is_not_followed(
 
 def test_a_runs_own_settings_and_questions_name_no_paths(toy: Model, few: QuestionSet, tmp_path: Path) -> None:
     paths = [replace(q, category="../../../evil") for q in few]
-    find_truth_neurons(toy, replace(few, questions=tuple(paths), name="../evil"), SMALL, out=tmp_path / "run")
+    find_truth_neurons(toy, replace(few, questions=tuple(paths), name="../evil"), QUICK, out=tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert not list((tmp_path / "run").rglob("*evil*"))
 
@@ -175,7 +175,7 @@ def test_html_in_questions_and_names_is_text_in_the_report(few: QuestionSet, tmp
     )
     asked = tuple(replace(q, category=f"{q.category}{EVIL}") for q in few)
     questions = replace(few, questions=(first, *asked), name=f"q{EVIL}")
-    found = find_truth_neurons(model, questions, replace(SMALL, limit=None), out=tmp_path / "run")
+    found = find_truth_neurons(model, questions, replace(QUICK, limit=None), out=tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert EVIL not in page
     assert "<script>alert" not in page

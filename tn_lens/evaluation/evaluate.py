@@ -104,7 +104,7 @@ def evaluate(
         seed=seed,
         model_name=backend_of(model).name,
         intervention=intervention.description,
-        text_loss=losses and {name: np.array([losses[control] for control in drawn]) for name, drawn in sets.items()},
+        text_loss=losses and {name: np.array([losses[control] for control in drawn]) for name, drawn in sets.items()},  # pyright: ignore[reportArgumentType]
         left_out=tuple(f"row {row.row}: {row.reason}" for row in questions.dropped),
     )
 

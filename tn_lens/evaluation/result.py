@@ -182,7 +182,7 @@ class Evaluation(Stored):
             row = {"category": category, "n_questions": int(at.sum()), "share_hurt": float(hurt[at].mean())}
             rows.append(row | {name: 100 * float(values[at].mean()) for name, values in right.items()})
         # stable, so that equal categories stay in alphabetical order
-        frame = pd.DataFrame(rows).sort_values("share_hurt", ascending=False, kind="stable")
+        frame: Any = pd.DataFrame(rows).sort_values("share_hurt", ascending=False, kind="stable")
         is_large = frame["n_questions"] >= least
         shown = frame[is_large].reset_index(drop=True)
         hidden = frame["n_questions"][~is_large]

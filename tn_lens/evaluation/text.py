@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -70,12 +70,12 @@ def text_loss(
 def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
     """The first position that counts and the tokens of every text, the shortest first."""
     encoded: list[tuple[int, list[int]]] = []
-    most = min(MOST_TOKENS, backend_of(model).n_ctx)
+    most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
     for text in texts:
         beginning, rest = ("", text) if isinstance(text, str) else text
-        ids = model.tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
+        ids = tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
         # the first token of a text has nothing that predicts it
-        first = max(1, len(model.tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
+        first = max(1, len(tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))
     return sorted(encoded, key=lambda row: len(row[1]))

@@ -67,7 +67,7 @@ class Tuning(Stored):
     def to_frame(self) -> pd.DataFrame:
         """One row per threshold, the highest first."""
         frame = pd.DataFrame([asdict(step) for step in self.steps]).sort_values("t", ascending=False, ignore_index=True)
-        return frame[["t", "n_found", "order_averaged_accuracy", "answer_mass", "share_a", "holds"]]
+        return frame[["t", "n_found", "order_averaged_accuracy", "answer_mass", "share_a", "holds"]]  # pyright: ignore[reportReturnType]
 
     def summary(self) -> str:
         """One sentence."""

@@ -6,7 +6,7 @@ the same intervention acts on the found neurons and on every control.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -47,17 +47,14 @@ class Intervention(ABC):
     positions: Where = "all"
     """Positions to act on: every position (the paper), the last one, whose logits are read, or from the question on."""
 
+    label: ClassVar[str]
+    """What happens to the neurons, as an adjective: "zero-ablated"."""
     keeps_prefix: ClassVar[bool] = True
     """Whether prompts that begin with the same tokens still have the same activations there."""
 
     def __post_init__(self) -> None:
         if self.positions not in get_args(Where):
             raise BadInput(f"expected positions {', '.join(map(repr, get_args(Where)))}; got {self.positions!r}")
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """What happens to the neurons, as an adjective: "zero-ablated"."""
 
     @property
     def needs_prompts(self) -> bool:
@@ -118,7 +115,7 @@ class Scale(Intervention):
             raise BadInput(f"factor must be a finite number; got {self.factor!r}")
 
     @property
-    def label(self) -> str:
+    def label(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"scaled by {self.factor:g}"
 
     def replace(self, place: Place, activations: Float[Tensor, "row column neuron"]) -> Tensor | float:
@@ -185,7 +182,8 @@ def intervention_called(name: str, seed: int = 0) -> Intervention:
     """
     kind = INTERVENTIONS[name]
     try:
-        return kind(**{"seed": seed} if "seed" in {field.name for field in fields(kind)} else {})
+        arguments: Any = {"seed": seed} if "seed" in {field.name for field in fields(kind)} else {}
+        return kind(**arguments)
     except TypeError as error:
         raise BadInput(
             f"the intervention {name!r} needs an argument ({error}); pass the intervention itself to evaluate"

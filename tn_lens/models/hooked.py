@@ -162,7 +162,9 @@ class Hooked(Backend):
             expanded = TransformerLensKeyValueCache(
                 entries=[
                     # views of [1, position, head, d_head] as [row, position, head, d_head]
-                    type(entry)(*(value.expand(n_rows, -1, -1, -1) for value in (entry.past_keys, entry.past_values)))
+                    type(entry)(
+                        entry.past_keys.expand(n_rows, -1, -1, -1), entry.past_values.expand(n_rows, -1, -1, -1)
+                    )
                     for entry in cache.entries
                 ],
                 previous_attention_mask=cache.previous_attention_mask.expand(n_rows, -1),

@@ -220,4 +220,4 @@ def settings_of(stored: Mapping[str, Any]) -> Settings:
         values = {f.name: stored[f.name] for f in fields(Settings)}
     except KeyError as error:
         raise BadInput(f"the manifest was written by another version ({error} is missing); run again") from error
-    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})  # pyright: ignore[reportArgumentType]

@@ -21,5 +21,5 @@ def progress_bar(items: Iterable[T] | None, text: str | None, *, total: int | No
     """
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     # tqdm reads TQDM_DISABLE only where `disable` is not given
-    silent = {} if watched and text is not None else {"disable": True}
+    silent: Any = {} if watched and text is not None else {"disable": True}
     return tqdm(items, desc=text, total=total, leave=False, delay=delay, **silent)

@@ -71,7 +71,7 @@ class StoredScores(ScoreSource):
         self.folder.write_json("prompts.json", sealed(json.loads(json.dumps(index))))
 
     @property
-    def prompts(self) -> PromptSet:
+    def prompts(self) -> PromptSet:  # pyright: ignore[reportIncompatibleVariableOverride]
         """All prompts, without their tokens where the scores were loaded."""
         return PromptSet(tuple(prompt for chunk in self.chunks for prompt in chunk))
 
