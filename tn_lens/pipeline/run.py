@@ -75,8 +75,7 @@ def find_truth_neurons(
     parts = split_questions(questions, settings)
     with started(out, threads, progress) as run:
         asking = {"order": settings.order, "seed": settings.seed, "drop_long": drop_long}
-        # 1. ask (paper 2.2, 2.3)
-        prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)
+        prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)  # 1. ask (paper 2.2, 2.3)
         manifest = describe(model, questions, settings, prompts[0].text)
         folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
         check = run.stage("check", check_some_right, folder, model, prompts)

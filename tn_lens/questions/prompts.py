@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import sha256
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -17,6 +14,7 @@ from tn_lens.core.seeds import generator
 from tn_lens.core.sentences import plural
 from tn_lens.models import Model, backend_of
 from tn_lens.questions.formats import FIGURE_9, PromptTemplate
+from tn_lens.questions.prompt_set import Prompt, PromptSet, stream_of
 from tn_lens.questions.question import LETTERS, Question, QuestionSet
 from tn_lens.questions.toy import LETTERED
 
@@ -28,141 +26,6 @@ PLAIN_ENDS = (("", " "), (" ", ""), ("\n", ""))
 
 TAIL = 24
 """Characters at the end of a prompt that may influence how a label after them is tokenized."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One question with its choices in one order, ready for the model."""
-
-    token_ids: tuple[int, ...] = field(repr=False)
-    label_ids: tuple[tuple[int, ...], ...]
-    """For each shown choice the ids whose probabilities are summed (upper and lower case; paper eq. 6-7)."""
-    right: int
-    """Position of the right choice among those shown."""
-    question: str = "0"
-    """Id of the question."""
-    order: tuple[int, ...] = ()
-    """Position shown -> index of the choice in the question."""
-    category: str = ""
-    text: str = field(default="", repr=False)
-    """The rendered prompt."""
-    start: int = field(default=0, repr=False)
-    """Position of the first token of the question itself, after the instruction and examples."""
-
-    @property
-    def n_choices(self) -> int:
-        """Number of choices shown."""
-        return len(self.label_ids)
-
-    @property
-    def wrong_ids(self) -> tuple[int, ...]:
-        """The label ids of all wrong choices together."""
-        return tuple(i for shown, ids in enumerate(self.label_ids) if shown != self.right for i in ids)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptSet(Sequence[Prompt]):
-    """Prompts in order, grouped by question: the prompts of a question are neighbours.
-
-    Raises:
-        BadInput: a question occurs in two places, or twice in the same order of its choices.
-    """
-
-    prompts: tuple[Prompt, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(self.prompts))
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> PromptSet: ...
-    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
-        return PromptSet(self.prompts[index]) if isinstance(index, slice) else self.prompts[index]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @classmethod
-    def of(cls, prompts: Prompt | Sequence[Prompt]) -> PromptSet:
-        """One prompt or several as a set."""
-        if isinstance(prompts, PromptSet):
-            return prompts
-        return cls((prompts,) if isinstance(prompts, Prompt) else tuple(prompts))
-
-    @cached_property
-    def groups(self) -> dict[str, range]:
-        """Question id -> the rows of its prompts, in the order of the questions."""
-        groups: dict[str, range] = {}
-        orders: set[tuple[int, ...]] = set()
-        for row, prompt in enumerate(self.prompts):
-            # the rows of a question must be consecutive, or its mean over orders would miss some
-            rows = groups.get(prompt.question)
-            orders = set() if rows is None else orders
-            if (rows is not None and rows.stop != row) or prompt.order in orders:
-                raise BadInput(
-                    f"question {prompt.question!r} occurs twice among the prompts: give every question an id of its own "
-                    "(build_prompt(..., question='second')), and build its orders in one call"
-                )
-            groups[prompt.question] = range(row if rows is None else rows.start, row + 1)
-            orders.add(prompt.order)
-        return groups
-
-    @cached_property
-    def categories(self) -> dict[str, str]:
-        """Question id -> category."""
-        return {question: self.prompts[rows.start].category for question, rows in self.groups.items()}
-
-    @property
-    def n_orders(self) -> int:
-        """Number of orders in which every question occurs; 0 for an empty set."""
-        return min(map(len, self.groups.values()), default=0)
-
-    @property
-    def n_choices(self) -> int:
-        """The largest number of choices shown in any prompt."""
-        return max((prompt.n_choices for prompt in self.prompts), default=0)
-
-    def only(self, questions: Iterable[str]) -> PromptSet:
-        """The prompts of these questions, in the order of the set."""
-        wanted = set(questions)
-        return PromptSet(tuple(prompt for prompt in self.prompts if prompt.question in wanted))
-
-    def chunks(self, size: int) -> tuple[PromptSet, ...]:
-        """Cut into parts of at most `size` prompts (more only for a question with more orders); questions stay whole."""
-        # by number of prompts and never by number of workers, so that chunks are the same for any number
-        starts = [0]
-        for rows in self.groups.values():
-            if rows.stop - starts[-1] > size and rows.start > starts[-1]:
-                starts.append(rows.start)
-        ends = [*starts[1:], len(self)]
-        return tuple(self[a:b] for a, b in zip(starts, ends, strict=True) if b > a)
-
-    def to_plain(self) -> list[list[Any]]:
-        """The form in stored results: without tokens and text."""
-        return [[p.question, p.category, p.right, p.order, p.n_choices] for p in self.prompts]
-
-    @classmethod
-    def from_plain(cls, rows: Iterable[Sequence[Any]]) -> PromptSet:
-        """The inverse of `to_plain`; the prompts have no tokens."""
-        prompts = [
-            Prompt(
-                token_ids=(),
-                label_ids=((),) * n_choices,
-                right=right,
-                question=question,
-                order=tuple(order),
-                category=category,
-            )
-            for question, category, right, order, n_choices in rows
-        ]
-        return cls(tuple(prompts))
-
-
-def stream_of(question: str) -> int:
-    """A number for the random stream of a question, from its id alone."""
-    # 32 bits are plenty: streams only have to differ between questions
-    return int(sha256(question.encode(errors="surrogatepass")).hexdigest()[:8], 16)
 
 
 def random_order(question: Question, seed: int) -> tuple[int, ...]:

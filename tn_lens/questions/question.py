@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import count
-from typing import overload
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,11 +85,7 @@ class QuestionSet(Sequence[Question]):
             questions.append(question)
         object.__setattr__(self, "questions", tuple(questions))
 
-    @overload
-    def __getitem__(self, index: int) -> Question: ...
-    @overload
-    def __getitem__(self, index: slice) -> QuestionSet: ...
-    def __getitem__(self, index: int | slice) -> Question | QuestionSet:
+    def __getitem__(self, index: int | slice) -> Any:  # a question, or the set of a slice
         return replace(self, questions=self.questions[index]) if isinstance(index, slice) else self.questions[index]
 
     def __len__(self) -> int:
