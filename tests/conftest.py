@@ -33,6 +33,7 @@ ONCE = (
     "data_sets",
     "distributed",
     "docs",
+    "extending",
     "figures",
     "fuzz",
     "house",

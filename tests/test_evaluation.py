@@ -38,6 +38,7 @@ from tn_lens.evaluation.tables import group_means, table1, table2
 from tn_lens.evaluation.text import plain_texts, text_loss
 from tn_lens.inference.answers import ask
 from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches, prefix_groups
+from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.questions.question import Question, QuestionSet
@@ -281,6 +282,20 @@ def test_some_of_the_questions(evaluation: Evaluation) -> None:
         whole = evaluation.conditions[name]
         expected = whole.drawn(whole.right)[:, 10:30].mean(-1)
         np.testing.assert_allclose(part.conditions[name].accuracies, expected)
+
+
+@pytest.mark.parametrize("made", [Zero(), Mean(), Resample()], ids=lambda made: made.label)
+def test_interventions_by_name(made: Intervention, toy: Model, evaluation: Evaluation) -> None:
+    name = next(name for name, kind in INTERVENTIONS.items() if type(made) is kind)
+    questions, how = (
+        binary().part("report")[:10],
+        {"n_repetitions": 2, "conditions": ("unablated", "random", "ablated")},
+    )
+    by_name, given = (evaluate(toy, questions, evaluation.neurons, intervention=i, **how) for i in (name, made))
+    for condition in how["conditions"]:
+        np.testing.assert_array_equal(by_name.probabilities[condition], given.probabilities[condition])
+    assert by_name.intervention == given.intervention == made.label
+    assert (by_name.probabilities["ablated"] != by_name.probabilities["unablated"]).any()
 
 
 def test_four_choices_average_over_their_rotations(toy: Model) -> None:

@@ -161,7 +161,7 @@ class Resample(Intervention):
     def prepare(
         self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
     ) -> Callable[[Layout], Replacement]:
-        donors = generator(self.seed, 7).permutation(len(prompts))
+        donors = generator(self.seed, 7).permutation(len(prompts)).tolist()
 
         def for_batch(layout: Layout) -> Replacement:
             drawn = _activations(model, [prompts[donors[row]] for row in layout.rows], places, layout)
