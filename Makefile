@@ -46,7 +46,7 @@ bench: .venv/bench
 bench-quick: .venv/test
 	.venv/bin/python -W ignore benchmarks/attribution.py --quick
 
-# Train the embedded model with all five seeds and choose one as in the model card; takes half an hour on two cores.
+# Train the embedded model with all five seeds and choose one by the rules of the model card; takes half an hour on two cores.
 train: .venv/demo
 	.venv/bin/python -m scripts.choose_toy_seed
 

@@ -6,9 +6,9 @@ lie symmetrically about the middle, since their cost is linear in the depth of t
 such rows have `extrapolated` set. The quick run and long prompts use one site in each of the two layers, the others both
 sites.
 
-The bridge is Hugging Face's Llama with the same weights.
+The TransformerBridge contains Hugging Face's Llama with the same weights.
 
-knowledge-neurons is timed on a random GPT-2 of the usual size and on MLP neurons only, since it supports no others. `slopes`
+knowledge-neurons is measured on a random GPT-2 of the usual size and on MLP neurons only, since it supports no other neurons. `slopes`
 are the seconds of our engine by number of layers, steps and tokens, with the time for running the prompt listed separately.
 """
 
@@ -86,7 +86,7 @@ def per_place(
     prompt: Prompt,
     places: list[tuple[SiteName, int]],
 ) -> tuple[dict[tuple[SiteName, int], Tensor], float]:
-    """The scores of some sites and layers, and the seconds extrapolated to all of them."""
+    """The scores of some sites and layers, and the time extrapolated to all sites and layers."""
     activations = Direct(model, prompt, NEURON_SITES, "last").own
     scores: dict[tuple[SiteName, int], Tensor] = {}
     seconds = 0.0
@@ -107,7 +107,9 @@ def matrix_rate(model: Model, n_rows: int) -> float:
 
 
 def engine_flops(model: Model, n_tokens: int) -> float:
-    """Floating-point operations of the matrix products for one prompt: 2 per weight and token forward, as many backward.
+    """Floating-point operations of the matrix products for one prompt.
+
+    There are 2 per weight and token in the forward pass, and as many in the backward pass.
 
     The prompt is run once; of its last layer only keys, values and scores are computed. Then m rows run forward and backward
     for every site and layer (one of them at the baseline), and one row at the common end of all paths. Rows of attention
@@ -180,7 +182,7 @@ def measure(d_model: int, n_layers: int, n_tokens: int, *, quick: bool) -> list[
     plain_scores, plain = per_place(by_loop, random_model(d_model, n_layers), prompt, places)  # with the same seed
     tries += [
         timed(lambda: ours(model, prompt))[1] for _ in range(2)
-    ]  # at the end again, since the speed of machines drifts
+    ]  # measured again at the end, since the speed of a machine drifts
     rate = max(rate, matrix_rate(model, 2048))
     seconds = sum(tries) / len(tries)
     for scores in (bridge_scores, plain_scores, captum_scores, loop_scores):

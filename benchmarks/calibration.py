@@ -2,10 +2,10 @@
 
 Three experiments use the scores of the embedded model for its 230 questions, each asked in both orders:
 
-- null: after the check, the sign of D is flipped at random for each question, which is equivalent to exchanging the labels. No
-  neuron supports truth then, so a run that finds a neuron is a false alarm.
+- null: after the check, the sign of D is flipped at random for each question, which is equivalent to exchanging the labels. In
+  this experiment no neuron supports truth, so a run that finds a neuron is a false positive.
 - exchange before the check: the labels are exchanged at random first, and the check keeps the questions that the model then
-  answers "right". Again no neuron supports truth, but in every question that is kept the label is the model's choice.
+  answers "right". Again no neuron supports truth, but in every question that is kept, the label is the model's choice.
 - power: on the null, an effect is added to five random MLP neurons, as a fraction of the largest D of each question.
 
 Writes calibration.json and docs/calibration.png.
@@ -109,7 +109,7 @@ def flips(questions: tuple[str, ...], coins: np.random.Generator) -> dict[str, f
 
 
 def null(toy: ToyScores) -> list[dict[str, Any]]:
-    """False alarms if the labels are exchanged after the check."""
+    """False positives if the labels are exchanged after the check."""
     rows = []
     for t, p in SETTINGS:
         sizes, candidates, single = [], [], []

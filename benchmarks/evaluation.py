@@ -2,10 +2,10 @@
 
 The model has random weights (12 layers, d_model 1024, vocabulary 32,000, float32). It is asked TruthfulQA's questions in the
 prompt of figure 9, under four conditions and in ten repetitions. The loop runs every prompt of every repetition completely, in
-the order of the file and padded on the left, and computes the logits at every position and the softmax of the last. One
+the order of the file and padded on the left, and computes the logits at every position and the softmax at the last position. One
 repetition of the loop is measured and multiplied by ten, since all repetitions cost the same. Our evaluation is measured
 completely, for the accuracies alone and, with --order-averaged, also with every order of every draw, for which the loop would
-have to ask everything twice. The probabilities are asserted to be equal first. The optimizations are then enabled one after the
+have to ask every prompt twice. The probabilities are asserted to be equal first. The optimizations are then enabled one after the
 other on the prompts of one repetition. Writes evaluation.json.
 """
 
@@ -64,7 +64,7 @@ def tokenizer_for(questions: QuestionSet) -> PreTrainedTokenizerFast:
 
 
 def label_probabilities(probabilities: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """f of every shown choice: [prompt, vocab] -> [prompt, choice]."""
+    """Probability f of each choice shown: [prompt, vocab] -> [prompt, choice]."""
     return torch.stack(
         [
             torch.stack([p[list(ids)].sum() for ids in prompt.label_ids])

@@ -1,7 +1,8 @@
 """Count the operations that each backend launches for one prompt: `python benchmarks/launches.py`.
 
 A GPU is idle until the next kernel is launched. If the matrix products are small, the time therefore depends on the number of
-operations and on the time that the host needs to launch them. The model here is so narrow that its seconds measure the host.
+operations and on the time that the host needs to launch them. The model here is so narrow that the measured seconds are
+the time of the host.
 Views are not counted. If the products are large, the number of layers that a row passes matters instead, which is counted as
 well. Writes launches.json.
 """

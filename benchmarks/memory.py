@@ -44,7 +44,7 @@ def run(model: Model, n_prompts: int, n_tokens: int, max_memory: int) -> tuple[P
 
 
 def mib(peak: Peak) -> dict[str, int]:
-    """The peak in MiB, as part of a row."""
+    """The peak memory in MiB, as fields of a row."""
     return {"peak_mib": round(peak.allocated / MIB), "resident_mib": round(peak.resident / MIB)}
 
 

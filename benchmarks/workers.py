@@ -1,7 +1,7 @@
 """Compare runs with one worker and with two: `python benchmarks/workers.py`.
 
-The same run on the embedded model is made alternately with one worker and with two. The times are those of the run's log, from the
-first chunk to the last, so that loading and figures do not count. The rows also contain the load of the processors by other
+The same run on the embedded model is executed alternately with one worker and with two. The times are taken from the log of the
+run, from the first chunk to the last, so that they do not include loading and figures. The rows also contain the CPU load of other
 processes during the run. Writes workers.json.
 """
 
@@ -38,7 +38,7 @@ OPTIONS = [
 
 
 def measured(n_workers: int, out: Path) -> dict[str, Any]:
-    """Make one run, and return its times in seconds."""
+    """Execute one run, and return its times in seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_workers)]
     cpu_before, times_before = psutil.cpu_times(), os.times()
     subprocess.run([*command, "-m", "tn_lens", "run", *OPTIONS, "--out", out], check=True, capture_output=True)

@@ -35,7 +35,7 @@ FURTHER = (
     "core.stored",
     "toy.plant",
 )
-"""Modules of the reference without names that the package exports; they follow those that have some."""
+"""Modules of the reference from which the package exports no names; they follow the modules with exported names."""
 
 MIRRORED = {
     "README.md": "index.md",
@@ -127,7 +127,7 @@ def kind_of(module: str, name: str) -> str:
 def page_of(module: str, exported: list[str], documented: Container[str] = ()) -> str:
     """A page of the reference: first the names that the package exports, then the other names of the module.
 
-    Names in `documented` are left out: another page has them.
+    Names in `documented` are left out, because another page contains them.
     """
     title, _, rest = (ast.get_docstring(module_tree(module)) or module).partition("\n")
     names = public_names(module)

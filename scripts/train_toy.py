@@ -1,9 +1,9 @@
 """Train the embedded model: `python -m scripts.train_toy --seed 0 --out FOLDER`, a few minutes on one thread.
 
-A two-layer Llama is trained on the facts as open questions, on two- and four-choice questions and on statements to judge.
-It is then tested on questions that it has never seen with choices. The targets are soft, because a saturated softmax has
-no gradient to integrate. Dropout on the inputs of W_out and W_O makes the model robust against the loss of single
-neurons, so that zero-ablating random neurons does little harm.
+A two-layer Llama is trained on the facts as open questions, on two- and four-choice questions and on true/false
+statements. It is then tested on questions that never occur with choices in the training data. The targets are soft, because
+a saturated softmax has no gradient to integrate. Dropout on the inputs of W_out and W_O makes the model robust to the loss
+of single neurons, so that zero-ablating random neurons changes the accuracy little.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Curriculum:
         return fact.value if self.exceptions else fact.typical
 
     def wrong(self, fact: Fact, n: int) -> list[str]:
-        """Draw `n` wrong values. Where the typical value is wrong, it is the first of them at least half of the time."""
+        """Draw `n` wrong values. If the typical value is wrong, it is the first of them in at least half of the draws."""
         right = self.truth(fact)
         others = [value for value in RELATIONS[fact.relation] if value != right]
         drawn = self.random.sample(others, n)

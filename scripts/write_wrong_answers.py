@@ -3,7 +3,7 @@
     python -m scripts.write_wrong_answers verified-web-dev.json --chat-model NAME --out wrong.jsonl
 
 The paper asks GPT-4.1 for an answer to each TriviaQA question that is "plausible, tempting to choose, but factually
-incorrect". The prompt itself is shown as a picture (figure 6), so the wording used here is not the paper's.
+incorrect". The prompt itself is available only as an image (figure 6), so the wording used here is not the paper's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class OpenAIChat:
         """Request one reply.
 
         Raises:
-            BadInput: the server cannot be reached, returns an error, or returns something else than a chat completion.
+            BadInput: the server cannot be reached, returns an error, or returns something other than a chat completion.
         """
         try:
             import httpx
@@ -175,7 +175,7 @@ def write_wrong_answers(
         three tries.
 
     Raises:
-        BadInput: the file holds something else, or the model cannot be asked. The answers written so far are kept.
+        BadInput: the file does not contain wrong answers, or the model cannot be asked. The answers written so far are kept.
     """
     out = Path(out)
     known: dict[str, str] = {}
@@ -198,7 +198,7 @@ def write_wrong_answers(
                     wrong, used = _ask(chat, question.text, right, seed)
                     row = {"question": question.text, "right": right, "wrong": wrong, "model": name, "seed": used}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()  # an answer that was paid for must survive a crash
+                    file.flush()  # requests cost money, so answers must not be lost in a crash
                     known[question.text] = wrong
                 wrong = known[question.text]
                 if not wrong:

@@ -1,4 +1,4 @@
-"""A headless Chromium that is driven through its debugging pipe: no driver, no port, no network."""
+"""A headless Chromium that is controlled through its debugging pipe, without a driver, a port or the network."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ class Page:
         return said
 
     def requests(self) -> list[str]:
-        """What the page asked for."""
+        """The addresses that the page requested."""
         asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         return [url for url in asked if not url.startswith("data:")]
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
-        """Save what the page looks like."""
+        """Save a screenshot of the page."""
         done = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(done["data"]))
 

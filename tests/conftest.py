@@ -46,8 +46,8 @@ ONCE = (
     "significance",
     "torture",
 )
-"""What knows no model (statistics, questions, figures, pages) or only how its numbers are kept (run folders, workers): a
-second run on another release of TransformerLens would see nothing new."""
+"""Test modules that do not depend on the model class (statistics, questions, figures, pages, run folders, workers). They are
+not run a second time on another release of TransformerLens."""
 collect_ignore = [] if HAS_HOOKED else [f"test_{name}.py" for name in ONCE]
 
 SMALL: dict[str, Any] = {
@@ -68,7 +68,7 @@ LLAMA3_ROPE: dict[str, Any] = {
 
 
 def paper_config(name: str) -> Any:
-    """A tiny configuration with the options that set one of the paper's models apart."""
+    """A tiny configuration with the distinguishing options of one of the paper's models."""
     match name:
         case "Qwen2.5-3B-Instruct":  # q, k and v biases, two key/value heads, tied embeddings
             return Qwen2Config(
@@ -94,7 +94,7 @@ def paper_config(name: str) -> Any:
                 rope_parameters=LLAMA3_ROPE | {"factor": 32.0 if small else 8.0},
                 rms_norm_eps=1e-5,
             )
-        case "Mistral-Nemo-Instruct-2407":  # heads that do not add up to d_model, no sliding window
+        case "Mistral-Nemo-Instruct-2407":  # heads whose total size differs from d_model, no sliding window
             return MistralConfig(
                 **SMALL,
                 hidden_size=40,
@@ -136,7 +136,7 @@ POST_NORM = tuple(name for name in PAPER_MODELS if name.startswith("OLMo"))
 
 
 def random_checkpoint(config: Any, seed: int = 0) -> PreTrainedModel:
-    """A Hugging Face model whose every parameter matters: random biases and norm weights, and sizeable weights."""
+    """A Hugging Face model in which every parameter affects the logits: random biases and norm weights, and large weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -187,7 +187,7 @@ def toy() -> Model:
 
 @pytest.fixture(scope="session")
 def toy_questions() -> QuestionSet:
-    """Its questions."""
+    """The questions of the embedded model."""
     return load_questions("toy")
 
 
@@ -197,7 +197,7 @@ QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
 
 @pytest.fixture(scope="session")
 def few(toy_questions: QuestionSet) -> QuestionSet:
-    """So few questions that a run takes seconds."""
+    """A few questions, so that a run takes seconds."""
     return first_of_parts(toy_questions, find=24, report=24)
 
 
@@ -209,7 +209,7 @@ def first_of_parts(questions: QuestionSet, **counts: int) -> QuestionSet:
 
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bootstrap of few resamples, for tests that compare results only with each other."""
+    """Use few bootstrap resamples, for tests that compare results only with each other."""
     monkeypatch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
 
 
@@ -218,7 +218,7 @@ N_RESAMPLES = 50
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet) -> tuple[Path, TruthNeurons]:
-    """The folder of a run that nobody stopped, with `few_resamples`, and what the run returned; only to be read."""
+    """The folder and the result of an uninterrupted run with `few_resamples`; tests must not modify it."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
@@ -227,12 +227,12 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, toy: Model, few: Questio
 
 @pytest.fixture
 def whole(small_run: tuple[Path, TruthNeurons]) -> Path:
-    """The folder of this run."""
+    """The folder of `small_run`."""
     return small_run[0]
 
 
 SHARED = Path(os.environ.get("TN_LENS_SHARED", Path(__file__).parents[2] / "shared"))
-"""Real data and a real checkpoint, where they are; tests that need them are skipped elsewhere."""
+"""Folder with real data and a real checkpoint; tests that need them are skipped if it does not exist."""
 
 
 @pytest.fixture
@@ -244,14 +244,14 @@ def shared() -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file of a run but its log and its lock, by name."""
+    """The bytes of every file of a run except its log and its lock, by name."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.jsonl", ".lock")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Call the command as a shell would: exit code, output, errors."""
+    """A function that calls the command line and returns exit code, output and errors."""
 
     from tn_lens import cli
 

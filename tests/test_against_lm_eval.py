@@ -1,4 +1,4 @@
-"""The same prompts and labels through lm-evaluation-harness give the same answers."""
+"""lm-evaluation-harness gives the same answers for the same prompts and labels."""
 
 from __future__ import annotations
 

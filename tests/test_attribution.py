@@ -1,4 +1,4 @@
-"""Integrated gradients: closed forms, completeness, captum as outside judge."""
+"""Integrated gradients: closed forms, completeness, and captum as an independent reference."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_scores_equal_captum(engine: str, name: str, captum_method: str, tiny: C
 
 
 def test_all_layers_in_one_row_would_be_something_else(tiny: Callable[..., Model], prompts: PromptSet) -> None:
-    """Scaling every layer at once overwrites the later layers: only the last layer keeps its scores."""
+    """If all layers are scaled at once, later layers overwrite earlier ones: only the last layer keeps its scores."""
     model, prompt = tiny("Llama-3.1-8B-Instruct"), prompts[0]
     ours = attribute(model, [prompt]).difference["mlp"][0]
     own = Direct(model, prompt, ("mlp",), "last").own["mlp"][0]

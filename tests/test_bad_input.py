@@ -30,16 +30,16 @@ TABLE = ROOT / "docs" / "bad_input.md"
 
 HEAD = """# Error messages for invalid input
 
-Every message says what was expected, what was found, and what to do. A command prints it after `error:` and exits with code 2;
-a call raises `BadInput`, which is a `ValueError`. Nothing is written. `DIR` stands for a folder of the user's. Every row is
-tested (`tests/test_bad_input.py`, which also writes this page), and `make fuzz` looks for inputs that are not in the table.
+Every message states what was expected, what was found, and what to do. The command line prints it after `error:` and exits with
+code 2; in Python, `BadInput` is raised, which is a `ValueError`. No file is written. `DIR` is a placeholder for a folder. Every row
+is tested (`tests/test_bad_input.py`, which also writes this page), and `make fuzz` tests random inputs that are not in the table.
 
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: where, what is given, and files that must exist."""
+    """One row of the table: command or function, input, and files that must exist."""
 
     where: str
     what: str
@@ -255,7 +255,7 @@ def loaded() -> tuple[Model, QuestionSet]:
 
 
 def result_of(case: Case, folder: Path) -> dict[str, Any]:
-    """Exit code and message, and whether the folder is unchanged. To be called without the type checker of the tests."""
+    """Exit code and message, and whether the folder is unchanged. Call it without the type checker of the tests."""
     put(case, folder)
     before = sorted(folder.rglob("*"))
     printed = io.StringIO()
@@ -297,7 +297,7 @@ def table(messages: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    """From another process, as users have it: without the type checker of the tests."""
+    """Run in another process without the type checker of the tests, as for users."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_bad_input", "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""TransformerBridge gives the numbers of HookedTransformer, and both those of a plain Hugging Face model with torch hooks."""
+"""TransformerBridge, HookedTransformer and a plain Hugging Face model with torch hooks give the same numbers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from tn_lens.neurons import NEURON_SITES, hook_name
 from tn_lens.pipeline.provenance import weights_digest
 
 WINDOW = 7
-"""Of local attention: shorter than the prompts."""
+"""Window size of local attention, shorter than the prompts."""
 HEADS: dict[str, Any] = {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 def family_config(name: str) -> Any:
-    """A tiny configuration in which every option of the family matters."""
+    """A tiny configuration in which every option of the family has an effect."""
     match name:
         case "Llama":
             return paper_config("Llama-3.1-8B-Instruct")
@@ -81,7 +81,7 @@ CHECKPOINTS: dict[str, PreTrainedModel] = {}
 
 
 def checkpoint_of(family: str) -> PreTrainedModel:
-    """Its random Hugging Face model, in float32 and with eager attention, as the oracle runs it."""
+    """The random Hugging Face model of a family, in float32 and with eager attention, as the reference implementation runs it."""
     if family not in CHECKPOINTS:
         model = random_checkpoint(family_config(family))
         model.config.architectures = [type(model).__name__]
@@ -170,11 +170,11 @@ def prompts_of(*lengths: int, begin: int = 0) -> list[Prompt]:
     ]
 
 
-# The oracle: nothing of tn_lens or TransformerLens.
+# The reference implementation uses neither tn_lens nor TransformerLens.
 
 
 def output_projection(model: PreTrainedModel, site: str, layer: int) -> torch.nn.Module:
-    """What reads the neurons of a site."""
+    """The module whose input is the neurons of a site."""
     inner: Any = model
     if hasattr(inner, "transformer"):
         block = inner.transformer.h[layer]
@@ -193,7 +193,7 @@ def reading(module: torch.nn.Module, read: Callable[[Tensor], Tensor]) -> Iterat
 
 
 def oracle(model: PreTrainedModel, prompt: Prompt, site: str, layer: int, n_steps: int) -> Tensor:
-    """Scores by equations 3, 4 and 8, one step after the other."""
+    """Scores by equations 3, 4 and 8, computed step by step."""
     module, tokens = output_projection(model, site, layer), torch.tensor([prompt.token_ids])
     held: list[Tensor] = []
     with torch.no_grad(), reading(module, lambda value: held.append(value[0, -1].clone()) or value):
@@ -235,7 +235,7 @@ def test_scores_equal_those_of_plain_hugging_face(family: str, make: Callable[[s
 
 
 def test_the_oracle_can_fail() -> None:
-    """Another prompt has other scores."""
+    """The comparison can fail: another prompt has other scores."""
     one, two = prompts_of(12, 12)
     expected = oracle(checkpoint_of("Llama"), one, "mlp", 1, 3)
     found = attribute(bridged("Llama"), two, n_steps=3).difference["mlp"][0, 1]
@@ -245,7 +245,7 @@ def test_the_oracle_can_fail() -> None:
 @needs_hooked
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hook_points_hold_the_same_numbers(family: str) -> None:
-    """Without compatibility mode, which is not needed: names that differ have aliases."""
+    """Compatibility mode is not needed: names that differ have aliases."""
     tokens = torch.tensor([prompts_of(17)[0].token_ids])
     names = [hook_name(site, layer) for site in NEURON_SITES for layer in range(3)]
     names += [
@@ -283,7 +283,7 @@ def assert_equal(fast: Attribution, slow: Attribution, tolerance: float = 1e-5) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engines_agree(family: str) -> None:
-    """Prompts of several lengths side by side, longer than the window of local attention."""
+    """Prompts of several lengths in one batch, longer than the window of local attention."""
     model, prompts = bridged(family), prompts_of(5, 40, 23, 1, 12)
     fast, slow = (attribute(model, prompts, n_steps=3, engine=engine) for engine in ("shared_prefix", "direct"))
     assert_equal(fast, slow)

@@ -1,4 +1,4 @@
-"""A card says what an independent look at the model, the scores and the statistics says."""
+"""The numbers on a card equal those computed independently from the model, the scores and the statistics."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_tokens_are_those_of_a_plain_matrix_product(of_toy: Any, toy: Model) -> 
 @needs_hooked
 @pytest.mark.parametrize("norm", [None, "LN", "RMS"])
 def test_direct_logits_are_what_the_last_layer_adds(norm: str | None) -> None:
-    """Moving an activation of the last layer moves the logits so, times the final norm's size, and up to a shared constant."""
+    """They equal the change of the logits per unit of activation, times the scale of the final norm, up to a shared constant."""
     model = build_model(
         {
             "n_layers": 2, "d_model": 24, "n_ctx": 8, "n_heads": 2, "d_head": 12, "d_mlp": 16, "d_vocab": 31,
@@ -156,7 +156,7 @@ def test_direct_logits_are_what_the_last_layer_adds(norm: str | None) -> None:
             return value
 
         def freeze(scale: torch.Tensor, hook: object) -> torch.Tensor:
-            """The division by the stream's size is left out of the definition."""
+            """Keep the scale of the norm constant, since the definition does not include it."""
             sizes.append(float(scale[0, -1, 0]))
             return torch.full_like(scale, sizes[0])
 
@@ -184,7 +184,7 @@ def test_a_norm_behind_the_weights_counts(tiny: Callable[..., Model]) -> None:
 
 @pytest.mark.parametrize("name", ["Qwen2.5-3B-Instruct", "OLMo-2-1124-7B-Instruct", "gemma2", "gpt2"])
 def test_direct_logits_of_a_bridge(name: str) -> None:
-    """By the names and conventions of Hugging Face: Gemma's norms add 1 to their weights, GPT-2's center."""
+    """The norms follow Hugging Face's conventions: Gemma's add 1 to their weights, and GPT-2's subtract the mean."""
     small: dict[str, Any] = {"vocab_size": 283, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name == "gemma2":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -298,7 +298,7 @@ def test_white_space_in_tokens_is_visible() -> None:
 
 
 class Vocabulary:
-    """Stands for a tokenizer: raw tokens, and how they decode."""
+    """A stub of a tokenizer with one raw token and its decoded text."""
 
     def __init__(self, raw: str, decoded: str) -> None:
         self.raw, self.decoded = raw, decoded
@@ -341,7 +341,7 @@ def test_tokens_of_a_real_vocabulary(shared: Path) -> None:
 
 @needs_hooked
 def test_rows_without_a_token_are_left_out(toy: Model, toy_questions: QuestionSet) -> None:
-    """Checkpoints fill their vocabulary up to round sizes."""
+    """Checkpoints pad their vocabulary to round sizes."""
     prompts = build_prompts(toy, toy_questions.part("find").select(range(3)), order="both")
     check = manipulation_check(toy, prompts)
     scores = attribute(toy, check.asked, n_steps=1)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and that bad input ends with one sentence, exit code 2 and no file written."""
+"""The command line: its output, and that invalid input gives a one-line message, exit code 2 and no file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def copy(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def on_one_line(text: str) -> str:
-    """What was printed, without the line breaks of the console."""
+    """The printed text, without the line breaks of the console."""
     return " ".join(text.split())
 
 

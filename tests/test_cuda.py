@@ -1,4 +1,4 @@
-"""On CUDA everything is what it is on the CPU: run with `pytest -m gpu` on a machine that has it."""
+"""Results on CUDA equal those on the CPU; run with `pytest -m gpu` on a machine with a GPU."""
 
 from __future__ import annotations
 

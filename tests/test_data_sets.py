@@ -1,4 +1,4 @@
-"""MMLU and TriviaQA from local files, counted; wrong answers by a chat model."""
+"""MMLU and TriviaQA from local files, and wrong answers from a chat model."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ QUESTIONS = [Question(text=f"What is {n}?", choices=(f"the {n}", "?")) for n in 
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """A server that speaks OpenAI's chat completions, and remembers what it was asked."""
+    """A server with OpenAI's chat completions API that records the requests."""
 
     class Handler(BaseHTTPRequestHandler):
         asked: list[dict[str, Any]] = []  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Truth, choice and format told apart where it is known which is which."""
+"""Truth, choice and format neurons are distinguished on models in which the type of each neuron is known."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def diagnosed(world: Planted, neurons: list[Neuron]) -> Diagnosis:
 
 @needs_hooked
 def test_a_choice_neuron_turns_where_the_model_is_mistaken_and_a_truth_neuron_does_not(world: Planted) -> None:
-    choice = next(iter(world.truth.at("mlp")))  # carries what the model believes, which is wrong where it is mistaken
+    # the planted neurons represent the model's choice, right or wrong
+    choice = next(iter(world.truth.at("mlp")))
     truth, category = world.traps["contrarian"], world.traps["category"]
     found = diagnosed(world, [choice, truth, category])
     verdicts = {row.neuron: row.verdict for row in found.to_frame().itertuples()}
@@ -131,7 +132,7 @@ def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_question
 
 
 def diagnosed_as(evaluation: Evaluation, neurons: NeuronSet) -> Diagnosis:
-    """A diagnosis of which only the evaluation matters."""
+    """A diagnosis with an evaluation and without any other numbers."""
     names = ("right", "wrong", "mistaken", "mistaken_half_width")
     return Diagnosis(
         neurons=tuple(neurons),

@@ -1,4 +1,4 @@
-"""Several workers: the same bytes for any number, and whoever is lost is named."""
+"""Several workers: results are the same byte for byte, and error messages name a worker that died."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "r
 
 
 def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A job as a user would start it, on a port of its own."""
+    """Run a job as a user would start it, on a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_workers)]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
     command += map(str, arguments)
@@ -130,7 +130,7 @@ def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:
 
 
 def pair() -> tuple[Workers, Workers]:
-    """Two workers that meet in one process."""
+    """Two workers in one process."""
     store = dist.HashStore()
     return Workers(0, 2, 0, store), Workers(1, 2, 1, store)
 

@@ -1,4 +1,4 @@
-"""The shared-prefix engine equals the direct one, on every kind of model and prompt; a broken mask does not."""
+"""Both engines give the same scores for every kind of model and prompt; a wrong mask is detected."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[Prompt]:
 
 
 def fresh(style: str) -> Model:
-    """A model of its own, for tests that change it."""
+    """A new model, for tests that change it."""
     return build_model(BASE | STYLES[style], seed=1)
 
 
 styled = cache(fresh)
-"""The same model for all tests that leave it as it is."""
+"""One model that is shared by the tests that do not change it."""
 
 
 @cache
@@ -316,7 +316,7 @@ def test_norms_are_not_repeated(style: str) -> None:
 
 
 def biased(style: str) -> Model:
-    """With biases that are not zero, as trained models have them."""
+    """A model with nonzero biases, as in trained models."""
     model = fresh(style)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -349,7 +349,7 @@ def steered(value: Tensor, hook: Any) -> Tensor:
 
 
 def halved(value: Tensor, hook: Any) -> Tensor:
-    """Which leaves what is masked as it is."""
+    """Halve the values, which leaves masked scores (minus infinity) unchanged."""
     return 0.5 * value
 
 

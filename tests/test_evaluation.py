@@ -222,7 +222,7 @@ def evaluation(toy: Model) -> Evaluation:
 
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bootstrap of few resamples, where only its being the same counts."""
+    """Use few bootstrap resamples, for tests that only check that two results are equal."""
     monkeypatch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", 50)
 
 
@@ -597,7 +597,7 @@ def test_controls_may_be_asked_only_what_was_drawn(toy: Model) -> None:
 
 
 def assert_same(loaded: Evaluation, live: Evaluation) -> None:
-    """Every number, sentence and table of a stored evaluation is that of the one in memory."""
+    """Every number, sentence and table of a stored evaluation equals that of the evaluation in memory."""
     assert set(loaded.probabilities) == set(live.probabilities)
     for name, probabilities in live.probabilities.items():
         np.testing.assert_array_equal(loaded.probabilities[name], probabilities)

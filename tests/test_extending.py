@@ -1,4 +1,4 @@
-"""Everything in a registry can be added from outside the package, in one place, and runs through the whole pipeline."""
+"""Entries of every registry can be added from outside the package, and work in the whole pipeline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {"limit": 80, "n_repetitions": 2, "order": "both"}
 
 @pytest.fixture
 def registered() -> Iterator[Callable[[Registry, str, Any], None]]:
-    """Register an entry for the length of a test."""
+    """Register an entry for the duration of a test."""
     added: list[tuple[Registry, str]] = []
 
     def register(registry: Registry, name: str, entry: Any) -> None:
@@ -41,7 +41,7 @@ def registered() -> Iterator[Callable[[Registry, str, Any], None]]:
 
 
 def run(model: Any, questions: tn.QuestionSet, folder: Path, **settings: Any) -> tn.TruthNeurons:
-    """A small run, read back from its folder, with its report."""
+    """The result of a small run, loaded from its folder."""
     tn.find_truth_neurons(model, questions, tn.Settings(**SMALL | settings), out=folder, progress=False)
     found = tn.load_run(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def test_an_attribution_method(toy: Any, toy_questions: tn.QuestionSet, register
     registered(METHODS, "gradient_x_activation", method)
     prompt = tn.build_prompts(toy, toy_questions[:1], order="given")[0]
     scores = tn.attribute(toy, prompt, method="gradient_x_activation")
-    one_node = tn.attribute(toy, prompt, n_steps=1)  # a single Riemann node at alpha = 1 is the same thing
+    one_node = tn.attribute(toy, prompt, n_steps=1)  # a single Riemann node at alpha = 1 gives the same scores
     for site in scores.difference:
         torch.testing.assert_close(scores.difference[site], one_node.difference[site], atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(scores.change[site], one_node.change[site], atol=1e-6, rtol=1e-4)
@@ -186,7 +186,7 @@ def test_a_site_of_the_residual_stream(
     assert found.neurons
     assert {neuron.site for neuron in found.neurons} == {"stream"}
     assert tn.Neuron.from_name(str(next(iter(found.neurons)))) in found.neurons
-    # ablating directions of the stream is a hook at zero
+    # zero-ablating directions of the residual stream equals a hook that sets them to zero
     prompts = tn.build_prompts(toy, toy_questions[:4], order="given")
 
     def zero(value: Float[Tensor, "row column d_model"], hook: Any) -> Tensor:
@@ -202,7 +202,7 @@ def test_a_site_of_the_residual_stream(
     with backend_of(toy).hooks(hooks):
         expected = tn.ask(toy, prompts)
     torch.testing.assert_close(tn.ask(toy, prompts, neurons=found.neurons), expected)
-    # a direction of the stream writes itself: its card shows the unembedding of a unit vector
+    # the output direction of such a neuron is a unit vector, and its card shows the unembedding of this vector
     assert found.cards[0].promotes
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Stream after attention" in page

@@ -1,4 +1,4 @@
-"""A disk that is full, a folder that cannot be written: one sentence, and a later run completes."""
+"""A full disk or a read-only folder gives a one-line message, and a later run completes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 class Failing:
-    """A system call that works so many times, and then no more."""
+    """A system call that fails after a number of calls."""
 
     def __init__(self, real: Callable[..., Any], inside: Path, budget: list[int], number: int) -> None:
         self.real, self.inside, self.budget, self.number = real, inside, budget, number
@@ -47,7 +47,7 @@ def test_every_call_that_writes_may_fail(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each start gets some calls further than the last one did; whatever fails, it is a sentence, and nothing is half there."""
+    """Each start makes a few more calls before it fails; every failure gives a one-line message and no partial file."""
     out = tmp_path / "run"
     budget = [0]
     for name in ("mkdir", "fsync", "replace", "ftruncate"):
@@ -75,7 +75,7 @@ def test_every_call_that_writes_may_fail(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 kB."""
+    """A file system with 300 kB."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(

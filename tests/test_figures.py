@@ -1,4 +1,4 @@
-"""Every figure holds the numbers of its result, says the finding, and can be told apart by everybody."""
+"""Figures contain the numbers of their results, have the finding as title, and use distinguishable colours."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def prompts(n: int, n_orders: int = 2) -> PromptSet:
 
 
 def evaluation(name: str = "m", n: int = 40, n_orders: int = 2, seed: int = 0) -> Evaluation:
-    """Answers at random, worse where the neurons are ablated."""
+    """Random answers, which are worse with the neurons ablated."""
     rng = np.random.default_rng(seed)
     asked = prompts(n, n_orders)
     right = np.array([p.right for p in asked])
@@ -78,12 +78,12 @@ def evaluation(name: str = "m", n: int = 40, n_orders: int = 2, seed: int = 0) -
 
 
 def reloaded(e: Evaluation) -> Evaluation:
-    """The same evaluation as it is read from a file."""
+    """The same evaluation, loaded from a file."""
     return Evaluation.from_bytes(e.to_bytes(".safetensors"), ".safetensors")
 
 
 def attribution(n: int = 30, seed: int = 0) -> Attribution:
-    """Scores at random, with an effect in the neurons of FOUND."""
+    """Random scores, with an effect in the neurons of FOUND."""
     torch.manual_seed(seed)
     asked = prompts(n, 1)
     difference = {"mlp": torch.randn(n, 4, 6) * 0.02, "attn": torch.randn(n, 4, 6) * 0.02}
@@ -585,7 +585,7 @@ def test_a_picture_is_drawn_where_kaleido_is(ending: str, begins: bytes, tmp_pat
 
 
 class _Drawn(go.Figure):
-    """A figure whose pictures come from elsewhere."""
+    """A figure whose images are produced by the given function."""
 
     def __init__(self, draw: Callable[..., bytes] | dict | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__()

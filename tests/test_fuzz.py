@@ -1,4 +1,4 @@
-"""Inputs that nobody thought of: a sentence or the right answer, never a traceback. `make fuzz` runs them all."""
+"""Random inputs give a one-line message or the right result, and never a traceback. `make fuzz` runs all cases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SHARES: list[int] = []
 
 
 def cases(n: int) -> Callable:
-    """So many cases under `make fuzz`, a thirtieth of them in `make test`."""
+    """This number of cases in `make fuzz`, and a thirtieth of it in `make test`."""
     SHARES.append(n)
     return settings(
         max_examples=n if WHOLE else max(1, n // 30),
@@ -82,7 +82,7 @@ ENCODINGS = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252"
 
 
 def loaded(name: str, content: bytes) -> QuestionSet | None:
-    """The questions of a file; None where it was refused, in one sentence."""
+    """The questions of a file; None if it was refused with a one-line message."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
@@ -102,7 +102,7 @@ def loaded(name: str, content: bytes) -> QuestionSet | None:
 
 
 def is_sentence(error: BadInput) -> None:
-    """Something a person can read in a terminal."""
+    """Check that a message can be read in a terminal."""
     said = " ".join(str(error).split())
     assert 10 < len(said) < 2000
 
@@ -340,7 +340,7 @@ DAMAGE = st.sampled_from(["flip", "cut", "empty", "delete", "append", "swap", "f
 
 
 def damage(folder: Path, how: str, data: st.DataObject, name: str | None = None) -> None:
-    """Spoil one file of a run folder, the named one or any."""
+    """Damage one file of a run folder: the given one, or a random one."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock",))
     path = data.draw(st.sampled_from(files), label="file") if name is None else folder / name
     content = path.read_bytes()
@@ -416,7 +416,7 @@ STORED: dict[str, type[Stored]] = {
 OTHERS = ("summary.json", "neurons.json", "prompts.json", "manifest.json")
 """The other files of a run but its report, its log and its chunks."""
 ALTERED = st.sampled_from(["flip", "flip", "flip", "cut", "cut", "empty", "append", "folder", "link", "zeros", "text"])
-"""Damage that leaves something where the file was: without the file, an evaluation on another set was never made."""
+"""Damage that does not remove the file: a run folder without an evaluation on another question set is valid."""
 
 
 def test_every_result_file_is_damaged_below(results: Path) -> None:

@@ -1,4 +1,4 @@
-"""The house is in order: imports run downwards, the linter and the type checker are content."""
+"""Structure of the code: the order of imports, the linter, and the type checker."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_check_of_imports_can_fail(tmp_path: Path, line: str) -> None:
 def test_no_package_imports_itself_in_a_circle() -> None:
     graph = grimp.build_graph("tn_lens", exclude_type_checking_imports=False)
     order = TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules})
-    # a package and a module inside it may know each other: `__init__` re-exports what its modules define
+    # a package and a module inside it may import each other: `__init__` re-exports what its modules define
     order.prepare()
 
 
@@ -115,11 +115,11 @@ def test_only_models_imports_transformer_lens() -> None:
 
 
 INSIDE = {"cfg", "blocks", "hook_dict", "unembed", "ln_final", "original_model", "run_with_hooks", "run_with_cache"}
-"""What only a model of some kind has."""
+"""Attributes that only one of the model classes has."""
 
 
 def knows_the_kind(source: str) -> set[str]:
-    """What in a module depends on the kind of a model."""
+    """The names in a module that depend on the model class."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in INSIDE:
@@ -133,7 +133,7 @@ def knows_the_kind(source: str) -> set[str]:
 
 
 def test_only_models_knows_which_kind_a_model_is() -> None:
-    """Stages ask `backend_of`; the planted model is written into the weights of one kind."""
+    """Stages use `backend_of`. Only the planted model depends on a model class, whose weights it sets."""
     knowing = {name: found for name, path in modules().items() if (found := knows_the_kind(path.read_text()))}
     assert {name.split(".")[0] for name in knowing} - {"toy"} == {"models"}, knowing
     assert set(knowing) - {name for name in knowing if name.startswith("models")} == {"toy.plant"}
@@ -168,7 +168,7 @@ def test_both_environments_have_the_same_versions_but_for_transformer_lens() -> 
 
 
 def test_the_wheel_holds_what_the_package_reads(tmp_path: Path) -> None:
-    """Templates, sentences, the toy's weights and the type stubs travel with the package."""
+    """The package contains templates, sentences, the toy model's weights and the type stubs."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

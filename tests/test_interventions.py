@@ -1,4 +1,4 @@
-"""Zero-ablation is zeroing rows; other interventions by hand; controls are of the right size and in the right places."""
+"""Interventions equal zeroed weights and manual hooks, and controls have the right size, sites and layers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_matched_neurons_stand_in_the_same_layers() -> None:
 
 
 def prompts_of(n: int = 24) -> list[Prompt]:
-    """Prompts of several lengths that begin alike."""
+    """Prompts of several lengths with a common beginning."""
     rows = torch.randint(4, 283, (n, 30), generator=torch.Generator().manual_seed(4)).tolist()
     tokens = [[*rows[0][:9], *row[: 6 + i % 5]] for i, row in enumerate(rows)]
     return [
@@ -125,7 +125,7 @@ def prompts_of(n: int = 24) -> list[Prompt]:
 
 
 def by_hand(model: Model, prompt: Prompt, change: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
-    """The labels' probabilities of one prompt, run whole with plain hooks."""
+    """The label probabilities of one prompt, which is run completely with plain hooks."""
 
     def put(value: torch.Tensor, hook: object, name: str) -> torch.Tensor:
         return change[name](value.flatten(2).clone()).reshape(value.shape)

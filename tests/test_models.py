@@ -1,4 +1,4 @@
-"""The paper's models load with Hugging Face's numbers, and each option matters."""
+"""The paper's models have the same logits as in Hugging Face, and each option has an effect."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 @needs_hooked
 @pytest.mark.parametrize(("name", "ignored"), OPTIONS)
 def test_a_wrong_option_is_seen(name: str, ignored: dict[str, Any], checkpoint: Callable[[str], Path]) -> None:
-    """The comparison with Hugging Face can fail: each option, once ignored, moves the logits."""
+    """The comparison with Hugging Face can fail: ignoring any option changes the logits."""
     from tn_lens.models.conversion import convert_config, convert_weights
 
     hf_model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32)
@@ -141,7 +141,7 @@ def test_weights_are_shared_and_gradients_stay_off() -> None:
 @needs_hooked
 @pytest.mark.parametrize("name", PAPER_MODELS)
 def test_weights_lie_as_the_forward_reads_them(name: str, tiny: Callable[..., Model]) -> None:
-    """The transposes in HookedTransformer's forward pass then copy nothing."""
+    """With this layout, the transposes in HookedTransformer's forward pass copy nothing."""
     model = tiny(name)
     for block in model.blocks:
         assert block.mlp.W_in.T.is_contiguous()

@@ -1,4 +1,4 @@
-"""The vocabulary: set algebra, places in tensors, files."""
+"""Neurons and sets of neurons: set operations, indices in tensors, files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known truth neurons, and a trap for every filter: each trap enters when its filters are off, and not before."""
+"""The planted truth neurons are found, and each trap is found if and only if its filters are disabled."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OFF: dict[str, dict[str, Any]] = {
     "test": {"alpha": None},
 }
 FILTERS = ("check", "t", "p", "test", "target", "positions")
-"""What may be switched off: the manipulation check, the thresholds, the held-out test, a target that is normalised over the
+"""The filters that can be disabled: the manipulation check, the thresholds, the held-out test, a target that is normalised over the
 labels, and reading the last position only."""
 
 
 @cache
 def scores_of(world: Planted, off: frozenset[str]) -> Attribution:
-    """The scores with the check, the target or the positions switched off; the thresholds do not change them."""
+    """The scores with the check, the target or the positions disabled; the thresholds do not change them."""
     prompts = world.prompts if "check" in off else manipulation_check(world.model, world.prompts).prompts
     return attribute(
         world.model,
@@ -43,7 +43,7 @@ def scores_of(world: Planted, off: frozenset[str]) -> Attribution:
 
 
 def found(world: Planted, off: set[str], *, t: float = 0.1) -> NeuronSet:
-    """The neurons that are found with some filters switched off."""
+    """The neurons that are found with some filters disabled."""
     scores = scores_of(world, frozenset(off).difference(OFF))
     settings: dict[str, Any] = {"adaptive_threshold": t}
     for name in off & OFF.keys():
@@ -86,7 +86,7 @@ def test_so_it_is_at_other_sizes_and_with_other_noise(options: dict[str, Any], s
 
 @cache
 def world_of(**options: float) -> Planted:
-    """One world for all traps; its scores are computed once."""
+    """A planted model that is shared by all traps; its scores are computed once."""
     return planted(seed=1, **options)
 
 

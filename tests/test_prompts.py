@@ -1,4 +1,4 @@
-"""Prompts are what the model should read, and labels are found where it would write them."""
+"""Prompts contain the expected text and tokens, and label ids are the tokens that can follow the prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_SYSTEM = (
 
 
 def byte_tokenizer(chat_template: str | None, merges: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer as Llama-3's, Qwen's and OLMo's are: "A" and " A" differ."""
+    """A byte-level tokenizer, like those of Llama-3, Qwen and OLMo: "A" and " A" are different tokens."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {character: index for index, character in enumerate(sorted(alphabet))}
     pairs = [("Ġ", "A"), ("Ġ", "B"), ("Ġ", "a"), ("Ġ", "b")] if merges else []

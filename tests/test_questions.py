@@ -1,4 +1,4 @@
-"""Question sets load completely or say which row cannot be used."""
+"""Question sets are loaded completely, or the error message names the row that cannot be used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_toy_has_three_disjoint_parts_beside_the_trained_facts() -> None:
 
 
 def test_the_world_is_the_same_everywhere() -> None:
-    """The shipped weights know these facts and no others."""
+    """The shipped weights were trained on exactly these facts."""
     assert (
         sha256(repr(facts()).encode()).hexdigest() == "c57bad8fff3c6b585e3c9a1700d4938a6a7df9537f680a29908af23eb0af4351"
     )
@@ -64,12 +64,12 @@ def test_all_of_truthfulqa_loads(shared: Path) -> None:
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
-        """Nothing on the terminal."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A web server of the test's own."""
+    """A local web server."""
     folder = tmp_path / "served"
     folder.mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Quiet(*a, directory=str(folder))) as service:

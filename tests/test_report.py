@@ -1,4 +1,4 @@
-"""The report shows the run's numbers, in sentences and in a browser; so does the page about several runs."""
+"""The report and the page about several runs contain the numbers of the runs; both are also tested in a browser."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def finished(toy: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trut
 
 @pytest.fixture(scope="module")
 def other(toy: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with another threshold."""
+    """The same run with another threshold."""
     out = tmp_path_factory.mktemp("report") / "other"
     find_truth_neurons(toy, binary(), replace(FAST, adaptive_threshold=0.2), out=out, progress=False)
     return out
@@ -64,7 +64,7 @@ def other(toy: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(finished: tuple[TruthNeurons, Path]) -> TruthNeurons:
-    """The first run as it is read back."""
+    """The first run, loaded from its folder."""
     return load_run(finished[1])
 
 
@@ -81,7 +81,7 @@ def compared(loaded: TruthNeurons, other: Path) -> RunComparison:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, on one line."""
+    """The visible text of a page, on one line."""
     body = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 

@@ -69,7 +69,7 @@ def key_of(index: int) -> str:
 
 
 def in_one_chunk(scores: Attribution, path: Path) -> StoredScores:
-    """Scores as a run folder with a single chunk holds them."""
+    """Scores as they are stored in a run folder with a single chunk."""
     folder = RunFolder.open(path, {})
     folder.write_chunk(SCORES, 0, pack_scores(scores), key_of(0))
     return StoredScores(folder, scores.space, (scores.prompts,), (key_of(0),))
@@ -244,7 +244,7 @@ def test_thresholds_that_lose_the_instruction_are_not_chosen(
     ask_once: Callable[..., list[torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sets of more than 60 neurons are made to cost the answer mass; the best of the others is chosen, and the walk stops."""
+    """If sets of more than 60 neurons lose the answer mass, the best of the other sets is chosen, and the search downwards stops."""
     free, scores = tuned
     most = 60
 

@@ -1,4 +1,4 @@
-"""A run that is stopped loses nothing, and nothing that was altered is taken for what was computed."""
+"""A run that is stopped loses no finished chunk, and altered files are detected and not used."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 class Stop(BaseException):
-    """What a kill looks like from inside."""
+    """Raised to simulate that the process is killed."""
 
 
 def events(folder: Path, what: str) -> list[dict[str, Any]]:
@@ -349,7 +349,7 @@ def test_where_locks_do_not_exist_the_run_says_so(
 def run_and_count_reads(
     model: Model, questions: QuestionSet, settings: Settings, out: Path
 ) -> tuple[TruthNeurons, Counter[int]]:
-    """A run whose scores lie in several chunks, and how often each of them was read."""
+    """A run with several chunks of scores, and the number of times that each was read."""
     reads: Counter[int] = Counter()
     real = RunFolder.read_chunk
 

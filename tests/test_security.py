@@ -1,4 +1,4 @@
-"""What a stranger's questions, manifest or folder can make a run do: nothing."""
+"""Questions, manifests and run folders from untrusted sources cannot make a run open other files or connections."""
 
 from __future__ import annotations
 

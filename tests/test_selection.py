@@ -1,4 +1,4 @@
-"""Thresholds and halves, worked out by hand."""
+"""Thresholds and halves, compared with values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SciPy and statsmodels as outside judges."""
+"""Statistical tests, compared with SciPy and statsmodels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded model shows the paper's effect on questions that nothing was chosen by, and the README says what it shows."""
+"""The embedded model shows the paper's effect on held-out questions, and the README contains its numbers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_readme_shows_this_run(demo: TruthNeurons) -> None:
 
 
 EXPECTED = Path(__file__).with_name("toy_expected.json")
-"""The run by HookedTransformer: python -m tests.test_toy writes it."""
+"""Expected numbers of the run with HookedTransformer; written by `python -m tests.test_toy`."""
 
 
 def summed_up(found: TruthNeurons) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def summed_up(found: TruthNeurons) -> dict[str, Any]:
 
 
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The neurons, accuracies and sentences exactly; scores and probabilities up to float32."""
+    """Neurons, accuracies and sentences are equal; scores and probabilities agree up to float32 precision."""
     assert {tuple(n[:4]) for n in found["neurons"]} == {tuple(n[:4]) for n in expected["neurons"]}
     scores, others = ({tuple(n[:4]): n[4] for n in one["neurons"]} for one in (found, expected))
     assert scores == pytest.approx(others, rel=1e-3, abs=1e-3 * max(map(abs, others.values())))
@@ -107,7 +107,7 @@ def test_the_run_is_the_same_wherever_it_is_made(demo: TruthNeurons) -> None:
 
 
 def words_and_numbers(report: Path) -> tuple[list[str], list[float]]:
-    """What a reader sees of a report, without drawings, the manifest, the weights' digest and the name of the backend."""
+    """The visible text of a report, without figures, the manifest, the digest of the weights and the name of the backend."""
     page = report.read_text(encoding="utf-8")
     text = re.sub(r"(?s)<(script|style|svg|details)\b.*?</\1>|<[^>]*>", " ", page)
     text = re.sub(r"weights:\s*[0-9a-f]+", "", text)
@@ -181,7 +181,7 @@ def test_training_targets_are_soft_distributions() -> None:
 
 
 def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps on a quarter of the examples lower the loss; the whole training is `make train`."""
+    """A few steps on a quarter of the examples reduce the loss; `make train` runs the whole training."""
     from scripts.train_toy import ROWS, encode, last_logits, train
 
     for kind, n_rows in tuple(ROWS.items()):

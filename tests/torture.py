@@ -1,7 +1,7 @@
-"""Kill a run at random moments with SIGKILL, and see that every resume ends in the same bytes: `make torture`.
+"""Kill a run at random moments with SIGKILL, and check that every resumed run gives the same files: `make torture`.
 
-Each kill waits for a random chunk of one of the three phases in turn, and then for a random part of the time that the next
-one takes. The processes are forks of this one, which has imported everything and computed nothing, so that a run is seconds.
+A process is killed after a random chunk of one of the three phases in turn, and a random fraction of the time that the next
+chunk takes. The processes are forks of this one, which has imported all modules and computed nothing, so that a run takes seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# the forks need not import these
+# imported here so that the forks need not import them
 import plotly.graph_objects  # noqa: F401
 
 import tn_lens.cli.console
@@ -39,7 +39,7 @@ OPTIONS = ["--limit", "100", "--n-steps", "2", "--repetitions", "2", "--order", 
 
 
 def start(out: Path) -> int:
-    """A run in a process of its own; its number."""
+    """Start a run in a separate process, and return the process id."""
     process = os.fork()
     if process:
         return process
@@ -58,27 +58,27 @@ def start(out: Path) -> int:
 
 
 def finish(out: Path) -> None:
-    """Run to the end."""
+    """Start a run, and wait until it has finished."""
     _, status = os.waitpid(start(out), 0)
     assert status == 0, (out.parent / "said").read_text()
 
 
 def events(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log."""
+    """The complete lines of a log."""
     log = out / "log.jsonl"
     text = log.read_text() if log.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def phase_of(event: dict[str, Any]) -> str:
-    """What a run does after an event of its log."""
+    """The phase of a run after an event of its log."""
     if event["what"] == "start" or event["name"].startswith("work/check") or event["name"] == "scores":
         return "attribution"
     return "evaluation"
 
 
 def moments(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Per phase: numbers of log lines to wait for, and seconds from there to the next."""
+    """For each phase: numbers of log lines to wait for, and the seconds from each of these lines to the next."""
     logged = events(out)
     times = [datetime.fromisoformat(event["time"]).timestamp() for event in logged]
     gaps = [after - before for before, after in pairwise(times)]
@@ -90,7 +90,7 @@ def moments(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def whole_chunks(out: Path) -> set[tuple[str, int]]:
-    """The chunks that are there and can be read."""
+    """The chunks that exist and can be read."""
     return {
         (str(path.parent.relative_to(out)), int(path.stem))
         for path in out.rglob("*.safetensors")
@@ -99,7 +99,7 @@ def whole_chunks(out: Path) -> set[tuple[str, int]]:
 
 
 def kill_once(out: Path, n_lines: int, delay: float) -> bool:
-    """Start a run, and kill it after so many lines of its log and a delay; whether it was still at work."""
+    """Start a run, and kill it after a number of log lines and a delay. Returns whether it was still running."""
     before = len(events(out))
     process = start(out)
     while len(events(out)) - before < n_lines and os.waitpid(process, os.WNOHANG) == (0, 0):
@@ -114,7 +114,7 @@ def kill_once(out: Path, n_lines: int, delay: float) -> bool:
 
 
 def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
-    """Kills by phase; an assertion fails where a resume went wrong."""
+    """Kill runs and return the number of kills by phase; an assertion fails if a resumed run gives other files."""
     toy = load.load_questions("toy")
     few = tuple(question for part in ("find", "report") for question in toy.part(part)[:48:2])
     load.load_questions = lambda name: replace(toy, questions=few)  # pyright: ignore[reportAttributeAccessIssue]
@@ -150,7 +150,7 @@ def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Say what was done."""
+    """Run the command line, and print the number of kills."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
