@@ -1,4 +1,4 @@
-"""TransformerBridge, HookedTransformer and a plain Hugging Face model with torch hooks give the same numbers."""
+"""TransformerBridge and HookedTransformer give the same numbers as a plain Hugging Face model with torch hooks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ HEADS: dict[str, Any] = {"hidden_size": 40, "num_attention_heads": 4, "num_key_v
 
 
 def family_config(name: str) -> Any:
-    """A tiny configuration in which every option of the family has an effect."""
+    """A tiny configuration in which every option of the family affects the logits."""
     match name:
         case "Llama":
             return paper_config("Llama-3.1-8B-Instruct")
@@ -81,7 +81,7 @@ CHECKPOINTS: dict[str, PreTrainedModel] = {}
 
 
 def checkpoint_of(family: str) -> PreTrainedModel:
-    """The random Hugging Face model of a family, in float32 and with eager attention, as the reference implementation runs it."""
+    """The family's random Hugging Face model, in float32 and with eager attention, as the oracle runs it."""
     if family not in CHECKPOINTS:
         model = random_checkpoint(family_config(family))
         model.config.architectures = [type(model).__name__]
@@ -95,7 +95,7 @@ def bridged(family: str, **options: Any) -> Model:
 
 
 def hooked(family: str) -> Model:
-    """The HookedTransformer: by the package's own loader, or by TransformerLens' converters where the names are fixed."""
+    """The HookedTransformer, built with `load_model`, or with TransformerLens' converters for other architectures."""
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import (
         convert_gemma_weights,
@@ -156,7 +156,7 @@ def hooked(family: str) -> Model:
 
 
 def prompts_of(*lengths: int, begin: int = 0) -> list[Prompt]:
-    """Random prompts, of which the first `begin` tokens are the same."""
+    """Random prompts that share their first `begin` tokens."""
     generator = torch.Generator().manual_seed(3)
     common = torch.randint(4, 283, (begin,), generator=generator).tolist()
     return [
@@ -170,11 +170,11 @@ def prompts_of(*lengths: int, begin: int = 0) -> list[Prompt]:
     ]
 
 
-# The reference implementation uses neither tn_lens nor TransformerLens.
+# The oracle is independent of tn_lens and TransformerLens.
 
 
 def output_projection(model: PreTrainedModel, site: str, layer: int) -> torch.nn.Module:
-    """The module whose input is the neurons of a site."""
+    """The linear layer whose input is the neurons of a site."""
     inner: Any = model
     if hasattr(inner, "transformer"):
         block = inner.transformer.h[layer]
@@ -193,7 +193,7 @@ def reading(module: torch.nn.Module, read: Callable[[Tensor], Tensor]) -> Iterat
 
 
 def oracle(model: PreTrainedModel, prompt: Prompt, site: str, layer: int, n_steps: int) -> Tensor:
-    """Scores by equations 3, 4 and 8, computed step by step."""
+    """Scores by equations 3, 4 and 8, computed one step at a time."""
     module, tokens = output_projection(model, site, layer), torch.tensor([prompt.token_ids])
     held: list[Tensor] = []
     with torch.no_grad(), reading(module, lambda value: held.append(value[0, -1].clone()) or value):
@@ -235,7 +235,7 @@ def test_scores_equal_those_of_plain_hugging_face(family: str, make: Callable[[s
 
 
 def test_the_oracle_can_fail() -> None:
-    """The comparison can fail: another prompt has other scores."""
+    """The scores of different prompts differ."""
     one, two = prompts_of(12, 12)
     expected = oracle(checkpoint_of("Llama"), one, "mlp", 1, 3)
     found = attribute(bridged("Llama"), two, n_steps=3).difference["mlp"][0, 1]
@@ -245,7 +245,7 @@ def test_the_oracle_can_fail() -> None:
 @needs_hooked
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hook_points_hold_the_same_numbers(family: str) -> None:
-    """Compatibility mode is not needed: names that differ have aliases."""
+    """Compatibility mode is not needed, since hook points with different names have aliases."""
     tokens = torch.tensor([prompts_of(17)[0].token_ids])
     names = [hook_name(site, layer) for site in NEURON_SITES for layer in range(3)]
     names += [
@@ -283,7 +283,7 @@ def assert_equal(fast: Attribution, slow: Attribution, tolerance: float = 1e-5) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engines_agree(family: str) -> None:
-    """Prompts of several lengths in one batch, longer than the window of local attention."""
+    """One batch has prompts of different lengths, some of them longer than the window of local attention."""
     model, prompts = bridged(family), prompts_of(5, 40, 23, 1, 12)
     fast, slow = (attribute(model, prompts, n_steps=3, engine=engine) for engine in ("shared_prefix", "direct"))
     assert_equal(fast, slow)
@@ -307,7 +307,7 @@ def test_rows_join_at_their_layer_and_not_below(family: str) -> None:
     attribute(model, prompt, n_steps=4)
     for handle in handles:
         handle.remove()
-    assert passed == [1 + 8, 1 + 16, 1 + 24]  # the row in which all paths end, and four of either site of each layer
+    assert passed == [1 + 8, 1 + 16, 1 + 24]  # one row for the common end of all paths, and 4 steps * 2 sites per layer
 
 
 @pytest.mark.parametrize("point", ["hook_resid_pre", "mlp.hook_post"])
@@ -511,7 +511,7 @@ def test_a_model_that_ignores_masks_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 def test_a_bridge_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     real = bridge_module._probe
     monkeypatch.setattr(bridge_module, "_probe", lambda m: real(m) * (1 if isinstance(m, PreTrainedModel) else 1.1))
-    with pytest.raises(BadInput, match="gives other logits than Hugging Face's model itself"):
+    with pytest.raises(BadInput, match="differ from those of Hugging Face's model"):
         bridged("Llama")
 
 

@@ -357,7 +357,7 @@ def test_rows_without_a_token_are_left_out(toy: Model, toy_questions: QuestionSe
 
 @pytest.mark.parametrize("bad", ["mlp 3", "attn 3:1", "mlp 3.h1:2", "", "neuron 1:2", "mlp -1:2", "mlp 1:2 x"])
 def test_bad_names(bad: str) -> None:
-    with pytest.raises(ValueError, match="neuron's name like"):
+    with pytest.raises(ValueError, match="expected the name of a neuron"):
         Neuron.from_name(bad)
 
 
@@ -404,7 +404,7 @@ def test_show_prints_named_neurons(of_toy: Any, run: Run, apart: bool) -> None:
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(["mlp3"], "neuron's name like"), (["mlp 1:9999"], "is not among"), (["attn 0.h9:1"], "is not among")],
+    [(["mlp3"], "expected the name of a neuron"), (["mlp 1:9999"], "is not among"), (["attn 0.h9:1"], "is not among")],
 )
 def test_show_says_what_is_wrong_in_one_sentence(of_toy: Any, run: Run, names: list[str], expected: str) -> None:
     code, said, error = run("show", of_toy[1], *names)

@@ -104,7 +104,7 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
     ("arguments", "said"),
     [
         (["run", "--model", "no/such place", "--questions", "toy", "--out", "X"], "neither a folder nor a hub id"),
-        (["run", "--model", "toy", "--questions", "riddles", "--out", "X"], "no question set 'riddles'"),
+        (["run", "--model", "toy", "--questions", "riddles", "--out", "X"], "unknown question set 'riddles'"),
         ([*TOY, "--out", "X", "--t", "0"], "adaptive_threshold (t) must lie in (0, 1]"),
         ([*TOY, "--out", "X", "--t", "20"], "a fraction and not a percentage"),
         ([*TOY, "--out", "X", "--p", "1.5"], "share_threshold (p) must lie in (0, 1]"),
@@ -117,7 +117,7 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
         ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not available"),
         ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
         (TOY, "give one with --out"),
-        (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "there is no file"),
+        (["run", "--model", "toy", "--questions", "X.csv", "--out", "X"], "the file 'X.csv' does not exist"),
         ([*TOY, "--out", "X", "--seed", "-1"], "seed must be a non-negative integer"),
         ([*TOY, "--out", "X", "--method", "riemann_trapezoid", "--n-steps", "1"], "from 2 to 10,000"),
         ([*TOY, "--out", "X", "--method", "simpson"], "unknown attribution method 'simpson'"),
@@ -178,7 +178,7 @@ def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None
     assert binary()
     code, _, error = run("run", "--model", "toy", "--questions", path, "--out", tmp_path / "run", "--order", "both")
     assert code == 2, error
-    assert "no question is left" in error or "cannot read the questions" in error
+    assert "no question is left" in error or "cannot encode the questions" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -221,11 +221,11 @@ def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: P
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
-    assert (code, "holds no run" in error) == (2, True)
+    assert (code, "is not empty and does not contain a run" in error) == (2, True)
     for manifest in ('{"name": "an extension"}', '{"settings": null}', "[1]", "{"):
         (tmp_path / "mine" / "manifest.json").write_text(manifest)
         code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
-        assert (code, "is damaged or belongs to something else" in error) == (2, True)
+        assert (code, "is damaged or not a manifest of tn_lens" in error) == (2, True)
     (tmp_path / "mine" / "manifest.json").unlink()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     code, _, error = run(*TOY, "--out", tmp_path / "mine" / "thesis.txt", *FAST)

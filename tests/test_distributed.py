@@ -1,4 +1,4 @@
-"""Several workers: results are the same byte for byte, and error messages name a worker that died."""
+"""Any number of workers writes the same bytes, and error messages name a lost worker."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "r
 
 
 def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a job as a user would start it, on a free port."""
+    """A job as a user would start it, on a separate port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_workers)]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
     command += map(str, arguments)
@@ -58,13 +58,13 @@ def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) ->
 
 
 def few_of(questions: QuestionSet) -> QuestionSet:
-    """The questions of the runs of this file."""
+    """The questions that the runs in this file use."""
     return replace(questions, questions=tuple(q for part, n in FEW for q in questions.part(part)[:n]))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> Path:
-    """The run of one worker."""
+    """Folder of a run with one worker."""
     out = tmp_path_factory.mktemp("runs") / "run"
     find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, threads=1, command=COMMAND)
     assert len(list((out / "scores").iterdir())) > 1
@@ -77,11 +77,11 @@ def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path,
     script.write_text(RUN.format(few=FEW, command=COMMAND, dies=None))
     done = torchrun(n_workers, script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Report:") == done.stdout.count("│ unablated ") == 1, "one voice"
+    assert done.stdout.count("Report:") == done.stdout.count("│ unablated ") == 1, "only one worker prints"
     assert contents(out) == contents(alone)
     events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     chunks = [event for event in events if event["what"] == "chunk"]
-    assert len({(event["name"], event["index"]) for event in chunks}) == len(chunks), "no chunk twice"
+    assert len({(event["name"], event["index"]) for event in chunks}) == len(chunks), "no chunk is computed twice"
     assert {event["rank"] for event in chunks} == set(range(n_workers))
 
 
@@ -130,7 +130,7 @@ def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:
 
 
 def pair() -> tuple[Workers, Workers]:
-    """Two workers in one process."""
+    """Two workers with a common store in one process."""
     store = dist.HashStore()
     return Workers(0, 2, 0, store), Workers(1, 2, 1, store)
 
@@ -187,7 +187,7 @@ def test_only_one_worker_says_why_the_job_ends(monkeypatch: pytest.MonkeyPatch) 
     [
         ({"WORLD_SIZE": "many", "RANK": "0", "LOCAL_RANK": "0"}, "start them with torchrun"),
         ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "rank 2 of 2"),
-        ({"WORLD_SIZE": "2"}, "cannot find each other"),
+        ({"WORLD_SIZE": "2"}, "the workers cannot connect"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
     ],
 )
@@ -210,5 +210,5 @@ def test_each_worker_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None
     assert [Workers(rank, 4, rank % 2).device(None) for rank in range(4)] == ["cuda:0", "cuda:1"] * 2
     assert Workers(1, 2, 1).device("cpu") == "cpu"
     assert Workers().device("cuda:1") == "cuda:1"
-    with pytest.raises(ValueError, match="has 2 GPUs, too few for worker 2"):
+    with pytest.raises(ValueError, match="this machine has 2, none for worker 2"):
         Workers(2, 3, 2).device("cuda")

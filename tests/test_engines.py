@@ -1,4 +1,4 @@
-"""Both engines give the same scores for every kind of model and prompt; a wrong mask is detected."""
+"""The shared-prefix engine gives the same scores as the direct one for all kinds of models and prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tn_lens import Attribution, Prompt, attribute, mean_activations
 from tn_lens.attribution.engines import shared_prefix
 from tn_lens.models import Model, backend_of, build_model
 
-pytestmark = needs_hooked  # models from a configuration, and processed in float64 throughout
+pytestmark = needs_hooked  # the tests build models from a configuration and compute in float64
 
 BASE: dict[str, Any] = {
     "n_layers": 3,
@@ -97,7 +97,7 @@ def fresh(style: str) -> Model:
 
 
 styled = cache(fresh)
-"""One model that is shared by the tests that do not change it."""
+"""A cached model, for tests that do not change it."""
 
 
 @cache
@@ -312,11 +312,11 @@ def test_norms_are_not_repeated(style: str) -> None:
 
     model.add_hook("blocks.0.ln1.hook_normalized", count)
     attribute(model, prompts_of([9]), n_steps=2)
-    assert counted == 2  # the prompt and one pass, instead of three times as often
+    assert counted == 2  # once for the prompt and once for the pass, instead of three times each
 
 
 def biased(style: str) -> Model:
-    """A model with nonzero biases, as in trained models."""
+    """A model with nonzero biases, like trained models."""
     model = fresh(style)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -349,7 +349,7 @@ def steered(value: Tensor, hook: Any) -> Tensor:
 
 
 def halved(value: Tensor, hook: Any) -> Tensor:
-    """Halve the values, which leaves masked scores (minus infinity) unchanged."""
+    """A hook that keeps masked entries (zero or minus infinity) masked."""
     return 0.5 * value
 
 
@@ -368,7 +368,7 @@ ATTENTION = ("hook_q", "hook_k", "hook_v", "hook_rot_k", "hook_attn_scores", "ho
             (style, f"attn.{point}", halved)
             for style in ("gpt2", "gemma2", "neox")
             for point in ATTENTION
-            if (style, point) != ("gpt2", "hook_rot_k")  # has no rotary positions
+            if (style, point) != ("gpt2", "hook_rot_k")  # GPT-2 has no rotary positions
         ),
     ],
 )

@@ -350,7 +350,7 @@ def test_lost_mass_and_inverted_answers_are_called_that() -> None:
 def test_conditions_that_cannot_be_compared_are_refused(toy: Model) -> None:
     with pytest.raises(ValueError, match="'ablated' is missing"):
         evaluate(toy, binary()[:4], NeuronSet(), conditions=("unablated",))
-    with pytest.raises(ValueError, match="no prompts to ask"):
+    with pytest.raises(ValueError, match="expected at least one prompt, got none"):
         manipulation_check(toy, [])
 
 

@@ -209,7 +209,7 @@ def test_a_site_of_the_residual_stream(
 
 
 def test_a_name_is_registered_once() -> None:
-    with pytest.raises(tn.BadInput, match="there already is a site called 'mlp'"):
+    with pytest.raises(tn.BadInput, match="the site 'mlp' is already registered"):
         SITES.register("mlp", SITES["attn"])
 
 

@@ -36,7 +36,7 @@ class Failing:
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.ENOSPC, "make room and run again"), (errno.EACCES, "give another folder")],
+    [(errno.ENOSPC, "free disk space and run again"), (errno.EACCES, "use another folder")],
 )
 def test_every_call_that_writes_may_fail(
     number: int,
@@ -91,14 +91,14 @@ def test_a_disk_that_is_really_full_and_one_that_cannot_be_written(
     small_disk: Path, whole: Path, run: Callable, toy: Model, few: QuestionSet
 ) -> None:
     out = small_disk / "run"
-    with pytest.raises(ValueError, match="No space left on device; make room and run again: what was computed is kept"):
+    with pytest.raises(ValueError, match="No space left on device; free disk space and run again; finished chunks"):
         find_truth_neurons(toy, few, QUICK, out=out)
     held = contents(out)
     assert held
     assert "report.html" not in held
     assert not list(out.rglob("*.part"))
     subprocess.run(["mount", "-o", "remount,ro,size=300k", small_disk], check=True)
-    with pytest.raises(ValueError, match="Read-only file system; give another folder"):
+    with pytest.raises(ValueError, match="Read-only file system; use another folder"):
         find_truth_neurons(toy, few, QUICK, out=out)
     with pytest.raises(ValueError, match="Read-only file system"):
         find_truth_neurons(toy, few, QUICK, out=small_disk / "other")

@@ -1,4 +1,4 @@
-"""Models that cannot be loaded give a one-line message: what was expected, what was found, what to do."""
+"""Models that cannot be loaded raise a one-line error with what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_grouped_heads_in_olmo_2() -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub without the requested model, or with restricted access to it."""
+    """A hub whose models are missing or gated."""
 
     def do_GET(self) -> None:
         if "gated" in self.path:
@@ -162,12 +162,12 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - the standard library's name
 
     def log_message(self, *arguments: object) -> None:
-        """Print nothing."""
+        """Print nothing to the terminal."""
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    """A local server that replaces the hub."""
+    """URL of a local server that replaces the hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{service.server_address[1]}"
@@ -215,7 +215,7 @@ run(name, f"{folder}/run")
 def answers_of_the_hub(
     cases: list[tuple[str, dict[str, str], str]], hub: str, home: Path
 ) -> list[tuple[str, int, str, Path]]:
-    """Expected message, exit code, errors and run folder of each case, in one process with the environment of the last case."""
+    """Expected message, exit code, errors and run folder of each case, in a process with the environment of the last case."""
     folders = [home / str(number) for number in range(len(cases))]
     for folder in folders:
         folder.mkdir()
@@ -245,7 +245,7 @@ def test_the_hub_says_no(cases: list[tuple[str, dict[str, str], str]], hub: str,
 
 @needs_hooked
 def test_a_model_that_transformer_lens_knows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2 is loaded by TransformerLens' own loader, without weight processing, and its weights are laid out."""
+    """GPT-2 is loaded with TransformerLens' own loader, without weight processing, and its weights are laid out."""
     torch.manual_seed(0)
     hf_model = GPT2LMHeadModel(GPT2Config(n_ctx=1024, n_layer=2, n_embd=64, n_head=4, vocab_size=1000)).eval()
     hf_model.config.architectures = ["GPT2LMHeadModel"]
@@ -262,7 +262,7 @@ def test_a_model_that_transformer_lens_knows_by_name(monkeypatch: pytest.MonkeyP
 
 
 def test_the_real_small_checkpoint(shared: Path) -> None:
-    """Its tokenizer joins a colon and the space before "A", but not before "a", so the labels are put on a new line."""
+    """Its tokenizer merges a colon with the space before "A", but not before "a", so labels are on a separate line."""
     model = load_model(shared / "models" / "tinystories-656k")
     (prompt, *_) = build_prompts(model, load_questions(shared / "data" / "TruthfulQA.csv")[:2])
     vocabulary = model.tokenizer.get_vocab()

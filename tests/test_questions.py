@@ -90,10 +90,10 @@ def test_truthfulqa_comes_from_its_address(
     monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", str(tmp_path / "cache"))
     (folder / "TruthfulQA.csv").write_text(HEADER + "Adversarial,Myths,Is it?,No,Yes\n")
     monkeypatch.setattr(truthfulqa, "URL", f"{address}/TruthfulQA.csv")
-    with pytest.warns(UserWarning, match="790-question form"):
+    with pytest.warns(UserWarning, match="790-question version"):
         questions = load_questions("truthfulqa")
     assert questions[0].choices == ("No", "Yes")
-    with pytest.raises(ValueError, match="cannot fetch"):
+    with pytest.raises(ValueError, match="cannot download"):
         load_questions("truthfulqa", source=f"{address}/absent.csv")
 
 
@@ -127,15 +127,15 @@ def test_a_users_own_files(tmp_path: Path) -> None:
     [
         ("a.csv", "question,right\nQ?,Yes\n", "no column 'wrong'; it has question, right"),
         ("a.csv", "frage,right,wrong\nQ?,Yes,No\n", "no column 'question'"),
-        ("a.csv", "question,right,wrong\n", "holds no questions"),
+        ("a.csv", "question,right,wrong\n", "contains no questions"),
         ("a.csv", "", "cannot be read"),
         ("a.csv", "question,right,wrong\nWell, who barks?,dog,cup\n", "line 2: expected 3 fields"),
         ("a.csv", "question,right,wrong\nQ?,Yes,No,\n", "put double quotes"),
-        ("a.csv", "question,right,wrong\nQ?,Yes\n", "every line needs them all"),
+        ("a.csv", "question,right,wrong\nQ?,Yes\n", "add the missing fields"),
         (
             "a.jsonl",
             '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n{"question": "Q?", "choices": ["a", "b"]}\n',
-            "question 2: no 'answer'",
+            "question 2: 'answer' is missing",
         ),
         ("a.jsonl", '{"question": {"text": "Q?"}, "right": "a", "wrong": "b"}\n', "the question must be text"),
         ("a.csv", "question,right,wrong\nQ?,Yes,No\n ,Yes,No\n", "question 2: the question is empty"),
@@ -167,9 +167,9 @@ def test_other_encodings_and_names_are_refused(tmp_path: Path) -> None:
     path.write_bytes("question,right,wrong\nOù?,là,ici\n".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
         load_questions(path)
-    with pytest.raises(ValueError, match=r"no question set 'riddles'.*truthfulqa"):
+    with pytest.raises(ValueError, match=r"unknown question set 'riddles'.*truthfulqa"):
         load_questions("riddles")
-    with pytest.raises(ValueError, match="columns may name"):
+    with pytest.raises(ValueError, match="columns accepts the fields"):
         load_questions(write(tmp_path, "a.csv", "q,r,w\n1,2,3\n"), columns={"frage": "q"})
     with pytest.raises(ValueError, match="no column 'x'"):
         load_questions(write(tmp_path, "a.csv", "q,r,w\n1,2,3\n"), columns={"question": "x"})

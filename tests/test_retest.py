@@ -97,7 +97,7 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         ([], "expected a run folder, or --neurons"),
         (["RUN", "--neurons", "x.json"], "got both"),
         (["RUN", "--model", "toy"], "expected a question set"),
-        (["RUN", "--model", "toy", "--on", "nothing"], "no question set 'nothing'"),
+        (["RUN", "--model", "toy", "--on", "nothing"], "unknown question set 'nothing'"),
         (["RUN", "--model", "toy", "--on", "toy", "toy"], "a name of its own"),
         (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "limit must be a positive integer; got 0"),
         (["RUN", "--model", "toy", "--on", "toy", "--conditions", "unablated"], "'ablated' is missing"),
@@ -107,7 +107,7 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         ),
         (["RUN", "--model", "toy", "--on", "toy", "--factor", "2"], "--mode zero has no factor; leave out --factor"),
         (["RUN", "--model", "toy", "--on", "toy", "--text", "nothing.txt"], "cannot read 'nothing.txt'"),
-        (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "give the folder with test/"),
+        (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "pass the folder with test/"),
         (["nowhere", "--model", "toy", "--on", "toy"], "holds no run"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A run that is stopped loses no finished chunk, and altered files are detected and not used."""
+"""Runs can be stopped and resumed without loss, and altered files are detected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 class Stop(BaseException):
-    """Raised to simulate that the process is killed."""
+    """Stand-in for a kill signal; a BaseException, so that `except Exception` does not catch it."""
 
 
 def events(folder: Path, what: str) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def test_a_damaged_chunk_is_named_and_computed_again_and_no_other(
         with caplog.at_level(logging.WARNING, "tn_lens"):
             find_truth_neurons(toy, few, QUICK, out=out)
         assert [r.getMessage() for r in caplog.records] == [
-            f"{path} is cut off or altered (its checksum does not fit); it is computed again"
+            f"{path} is truncated or altered (its checksum does not match); it is computed again"
         ]
         assert contents(out) == contents(whole)
         assert [out / name / f"{index:05d}.safetensors" for name, index in computed(out)[n_before:]] == [path]
@@ -135,7 +135,7 @@ def test_every_altered_or_missing_byte_breaks_the_seal() -> None:
             assert unseal_tensors(bytes(altered)) is None
         assert unseal_tensors(content[:place]) is None
     assert unseal_tensors(content + b"\0") is None
-    assert unseal_tensors(save({"a": torch.zeros(1)})) is None, "whoever wrote that, a run did not"
+    assert unseal_tensors(save({"a": torch.zeros(1)})) is None, "a file without a checksum is not accepted"
 
 
 def test_sealed_chunks_are_the_same_bytes_and_plain_safetensors(tmp_path: Path) -> None:
@@ -181,14 +181,14 @@ def test_a_chunk_serves_only_what_it_was_computed_for(tmp_path: Path) -> None:
     assert twice("a", [1, 5, 3]) == [2, 10, 6]
     assert calls == [1, 2, 3, 5]
     assert twice("b", [1]) == [2]
-    assert calls == [1, 2, 3, 5, 1], "another stage's chunk is another chunk"
+    assert calls == [1, 2, 3, 5, 1], "chunks of different stages are separate"
     with Run(RunFolder(tmp_path), "another basis", progress=False) as run:
         zeros = run.stage("a", map_chunks, "double", [chunk_key(1)], lambda _: {"twice": torch.tensor(0)})
     assert [int(chunk["twice"]) for chunk in zeros] == [0]
     with Run(RunFolder(tmp_path), "basis", progress=False) as run:
         assert run.stage("a", in_stage, "within", doubled, [1]) == [2]
     assert (tmp_path / "work" / "a" / "within" / "double" / "00000.safetensors").is_file()
-    assert calls == [1, 2, 3, 5, 1, 1], "a stage within a stage has chunks of its own"
+    assert calls == [1, 2, 3, 5, 1, 1], "a stage within a stage has separate chunks"
 
 
 def test_outside_a_run_chunks_are_computed_in_memory_every_time(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_outside_a_run_chunks_are_computed_in_memory_every_time(tmp_path: Path) 
         stored = run.stage("s", map_chunks, "n", ["a"], compute)
     assert [int(chunk["x"]) for chunk in stored] == [0]
     map_chunks("n", ["a"], compute)
-    assert calls == [0, 1, 0, 1, 0, 0], "a run that has ended is not the context any more"
+    assert calls == [0, 1, 0, 1, 0, 0], "a run that has ended is no longer active"
 
 
 def test_the_warnings_of_a_stage_become_notes_once(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_two_processes_in_one_folder(run: Callable, tmp_path: Path) -> None:
         call = ["run", "--model", "toy", "--questions", "toy", "--out", tmp_path / "run", *arguments]
         code, _, error = run(*call)
         assert (code, error.count("\n")) == (2, 1)
-        assert f"another run is at work in {tmp_path / 'run'} (process {first.pid} on " in error
+        assert f"another run is using {tmp_path / 'run'} (process {first.pid} on " in error
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".holder", ".lock"]
         first.kill()
     assert run(*call)[0] == 0, "a dead process holds no lock"
@@ -292,13 +292,13 @@ def test_a_folder_left_before_its_manifest_is_taken(whole: Path, toy: Model, few
 
 def test_threads_belong_to_the_run(toy: Model, few: QuestionSet, tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    few = first_of_parts(few, find=12, report=2)  # threads wait for each other where cores are busy
+    few = first_of_parts(few, find=12, report=2)  # few questions, since two threads are slow if the cores are busy
     find_truth_neurons(toy, few, QUICK, out=tmp_path, threads=2)
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["n_threads"] == 2
     assert torch.get_num_threads() == before
     find_truth_neurons(toy, few, QUICK, out=tmp_path)
-    assert [event["n_threads"] for event in events(tmp_path, "start")] == [2, 2], "a resumed run keeps the folder's"
-    with pytest.raises(ValueError, match="n_threads = 2, and this one has n_threads = 1"):
+    assert [event["n_threads"] for event in events(tmp_path, "start")] == [2, 2], "a resumed run keeps its number"
+    with pytest.raises(ValueError, match="n_threads = 2, but this run has n_threads = 1"):
         find_truth_neurons(toy, few, QUICK, out=tmp_path, threads=1)
     with pytest.raises(ValueError, match="threads must be a positive integer; got 0"):
         find_truth_neurons(toy, few, QUICK, out=tmp_path, threads=0)
@@ -320,7 +320,7 @@ def test_starting_over_removes_chunks_too(whole: Path, toy: Model, few: Question
     n_chunks = len(list((out / "work").rglob("*.safetensors")))
     assert n_chunks > 5
     find_truth_neurons(toy, few, replace(QUICK, limit=20), out=out, overwrite=True)
-    assert len(computed(out)) > 5, "nothing of the old run serves the new one"
+    assert len(computed(out)) > 5, "the new run reuses no chunk of the old one"
     assert (out / "scores" / "mine.txt").read_text() == "precious"
 
 
@@ -349,7 +349,7 @@ def test_where_locks_do_not_exist_the_run_says_so(
 def run_and_count_reads(
     model: Model, questions: QuestionSet, settings: Settings, out: Path
 ) -> tuple[TruthNeurons, Counter[int]]:
-    """A run with several chunks of scores, and the number of times that each was read."""
+    """A run with several chunks of scores, and the number of times that each of them was read."""
     reads: Counter[int] = Counter()
     real = RunFolder.read_chunk
 
@@ -369,7 +369,7 @@ def run_and_count_reads(
 def tuned(
     tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet
 ) -> tuple[Path, TruthNeurons, Counter[int]]:
-    """A run that tunes t and stores Attr_t, what it returned, and the reads of its scores."""
+    """The folder of a run that tunes t and stores Attr_t, its result, and the number of reads of each chunk of scores."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     questions = first_of_parts(toy_questions, tune=8, find=24, report=8)
     settings = replace(QUICK, adaptive_threshold="auto", separate=True)

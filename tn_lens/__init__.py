@@ -1,7 +1,7 @@
-"""tn_lens: find truth neurons in language models, test whether they matter, and show where they sit.
+"""tn_lens: find truth neurons in language models, test their effect by ablation, and plot their distribution over layers.
 
-The public names stand in `__init__.pyi` in the order of the pipeline; `find_truth_neurons` calls all stages. A name is imported
-when it is first used, so that `import tn_lens` loads neither torch nor transformers.
+`__init__.pyi` lists the public names in the order of the pipeline; `find_truth_neurons` runs all stages. Names are imported
+lazily, so `import tn_lens` loads neither torch nor transformers.
 """
 
 import lazy_loader

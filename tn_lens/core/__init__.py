@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, settings, registries, seeds and stored results."""
+"""Foundations of all other packages: errors, options, settings, registries, seeds and stored results."""

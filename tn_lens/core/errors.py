@@ -1,17 +1,17 @@
-"""Exceptions whose message is one sentence for the user."""
+"""Exceptions with one-line messages for the user."""
 
 from __future__ import annotations
 
 
 class BadInput(ValueError):
-    """Invalid input: one sentence that says what was expected, what was found, and what to do.
+    """Invalid input. The one-line message says what was expected, what was found, and what to do.
 
-    The command line prints it and exits with code 2; any other exception is a defect.
+    The command line prints the message and exits with code 2. Exceptions other than `BadInput` and `WorkerLost` are bugs.
     """
 
 
 class WorkerLost(RuntimeError):
-    """A worker died or failed: one sentence with its number and what to do.
+    """A worker died or failed. The one-line message contains its rank and what to do.
 
-    The command line prints it and exits with code 1.
+    The command line prints the message and exits with code 1.
     """

@@ -1,7 +1,7 @@
-"""The options of the method, defined once; no torch is imported here.
+"""Types of the method's options, shared by settings, command line and error checks. Does not import torch.
 
-Settings, command line and error checks read these. The names of registries (methods, interventions, controls,
-question sets) are the built-in ones; more can be registered at run time.
+Where an option is the name of a registry entry (methods, interventions, conditions), its type lists the built-in names;
+more can be registered at run time.
 """
 
 from __future__ import annotations
@@ -9,44 +9,45 @@ from __future__ import annotations
 from typing import Literal
 
 BackendName = Literal["hooked", "bridge"]
-"""HookedTransformer (TransformerLens up to 3.9) or TransformerBridge (from 3.9)."""
+"""Model class: HookedTransformer (up to TransformerLens 3.9) or TransformerBridge (from 3.9)."""
 
 Order = Literal["random", "both", "given"]
-"""How the choices are ordered: one random order (the paper), every rotation once, or as the question has them."""
+"""Order of the choices: one random order (the paper), every cyclic rotation, or the order given in the question."""
 
 Method = Literal["riemann_right", "riemann_middle", "riemann_trapezoid", "gausslegendre", "graded"]
-"""Built-in attribution methods; all are integrated gradients and differ in the quadrature rule. Captum's names where
-captum has the rule."""
+"""Built-in attribution methods. All are integrated gradients and differ in the quadrature rule; rules that captum also
+has are called by captum's names."""
 
 BaselineName = Literal["zero", "mean"]
-"""Where the path of integrated gradients begins: zero activation (the paper) or the mean over the prompts."""
+"""Baseline of integrated gradients: zero activation (the paper) or the mean activation over the prompts."""
 
 Positions = Literal["last", "all"]
-"""Positions that attribution interpolates: the one whose logits are read (Dai et al.), or all together."""
+"""Positions whose activations are interpolated: the last one, whose logits are read (Dai et al.), or all jointly."""
 
 Where = Literal["all", "last", "question"]
-"""Positions that an intervention acts on: all (the paper), the one whose logits are read, or from the question on."""
+"""Positions that an intervention acts on: all (the paper), the last one, whose logits are read, or all positions from the
+start of the question."""
 
 TargetName = Literal["probability_difference", "normalized_difference", "log_ratio"]
-"""What is attributed; the paper's target is the first (eq. 8)."""
+"""Function of the logits that is attributed. The paper uses the first (eq. 8)."""
 
 EngineName = Literal["auto", "shared_prefix", "direct"]
-"""How the model is run; the scores are equal. "auto" is the shared prefix wherever it is possible."""
+"""How attribution runs the model. All engines give the same scores; "auto" uses the shared prefix where supported."""
 
 Correction = Literal["bonferroni", "holm", "benjamini-hochberg", "none"]
-"""How p-values are corrected for multiple comparisons; the paper uses Bonferroni."""
+"""Correction of p-values for multiple comparisons. The paper uses Bonferroni."""
 
 Family = Literal["candidates", "all"]
-"""What the correction counts as tested: the candidates that were tested, or every neuron of the model."""
+"""Family of tests that the correction covers: the candidates that were tested, or every neuron of the model."""
 
 Mode = Literal["zero", "scale", "mean", "resample"]
-"""Built-in interventions; the paper's is "zero"."""
+"""Built-in interventions. The paper uses "zero"."""
 
 Condition = Literal["unablated", "random", "random_matched", "top_activation", "ablated"]
 """Built-in conditions of an evaluation: no intervention, three controls, and the intervention on the found neurons."""
 
 Theme = Literal["light", "dark"]
-"""The background that a figure is drawn for."""
+"""Background theme of a figure."""
 
 NEURON_SITES: tuple[str, ...] = ("mlp", "attn")
-"""The sites that the paper calls neurons."""
+"""The sites whose activations the paper calls neurons."""

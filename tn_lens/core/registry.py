@@ -1,4 +1,4 @@
-"""Registries: things of one kind by name, so that adding one takes one file and one call."""
+"""Registries of named entries, for example question sets. Adding an entry takes a single call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, T]):
-    """A dictionary of named things that code outside this package can add to.
+    """A dictionary of named entries to which code outside this package can add.
 
     Args:
-        noun: what one entry is called in error messages, for example "question set".
+        noun: name for one entry in error messages, for example "question set".
     """
 
     def __init__(self, noun: str) -> None:
@@ -25,12 +25,12 @@ class Registry(dict[str, T]):
         """Add an entry under a name, directly or as a decorator.
 
         Raises:
-            BadInput: the name is taken.
+            BadInput: the name is already registered.
         """
 
         def add(new: T) -> T:
             if name in self:
-                raise BadInput(f"there already is a {self.noun} called {name!r}; choose another name")
+                raise BadInput(f"the {self.noun} {name!r} is already registered; choose another name")
             self[name] = new
             return new
 

@@ -1,4 +1,4 @@
-"""Random number generators, always from a seed and never from global state."""
+"""Seeded random number generators, independent of global random state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tn_lens.core.errors import BadInput
 
 
 def generator(seed: int, *stream: int) -> np.random.Generator:
-    """A generator for a seed and, if one seed serves several purposes, the numbers of a purpose.
+    """Create a generator from a seed. Different `stream` numbers give independent generators for the same seed.
 
     Raises:
         BadInput: the seed is not a non-negative integer.

@@ -1,7 +1,7 @@
 """Sentences about results, rendered from the Jinja templates in `report/sentences`.
 
-Results hold numbers and no prose. `say("evaluation.summary", evaluation)` renders the macro `summary` of
-`report/sentences/evaluation.j2`, so that every sentence of the package stands in one folder.
+Result objects contain numbers and no prose. `say("evaluation.summary", evaluation)` renders the macro `summary` of
+`report/sentences/evaluation.j2`. All sentences about results are in this one folder.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parents[1] / "report"
 
 
 def say_each(macro: str, *args: Any, **kwargs: Any) -> list[str]:
-    """Render a macro that holds several sentences; blank lines separate them.
+    """Render a macro and split its text at blank lines.
 
     Args:
         macro: template and macro, for example "selection.nothing_found".
         args: positional arguments of the macro.
-        kwargs: its keyword arguments.
+        kwargs: keyword arguments of the macro.
     """
     template, _, name = macro.partition(".")
     text = str(getattr(environment("sentences").get_template(f"{template}.j2").module, name)(*args, **kwargs))
@@ -35,14 +35,14 @@ def say(macro: str, *args: Any, **kwargs: Any) -> str:
 
 
 def plural(noun: str, n: int) -> str:
-    """The noun in the form that follows the number `n`."""
+    """The singular of a noun if `n` is 1, otherwise its plural."""
     if n == 1:
         return noun
     return f"{noun[:-1]}ies" if noun.endswith("y") and not noun.endswith("ay") else f"{noun}s"
 
 
 def count(n: int, noun: str) -> str:
-    """A number and its noun: "1 question", "1,200 questions"."""
+    """A number with its noun, for example "1 question" or "1,200 questions"."""
     return f"{n:,} {plural(noun, n)}"
 
 
@@ -52,7 +52,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def fixed(value: float, digits: int = 1) -> str:
-    """A number with so many decimals, without a minus sign in front of zero."""
+    """A number with `digits` decimals, without a minus sign before zero."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
@@ -62,7 +62,7 @@ def environment(folder: str, *, is_html: bool = False) -> Any:
 
     Args:
         folder: "sentences" or "templates".
-        is_html: escape everything that is filled in; sentences are plain text, which pages escape where they show it.
+        is_html: whether to escape inserted values. Sentences are plain text and are escaped by the pages that show them.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -1,6 +1,6 @@
-"""What decides the numbers of a run besides the model and the questions; no torch is imported here."""
+"""Settings that determine the results of a run, besides the model and the questions. Does not import torch."""
 
-# ruff: noqa: RUF009 (`_option` makes a dataclass field)
+# ruff: noqa: RUF009 (`_option` returns a dataclass field)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -20,68 +20,73 @@ from tn_lens.core.options import (
 
 GIB = 2**30
 MAX_MEMORY = {"cpu": 2 * GIB, "cuda": 8 * GIB}
-"""Bytes that one pass of the shared-prefix engine may take above the weights, by kind of device; elsewhere as on a CPU.
+"""Memory limit of one pass of the shared-prefix engine in bytes, besides the weights, by device type. Device types that
+are not listed use the value of the CPU.
 
-More rows in a pass hide the kernel launches of a GPU; a CPU gains nothing from more.
+Small passes on a GPU are bound by kernel launches; on a CPU, larger passes are not faster.
 """
 
 
 def default_memory(device: str) -> int:
-    """The default of `max_memory` on a kind of device, in bytes."""
+    """The default of `max_memory` for a device type, in bytes."""
     return MAX_MEMORY.get(device, MAX_MEMORY["cpu"])
 
 
 def _option(default: Any, text: str, flag: str | None = None) -> Any:
-    """A field with the help text, and the flag where it is not the field's name, of its command-line option."""
+    """A dataclass field with the help text of its command-line option, and the flag if it differs from the field's name."""
     return field(default=default, metadata={"help": text, "flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a run. None means: what suits the model (paper table 3, the toy's model card), else the paper's.
+    """The settings of a run.
+
+    If `adaptive_threshold` or `order` is None, the value recommended for the model is used (paper table 3, the toy's model
+    card), and t = 0.2 and a random order if there is none.
 
     Every field is also an option of `tn-lens run`.
     """
 
     adaptive_threshold: float | Literal["auto"] | None = _option(
         None,
-        "Adaptive threshold t, or 'auto' to tune it; the paper's value for its models, else 0.2, by default.",
+        "Adaptive threshold t, or 'auto' to tune it. Default: the paper's value for its models, 0.2 for others.",
         flag="--t",
     )
-    """t, a fraction of the largest D of a question and site (paper 2.3, A.3); "auto" tunes it on separate questions."""
+    """Threshold t, as a fraction of the largest D of each question and site (paper 2.3, A.3). "auto" tunes it on separate
+    questions."""
     share_threshold: float = _option(0.4, "Share threshold p.", flag="--p")
-    """p, the fraction of the questions in which a candidate is salient (paper 2.3, 3.1)."""
+    """Threshold p on the fraction of questions in which a candidate is salient (paper 2.3, 3.1)."""
     alpha: float = _option(0.05, "Significance level of the held-out t-test.")
-    """Level of the held-out test (paper 2.2)."""
+    """Significance level of the held-out test (paper 2.2)."""
     correction: Correction = _option("bonferroni", "Correction for multiple comparisons.")
-    family: Family = _option("candidates", "Tests that the correction counts.")
-    order: Order | None = _option(None, "Order of the choices; random by default.")
-    format: str | None = _option(None, "Prompt format, by name; the format of the question set by default.")
+    family: Family = _option("candidates", "Family of tests that the correction covers.")
+    order: Order | None = _option(None, "Order of the choices. Default: random; both for the toy model.")
+    format: str | None = _option(None, "Name of a prompt format. Default: the format of the question set.")
     n_steps: int = _option(20, "Number of interpolation steps m.")
-    """m of the paper's equation 4."""
-    method: str = _option("riemann_right", "Attribution method; 'graded' suits post-norm models.")
+    """Number of interpolation steps m (paper eq. 4)."""
+    method: str = _option("riemann_right", "Attribution method; use 'graded' for post-norm models.")
     """Name of a registered attribution method; see `tn_lens.core.options.Method` for the built-in ones."""
     baseline: BaselineName = _option("zero", "Baseline of integrated gradients.")
     positions: Positions = _option("last", "Positions to interpolate.")
     sites: Sequence[str] = _option(NEURON_SITES, "Sites to attribute.")
     """Names of registered sites."""
     target: TargetName = _option("probability_difference", "Function of the logits to attribute.")
-    separate: bool = _option(False, "Store Attr_t beside D.")
-    """Store Attr_t beside D, which takes another backward pass and twice the space."""
-    engine: EngineName = _option("auto", "How the model is run; the scores are equal.")
-    max_memory: int | None = _option(None, "GiB that one attribution pass may use above the weights; 2, on CUDA 8.")
-    """Bytes that one pass of attribution may take above the weights; by default 2 GiB, on CUDA 8 GiB."""
+    separate: bool = _option(False, "Also store Attr_t, in addition to D.")
+    """Whether to store Attr_t in addition to D, which takes a second backward pass and twice the disk space."""
+    engine: EngineName = _option("auto", "How attribution runs the model; all engines give the same scores.")
+    max_memory: int | None = _option(None, "Memory limit of a pass in GiB, besides the weights. Default: 2; 8 on CUDA.")
+    """Memory limit of one attribution pass in bytes, besides the weights. Default: 2 GiB; 8 GiB on CUDA."""
     intervention: str = _option("zero", "Intervention on the found neurons, by name.")
-    """Name of a registered intervention that needs no further argument."""
+    """Name of a registered intervention without required arguments."""
     controls: Sequence[str] = _option(("random", "random_matched"), "Controls of the evaluation.")
     """Names of registered controls."""
     n_repetitions: int = _option(10, "Repetitions of the evaluation.", flag="--repetitions")
     """Repetitions of the evaluation (paper 3.3)."""
     seed: int = _option(0, "Random seed (answer orders, half split, controls).")
-    limit: int | None = _option(None, "Maximum number of questions, drawn with the seed.")
+    limit: int | None = _option(None, "Maximum number of questions, sampled with the seed.")
 
     def of_attribution(self) -> dict[str, Any]:
-        """Keyword arguments of `attribute`, without `baseline` (which takes prompts) and `separate`."""
+        """Keyword arguments of `attribute`, without `baseline` (whose mean is computed from prompts) and `separate`."""
         names = ("n_steps", "method", "positions", "sites", "target", "engine", "max_memory")
         return {name: getattr(self, name) for name in names}
 

@@ -1,7 +1,7 @@
 """Saving and loading of results: frozen dataclasses as JSON, or as safetensors where they hold large arrays.
 
-A file holds the fields of the dataclass and a checksum. The type annotations say how a field is read back, so no class
-has a reader of its own, and no name in a file decides which code runs.
+A file contains the fields of the dataclass and a checksum. Fields are decoded by their type annotations, so the classes
+need no separate readers, and the content of a file never determines which code runs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ BLANK = "0" * 64
 
 
 class Stored:
-    """A mixin for result dataclasses: `save`, `load`, and a `repr` that reads as a sentence."""
+    """Mixin for result dataclasses with `save`, `load`, and a `repr` that shows the summary."""
 
     def save(self, path: str | Path) -> None:
         """Write the result to a .json or a .safetensors file.
 
         Raises:
-            BadInput: another file ending, or the file cannot be written.
+            BadInput: the file extension is not supported, or the file cannot be written.
         """
         path = Path(path)
         try:
@@ -44,17 +44,17 @@ class Stored:
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
-        """Read what `save` wrote.
+        """Load a result that `save` has written.
 
         Raises:
-            BadInput: there is no such file, or it is damaged or of another kind or version.
+            BadInput: the file does not exist, is damaged, or was written for another class or by another version.
         """
         path = Path(path)
         try:
             content = path.read_bytes()
-            # a digit that was altered in a number is seen by nothing else
+            # only the checksum detects an altered digit in a number
             if content != _seal(content):
-                raise BadInput("is damaged: its checksum does not fit; run the same command again to write it anew")
+                raise BadInput("is damaged: its checksum does not match; run the same command again to recreate it")
             return cls.from_bytes(content, path.suffix)
         except FileNotFoundError:
             raise BadInput(
@@ -77,11 +77,11 @@ class Stored:
                 encoded = dump_json({"sha256": BLANK, **_encode(self, arrays)}).decode()
                 return _seal(save(arrays, metadata={"result": encoded}))
             case _:
-                raise BadInput(f"expected a file that ends in .json or .safetensors, got the ending {ending!r}")
+                raise BadInput(f"expected a .json or .safetensors file, got the file extension {ending!r}")
 
     @classmethod
     def from_bytes(cls: type[R], content: bytes, ending: str) -> R:
-        """The inverse of `to_bytes`; the checksum is compared by `load` alone."""
+        """The inverse of `to_bytes`. The checksum is not verified here, but by `load`."""
         try:
             # safetensors: 8 bytes for the length of the header, the header as JSON, then the arrays
             if ending == ".safetensors":
@@ -96,10 +96,10 @@ class Stored:
             return _decode(cls, payload, arrays)
         except BadInput:
             raise
-        except Exception as error:  # a damaged file fails in many ways
+        except Exception as error:  # damaged files raise many types of exceptions
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
             raise BadInput(
-                f"is damaged, or another version of tn_lens wrote it ({reason}); run the same command again to write it anew"
+                f"is damaged or was written by another version of tn_lens ({reason}); run the same command again to recreate it"
             ) from error
 
     def __repr__(self) -> str:
@@ -108,21 +108,21 @@ class Stored:
 
 
 def _seal(content: bytes) -> bytes:
-    """The content with the SHA-256 of all its other bytes as its checksum; unchanged if it has none."""
-    # zeros are in the place of the checksum while it is computed
+    """Set the checksum in the content to the SHA-256 of all other bytes. Content without a checksum is unchanged."""
+    # the checksum is computed with zeros in its place
     blank = SEAL.sub(rb"\g<1>" + BLANK.encode(), content, count=1)
     return SEAL.sub(rb"\g<1>" + sha256(blank).hexdigest().encode(), content, count=1)
 
 
 def dump_json(payload: Any) -> bytes:
-    """JSON with null for NaN and infinity, which JSON does not have."""
-    # allow_nan=False would raise, so nothing slips through as "NaN", which is not JSON
+    """Encode as JSON, with null for NaN and infinity, which JSON cannot represent."""
+    # allow_nan=False raises if any is left, since json.dumps would write "NaN", which is not valid JSON
     text = json.dumps(without_nan(payload), indent=1, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode(errors="backslashreplace")
 
 
 def without_nan(payload: Any) -> Any:
-    """The same payload with None for every NaN and infinity."""
+    """Replace every NaN and infinity with None."""
     match payload:
         case Mapping():
             return {str(key): without_nan(value) for key, value in payload.items()}
@@ -135,11 +135,11 @@ def without_nan(payload: Any) -> Any:
 
 
 def _encode(value: Any, arrays: dict[str, Any] | None, at: str = "") -> Any:
-    """Plain values for JSON; large arrays go to `arrays` under their path where there is one."""
-    if hasattr(value, "to_plain"):  # neurons, sets of neurons and prompts have a short form of their own
+    """Encode a value for JSON. Arrays are added to `arrays` by path, or become lists in the JSON if it is None."""
+    if hasattr(value, "to_plain"):  # neurons, sets of neurons and prompts have their own short form
         return _encode(value.to_plain(), arrays, at)
     if is_dataclass(value):
-        # derived fields (init=False) follow from the others
+        # derived fields (init=False) are computed from the others
         return {f.name: _encode(getattr(value, f.name), arrays, f"{at}/{f.name}") for f in fields(value) if f.init}
     if isinstance(value, Mapping):
         return {str(key): _encode(item, arrays, f"{at}/{key}") for key, item in value.items()}
@@ -188,7 +188,7 @@ def _decode(hint: Any, value: Any, arrays: Mapping[str, Any]) -> Any:
 
 
 def _decode_array(hint: Any, value: Any, arrays: Mapping[str, Any]) -> Any:
-    """An array or a tensor, from the list in JSON or from the tensors of the file."""
+    """Decode an array or tensor from a list in the JSON or from the tensors of the file."""
     if isinstance(value, Mapping):
         tensor = arrays[value["array"]]
         return tensor.numpy() if hint.array_type is np.ndarray else tensor

@@ -33,21 +33,24 @@ def ask(
     max_tokens: int = MAX_TOKENS,
     share_prefix: bool = True,
 ) -> Float[Tensor, "prompt choice"]:
-    """Full-vocabulary softmax, summed over the label ids of each shown choice; never renormalized over the labels.
+    """Answer probabilities: the softmax over the full vocabulary, summed over the label ids of each shown choice.
+
+    They are not renormalized over the labels.
 
     Args:
-        model: to ask.
-        prompts: of any length; a beginning that several share is run once.
-        neurons: neurons to act on; none by default.
-        intervention: what is done to them; zero-ablation by default.
+        model: model to run.
+        prompts: prompts of any length. Common prefixes are run once.
+        neurons: neurons to intervene on; none by default.
+        intervention: intervention on these neurons; zero-ablation by default.
         max_tokens: maximum number of tokens in one batch.
-        share_prefix: run common beginnings once instead of every prompt whole.
+        share_prefix: whether to run common prefixes once. If False, every prompt is run as a whole.
 
     Returns:
-        Probabilities in [0, 1] on the CPU, in at least float32; 0 where a prompt has fewer choices than the widest.
+        Probabilities in [0, 1] on the CPU, in at least float32. If prompts have different numbers of choices, the
+        missing choices have probability 0.
 
     Raises:
-        BadInput: the model's logits are not finite; the neurons do not fit the model.
+        BadInput: the model's logits are not finite, or the neurons do not exist in the model.
     """
     width = max((p.n_choices for p in prompts), default=0)
     # [prompt, choice]
@@ -67,7 +70,7 @@ def ask(
 def _label_probabilities(
     probabilities: Float[Tensor, "row vocab"], prompts: Sequence[Prompt], width: int
 ) -> Float[Tensor, "row choice"]:
-    """The sums over the ids of each label, one id of every row at a time."""
+    """Sum the probabilities over the ids of each label, adding one id of every row at a time."""
     labels = torch.zeros(len(prompts), width, dtype=probabilities.dtype, device=probabilities.device)
     for shown in range(width):
         ids = [prompt.label_ids[shown] if shown < prompt.n_choices else () for prompt in prompts]
@@ -80,7 +83,7 @@ def _label_probabilities(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Asking:
-    """Prompts, and what is done to which neurons while they are asked."""
+    """Prompts to ask, and the intervention and neurons to ask them with."""
 
     prompts: PromptSet
     neurons: NeuronSet = NO_NEURONS
@@ -94,15 +97,15 @@ class _Chunk(NamedTuple):
 
 
 def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") -> list[Float[Tensor, "prompt choice"]]:
-    """`ask` several times, in chunks of one intervention and some hundreds of prompts.
+    """Call `ask` several times, in chunks with one intervention and usually `PROMPTS_ASKED` prompts.
 
     Args:
-        model: to ask.
-        askings: each gives one result.
+        model: model to run.
+        askings: prompts and interventions. Each gives one result.
         name: name of the work, unique within its stage.
     """
     chunks: list[_Chunk] = []
-    parts_of: dict[int, list[tuple[PromptSet, str]]] = {}  # the same prompts are cut and hashed once
+    parts_of: dict[int, list[tuple[PromptSet, str]]] = {}  # the same prompts are split and hashed once
     n_chunks = []
     for asking in askings:
         is_whole = asking.intervention.needs_prompts and len(asking.neurons) > 0
@@ -125,7 +128,7 @@ def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") 
     answers = []
     for asking, n in zip(askings, n_chunks, strict=True):
         parts = [next(computed)["answers"] for _ in range(n)]
-        # chunks whose prompts show fewer choices are padded to the widest
+        # chunks whose prompts show fewer choices are padded to the largest number
         width = asking.prompts.n_choices
         answers.append(torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]))
     return answers

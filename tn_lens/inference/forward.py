@@ -1,8 +1,8 @@
-"""Batched forward passes over many prompts that run common beginnings once.
+"""Batched forward passes over many prompts that run common prefixes once.
 
-Prompts of one template begin with the same tokens. A group's common beginning is run once, and each row continues from its
-frozen keys and values. Rows of similar length run together, padded on the right, where causal attention cannot see the
-padding, and only the position that is read goes on to the unembedding.
+Prompts of one template begin with the same tokens. The common prefix of a group is run once, and each row continues from the
+frozen keys and values. Rows of similar length are batched with padding on the right, which causal attention masks, and only
+the position that is read is unembedded.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from tn_lens.models import Hooks, Model, backend_of
 from tn_lens.questions.prompts import Prompt
 
 MAX_TOKENS = 4096
-"""Tokens in one batch, padding included. A constant, since results differ in bits between batch sizes."""
+"""Maximum number of tokens in one batch, with padding. A constant, since batch sizes affect the rounding of results."""
 MAX_PAIRS = 2**21
-"""Pairs of a position and a key in one batch, which is the size of one head's attention scores."""
+"""Maximum number of (query, key) pairs in one batch, which is the size of one head's attention scores."""
 LEAST_TOKENS = 256
-"""Tokens that are enough to fill the matrix products; a larger batch is cut rather than padded by more than `PADDING`."""
+"""Number of tokens that suffices for efficient matrix products. Larger batches are split rather than padded by more than
+`PADDING`."""
 PADDING = 1.1
 LEAST_SHARED = 8
-"""Tokens that prompts must share before it pays to run them separately."""
+"""Minimum number of tokens of a common prefix that is run separately."""
 LEAST_ROWS = 16
 """Minimum number of prompts in a separate group, so that its batches stay large."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The part of the prompts that a batch holds."""
+    """The part of the prompts that a batch contains."""
 
     rows: tuple[int, ...]
-    """Indices of the prompts; empty for the common beginning of a group."""
+    """Indices of the prompts; empty for the common prefix of a group."""
     first: int
     """Position of the first column in its prompt."""
     n_columns: int
     lengths: Int[Tensor, " row"]
-    """Tokens of the whole prompt."""
+    """Number of tokens of each whole prompt."""
     starts: Int[Tensor, " row"]
-    """Position at which the question begins."""
+    """Position at which the question of each prompt begins."""
 
     @classmethod
     def aligned(cls, prompts: Sequence[Prompt], device: torch.device) -> Layout:
@@ -85,14 +86,14 @@ def prompt_logits(
     """Logits at the last position of every prompt, batch by batch, in at least float32.
 
     Args:
-        model: to run.
-        prompts: of any length.
-        hooks: layout of a batch -> the hooks of its forward pass.
-        max_tokens: in one batch.
-        share_prefix: run common beginnings once; else every prompt is run whole.
+        model: model to run.
+        prompts: prompts of any length.
+        hooks: function from the layout of a batch to the hooks of its forward pass.
+        max_tokens: maximum number of tokens in one batch.
+        share_prefix: whether to run common prefixes once. If False, every prompt is run as a whole.
 
     Yields:
-        Indices of some prompts, and their logits.
+        Indices of the prompts of a batch, and their logits.
     """
     backend = backend_of(model)
     device = backend.device
@@ -110,7 +111,7 @@ def prompt_logits(
                 starts=torch.tensor([prompts[group.rows[0]].start], device=device),
             )
             with backend.hooks(hooks(layout) if hooks else []):
-                # interventions act on the common beginning as well
+                # interventions act on the common prefix as well
                 prefix = backend.run_prefix(torch.tensor([shared], device=device))
         for batch in batches([prompts[row] for row in group.rows], max_tokens, group.n_shared):
             rows = [group.rows[index] for index in batch]
@@ -129,18 +130,18 @@ def prompt_logits(
 
 
 def prefix_groups(prompts: Sequence[Prompt]) -> list[Group]:
-    """Group prompts by their first tokens where that saves tokens: by instruction, or by the examples of a subject."""
+    """Group prompts by common prefixes where this saves tokens, for example by the few-shot examples of a subject."""
     if not prompts:
         return []
     return _split(sorted(range(len(prompts)), key=lambda row: prompts[row].token_ids), prompts, 0)[1]
 
 
 def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int, list[Group]]:
-    """Number of tokens to run, and the groups; `rows` are sorted by their tokens, the first `known` of which agree."""
+    """Number of tokens to run, and the groups. `rows` are sorted by token ids, and the first `known` tokens are equal."""
     token_ids = [prompts[row].token_ids for row in rows]
     first, last = token_ids[0], token_ids[-1]  # sorted, so these two share the fewest tokens
     most = min(map(len, token_ids)) - 1  # at least one token must be left to run
-    # an intervention "from the question on" must not begin inside a common beginning
+    # an intervention from the start of the question must not begin inside a common prefix
     starts = {prompts[row].start for row in rows}
     n_shared = min(known, most)
     while n_shared < most and first[n_shared] == last[n_shared]:
@@ -172,7 +173,7 @@ def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int,
 def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> Iterator[list[int]]:
     """Indices of prompts of similar length, at most `max_tokens` padded tokens together (but at least one prompt).
 
-    The first `n_shared` tokens of each count only as keys of the others.
+    The first `n_shared` tokens of each prompt are cached and count only as keys of the other tokens.
     """
     batch: list[int] = []
     n_own = 0
@@ -191,7 +192,7 @@ def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> It
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row column"]:
-    """Token ids padded at the end."""
+    """Token ids padded on the right."""
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = torch.tensor(row)

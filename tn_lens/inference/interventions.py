@@ -1,7 +1,7 @@
-"""Interventions: what is done to the activations of some neurons while the model runs.
+"""Interventions on the activations of neurons during the forward pass.
 
-One small class for each mode: `Zero` (the paper's ablation), `Scale`, `Mean`, `Resample`. They do not name neurons, so that
-the same intervention acts on the found neurons and on every control.
+There is one class per mode: `Zero` (the paper's ablation), `Scale`, `Mean`, `Resample`. Interventions are independent of the
+neurons, so that the same one is applied to the found neurons and to every control.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Place: TypeAlias = tuple[SiteName, int]
 """A site and a layer."""
 
 Replacement: TypeAlias = Callable[[Place, Float[Tensor, "row column neuron"]], Tensor | float]
-"""Place and activations -> the values that neurons get there; they broadcast against the activations."""
+"""Function of a place and its activations that returns the new values, broadcastable to the activations."""
 
 INTERVENTIONS: Registry[type[Intervention]] = Registry("intervention")
 """All interventions by name."""
@@ -38,19 +38,19 @@ INTERVENTIONS: Registry[type[Intervention]] = Registry("intervention")
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention(ABC):
-    """What is done to the activations of some neurons. To add one, subclass it and register the class in `INTERVENTIONS`.
+    """Base class of interventions. To add one, subclass it and register the class in `INTERVENTIONS`.
 
     Raises:
-        BadInput: unknown positions.
+        BadInput: the positions are unknown.
     """
 
     positions: Where = "all"
-    """Positions to act on: every position (the paper), the last one, whose logits are read, or from the question on."""
+    """Positions to act on: all (the paper), the last one, whose logits are read, or all from the start of the question."""
 
     label: ClassVar[str]
-    """What happens to the neurons, as an adjective: "zero-ablated"."""
+    """Adjective that describes the neurons, for example "zero-ablated"."""
     keeps_prefix: ClassVar[bool] = True
-    """Whether prompts that begin with the same tokens still have the same activations there."""
+    """Whether prompts that begin with the same tokens still have the same activations at these tokens."""
 
     def __post_init__(self) -> None:
         if self.positions not in get_args(Where):
@@ -62,27 +62,27 @@ class Intervention(ABC):
         return False
 
     def replace(self, place: Place, activations: Float[Tensor, "row column neuron"]) -> Tensor | float:
-        """New values, for interventions that need nothing but the activations; others override `prepare`."""
+        """New values, for interventions that depend only on the activations; others override `prepare`."""
         raise NotImplementedError
 
     def prepare(
         self, model: Model, prompts: Sequence[Prompt], places: Collection[Place]
     ) -> Callable[[Layout], Replacement]:
-        """Get ready to run some prompts.
+        """Prepare the intervention for some prompts.
 
         Args:
-            model: without interventions.
+            model: model without interventions.
             prompts: all prompts that are asked together.
             places: sites and layers of the neurons.
 
         Returns:
-            A function of a batch's layout that gives the replacement for this batch; `replace` by default.
+            A function from the layout of a batch to the replacement for this batch, which is `replace` by default.
         """
         return lambda layout: self.replace
 
     @property
     def description(self) -> str:
-        """The label and, unless they are all positions, where it acts."""
+        """The label and, unless it acts on all of them, the positions."""
         return (
             self.label
             + {"all": "", "last": " at the last position", "question": " from the question on"}[self.positions]
@@ -124,10 +124,10 @@ class Scale(Intervention):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mean(Intervention):
-    """Mean-ablation: put the mean activation."""
+    """Mean-ablation: replace activations with their mean."""
 
     values: Mapping[SiteName, Float[Tensor, "layer _"]] | None = None
-    """By default the means over the prompts that are asked, at the same positions, without intervention."""
+    """The means by site. Default: means over the prompts that are asked, at the same positions, without intervention."""
 
     label = "mean-ablated"
 
@@ -147,7 +147,10 @@ class Mean(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class Resample(Intervention):
-    """Resample-ablation: put the activation in another of the prompts, drawn with the seed and aligned at the end."""
+    """Resample-ablation: replace activations with those of a random permutation of the prompts, drawn with the seed.
+
+    The prompts are aligned at the last position. A prompt can be paired with itself.
+    """
 
     seed: int = 0
 
@@ -175,10 +178,10 @@ for _name, _class in {"zero": Zero, "scale": Scale, "mean": Mean, "resample": Re
 
 
 def intervention_called(name: str, seed: int = 0) -> Intervention:
-    """A registered intervention that needs no argument, with this seed if it has one.
+    """Create a registered intervention without arguments, except for the seed if it has one.
 
     Raises:
-        BadInput: there is none of this name, or it needs an argument.
+        BadInput: the name is unknown, or the intervention needs an argument.
     """
     kind = INTERVENTIONS[name]
     try:
@@ -186,17 +189,17 @@ def intervention_called(name: str, seed: int = 0) -> Intervention:
         return kind(**arguments)
     except TypeError as error:
         raise BadInput(
-            f"the intervention {name!r} needs an argument ({error}); pass the intervention itself to evaluate"
+            f"the intervention {name!r} needs an argument ({error}); pass an Intervention object to evaluate"
         ) from error
 
 
 def intervention_hooks(
     model: Model, neurons: NeuronSet, intervention: Intervention, prompts: Sequence[Prompt]
 ) -> Callable[[Layout], Hooks] | None:
-    """The hooks that run prompts under an intervention, by the layout of each batch; None for no neurons.
+    """The hooks of an intervention, as a function of the layout of a batch; None if there are no neurons.
 
     Raises:
-        BadInput: the neurons do not fit the model.
+        BadInput: the neurons do not exist in the model.
     """
     masks = _masks(model, neurons)
     if not masks:
@@ -234,25 +237,25 @@ def _hooks(
 def intervene(
     model: Model, neurons: NeuronSet, intervention: Intervention | None = None, *, prompts: Sequence[Prompt] = ()
 ) -> Iterator[Model]:
-    """Apply an intervention to some neurons in every forward pass inside the `with`.
+    """Apply an intervention to neurons in every forward pass inside a `with` block.
 
-    The hooks are removed on leaving, also after an exception.
+    The hooks are removed on exit, also after an exception.
 
     Args:
-        model: to change.
-        neurons: neurons to act on.
-        intervention: `Zero()` by default.
-        prompts: source of the values of `Mean()` and `Resample()`; row i of a forward pass gets the i-th drawn prompt.
+        model: model to intervene on.
+        neurons: neurons to intervene on.
+        intervention: intervention to apply; `Zero()` by default.
+        prompts: source of the values of `Mean()` and `Resample()`. Row i of a forward pass gets the i-th drawn prompt.
 
     Raises:
-        BadInput: the set does not fit the model, the intervention needs prompts and there are none, or it acts from the
-            question on, which a forward pass does not know.
+        BadInput: the neurons do not exist in the model, the intervention needs prompts and there are none, or its
+            positions are "question", which are not defined for the tokens of a forward pass.
     """
     intervention = intervention or Zero()
     if intervention.positions == "question":
-        raise BadInput("a forward pass does not say where its question begins; use positions='all' or 'last' here")
+        raise BadInput("intervene does not support positions='question'; use positions='all' or positions='last'")
     if intervention.needs_prompts and not prompts:
-        raise BadInput(f"{type(intervention).__name__} takes its values from prompts; give some with prompts=...")
+        raise BadInput(f"{type(intervention).__name__} takes its values from prompts, and got none; pass prompts=...")
     masks, backend = _masks(model, neurons), backend_of(model)
     replacement = intervention.prepare(model, prompts, masks.keys())(Layout.aligned(prompts, backend.device))
 
@@ -265,30 +268,30 @@ def intervene(
 
 @contextmanager
 def ablate(model: Model, neurons: NeuronSet) -> Iterator[Model]:
-    """Zero-ablate neurons at every position of every forward pass inside the `with` (paper 3.3).
+    """Zero-ablate neurons at every position of every forward pass inside a `with` block (paper 3.3).
 
-    This equals zero rows in W_out and W_O, bit for bit. For other interventions see `intervene`.
+    This is bitwise equal to setting the neurons' rows of W_out and W_O to zero. For other interventions see `intervene`.
 
     Raises:
-        BadInput: the set does not fit the model.
+        BadInput: the neurons do not exist in the model.
     """
     with intervene(model, neurons, Zero()):
         yield model
 
 
 def _fitted(new: Tensor | float, flat: Float[Tensor, "row column neuron"]) -> Tensor | float:
-    """Values drawn for some prompts, aligned with the end of a forward pass's rows; anything else as it is."""
+    """Align values of prompts with the rows of a forward pass at the last position; return other values unchanged."""
     if not isinstance(new, Tensor) or new.ndim < 3 or new.shape == flat.shape:
         return new
     n_rows, n_columns = flat.shape[:2]
-    # more rows than prompts start again with the first prompt
+    # if there are more rows than prompts, the prompts are repeated
     rows = torch.arange(n_rows, device=new.device) % len(new)
     columns = (torch.arange(n_columns, device=new.device) + new.shape[1] - n_columns).clamp(min=0)
     return new[rows[:, None], columns]
 
 
 def _masks(model: Model, neurons: NeuronSet) -> dict[Place, Bool[Tensor, " neuron"]]:
-    """Place -> True at the neurons of the set, for places that have any."""
+    """Boolean masks that are True at the neurons of the set, by place, for places that have any."""
     space, device = neuron_space(model), backend_of(model).device
     space.check(neurons)
     masks = {site: space.mask(neurons, site).to(device) for site in neurons.sites}
@@ -299,7 +302,10 @@ def _masks(model: Model, neurons: NeuronSet) -> dict[Place, Bool[Tensor, " neuro
 def _activations(
     model: Model, donors: Sequence[Prompt], places: Collection[Place], layout: Layout
 ) -> dict[str, Float[Tensor, "row column neuron"]]:
-    """Activations of other prompts, aligned with the rows of a batch at their ends; before its start, a donor's first."""
+    """Activations of the donors, aligned with the rows of a batch at the last token.
+
+    Columns before the start of a donor get the activations of its first token.
+    """
     kept: dict[str, Tensor] = {}
     ids = [donor.token_ids for donor in donors]
     backend = backend_of(model)
@@ -308,7 +314,7 @@ def _activations(
     def keep(value: Tensor, hook: Any) -> None:
         kept[hook.name] = value.flatten(2)
 
-    # the hooks of the batch itself are not in place yet
+    # the hooks of the batch itself are not registered yet
     with torch.no_grad(), backend.hooks([(hook_name(*place), keep) for place in places]):
         backend.last_logits(tokens)
     n_tokens = torch.tensor([len(row) for row in ids], device=layout.lengths.device)

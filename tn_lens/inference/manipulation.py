@@ -1,4 +1,4 @@
-"""The manipulation check: keep the questions that the model answers right (paper 2.3)."""
+"""The manipulation check: keep the questions that the model answers correctly (paper 2.3)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tn_lens.models import Model
 from tn_lens.questions.prompts import Prompt, PromptSet
 
 LOPSIDED = 0.15
-"""Distance from chance of the fraction of right answers at A from which the check is reported as lopsided."""
+"""Maximum distance from chance of the fraction of right answers at A before the check is reported as lopsided."""
 CALIBRATION_BINS = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ManipulationCheck(Stored):
-    """The answers to every prompt, and the questions that are answered right in every order in which they were asked."""
+    """The answers to all prompts, and the questions that are answered correctly in every order in which they were asked."""
 
     asked: PromptSet
-    """Every prompt."""
+    """All prompts."""
     probabilities: Float[Tensor, "prompt choice"]
-    """f of each shown choice, in [0, 1]."""
+    """Answer probability f of each shown choice, in [0, 1]."""
 
     @cached_property
     def right(self) -> Bool[Tensor, " prompt"]:
@@ -40,7 +40,7 @@ class ManipulationCheck(Stored):
 
     @cached_property
     def passed(self) -> Bool[Tensor, " prompt"]:
-        """Whether the prompt's question was answered right in all of its orders."""
+        """Whether the prompt's question was answered correctly in all of its orders."""
         passed = torch.zeros_like(self.right)
         for rows in self.asked.groups.values():
             at = slice(rows.start, rows.stop)
@@ -79,7 +79,7 @@ class ManipulationCheck(Stored):
 
     @property
     def answer_mass(self) -> float:
-        """Mean probability of all labels together; the rest went to other tokens."""
+        """Mean total probability of the labels; the rest is the probability of other tokens."""
         return float(self.probabilities.sum(-1).mean())
 
     @property
@@ -89,31 +89,31 @@ class ManipulationCheck(Stored):
 
     @property
     def right_at_a_before(self) -> float:
-        """Fraction of all prompts whose right answer stands at A."""
+        """Fraction of all prompts whose right answer is at A."""
         return _fraction_at_a(self.asked)
 
     @property
     def right_at_a_after(self) -> float:
-        """The same fraction among the prompts that are kept; far from one half, letters are confounded with truth."""
+        """The same fraction among the prompts that are kept. If it is far from chance, the letter is confounded with truth."""
         return _fraction_at_a(self.prompts)
 
     @property
     def is_lopsided(self) -> bool:
-        """Whether the check kept far more, or far fewer, right answers at A than random choices would."""
+        """Whether the check kept far more, or far fewer, right answers at A than expected by chance."""
         expected = sum(1 / p.n_choices for p in self.prompts) / max(len(self.prompts), 1)
         return bool(self.prompts) and abs(self.right_at_a_after - expected) > LOPSIDED
 
     def summary(self) -> str:
-        """One or two sentences."""
+        """Summary in one or two sentences."""
         return say("check.summary", self)
 
     def calibration(self, n_bins: int = CALIBRATION_BINS) -> pd.DataFrame:
-        """Accuracy by confidence: prompts binned by the chosen label's share of the labels' probability.
+        """Accuracy by confidence, which is the probability of the chosen label divided by that of all labels.
 
         Returns:
-            One row per bin that holds a prompt: low, high, n_prompts, confidence and accuracy (means, in [0, 1]).
+            One row per non-empty bin: low, high, n_prompts, confidence and accuracy (means, in [0, 1]).
         """
-        # [prompt, choice]; a prompt without any answer mass must not divide by zero
+        # [prompt, choice]; clamped, since the probability of all labels can round to zero
         shares = self.probabilities / self.probabilities.sum(-1, keepdim=True).clamp(min=1e-12)
         confidence = shares.max(-1).values.double().numpy()
         right = self.right.double().numpy()
@@ -147,20 +147,20 @@ class ManipulationCheck(Stored):
 
 
 def manipulation_check(model: Model, prompts: Sequence[Prompt]) -> ManipulationCheck:
-    """Ask every prompt, and keep the questions that are answered right in all of their prompts (paper 2.3).
+    """Ask every prompt, and keep the questions that are answered correctly in all of their prompts (paper 2.3).
 
     An answer is right if the right label has a strictly higher probability than every wrong one.
 
     Args:
-        model: to ask.
-        prompts: from `build_prompts`.
+        model: model to run.
+        prompts: prompts from `build_prompts`.
 
     Raises:
         BadInput: there are no prompts.
     """
     prompts = PromptSet.of(prompts)
     if not prompts:
-        raise BadInput("there are no prompts to ask; was the part of the question set empty?")
+        raise BadInput("expected at least one prompt, got none; check that the question set is not empty")
     (probabilities,) = ask_each(model, [Asking(prompts=prompts)])
     return ManipulationCheck(asked=prompts, probabilities=probabilities)
 
@@ -168,7 +168,7 @@ def manipulation_check(model: Model, prompts: Sequence[Prompt]) -> ManipulationC
 def is_right(probabilities: Float[Tensor, "prompt choice"], prompts: Sequence[Prompt]) -> Bool[Tensor, " prompt"]:
     """Whether the right label is more probable than every wrong one."""
     index = torch.tensor([p.right for p in prompts], dtype=torch.long).unsqueeze(-1)
-    # below every probability, so that the right label does not compete with itself
+    # -1 is below every probability, so the right label is not compared with itself
     others = probabilities.scatter(-1, index, -1.0)
     return probabilities.gather(-1, index).squeeze(-1) > others.max(-1).values
 

@@ -1,4 +1,4 @@
-"""Mean activations over prompts: a baseline of integrated gradients, the values of mean-ablation, a measure of activity."""
+"""Mean activations over prompts, for the mean baseline of integrated gradients, mean-ablation, and matched controls."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def mean_activations(
     """Mean activation of every neuron over prompts.
 
     Args:
-        model: without interventions.
-        prompts: each counts once, whatever its length.
-        positions: the last position, or the mean over all positions of a prompt or over those from its question on.
+        model: model without interventions.
+        prompts: prompts to average over. Each has the same weight, regardless of its length.
+        positions: `"last"` reads the last position; `"all"` and `"question"` average over all positions of a prompt, or
+            over those from the start of its question.
         sites: sites to read.
-        absolute: take the mean of absolute values, as a measure of activity.
+        absolute: whether to average absolute values, as a measure of activity.
     """
     space = neuron_space(model)
     wanted = [site for site in sites if space.width(site)]
@@ -46,7 +47,7 @@ def mean_activations(
         lambda index: _activation_sums(model, parts[index], wanted, positions, absolute=absolute),
         "mean activations",
     )
-    # in float64: the sum over thousands of prompts would lose digits in float32
+    # in float64: a sum over thousands of prompts would lose precision in float32
     total = {site: torch.zeros(space.n_layers, space.width(site), dtype=torch.float64) for site in wanted}
     for part in sums:
         for site in wanted:

@@ -66,7 +66,7 @@ def choose_backend(name: str | None) -> BackendName:
 
 
 def make_model(backend: BackendName, checkpoint: Checkpoint) -> Model:
-    """Build a model of a class from a checkpoint."""
+    """Build a model of the backend's class from a checkpoint."""
     return conversion.load(checkpoint) if backend == "hooked" else bridge.load(checkpoint)
 
 
@@ -74,7 +74,7 @@ def backend_of(model: object) -> Backend:
     """The common interface to a model.
 
     Raises:
-        BadInput: an object of another class.
+        BadInput: the object is not a model of a supported class.
     """
     if isinstance(model, TransformerBridge):
         return bridge.Bridge(model)

@@ -43,7 +43,7 @@ MLPOutputs = Mapping[int, Float[Tensor, "prompt _ d_model"]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model is built from."""
+    """Everything that is needed to build a model."""
 
     name: str
     """Name of the model in results."""
@@ -110,7 +110,7 @@ class Backend(ABC):
         self.model = model
         self.name = str(cfg.model_name)
         """Name of the model in results."""
-        # the configuration of a bridge has a field of its own for it
+        # the configuration of a bridge has a separate field for it
         self.architecture: str | None = getattr(cfg, "architecture", None) or cfg.original_architecture
         """Hugging Face's name of the architecture; None if unknown."""
         self.dtype: torch.dtype = cfg.dtype
@@ -156,7 +156,7 @@ class Backend(ABC):
     @property
     @abstractmethod
     def unshareable(self) -> str | None:
-        """The reason why the positions before another one cannot be run once for all its rows; None if they can."""
+        """Why the prefix of a prompt cannot be run once for all rows that replace its last position; None if it can."""
 
     def bytes_per_row(self, n_tokens: int, n_rows: int) -> int:
         """Upper estimate of the bytes that the backward pass keeps for one row of `Siblings`.
@@ -177,12 +177,12 @@ class Backend(ABC):
     def set_name_and_tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Set the model's name, and a copy of the tokenizer that has a padding token.
 
-        The configuration also notes whether the tokenizer prepends a BOS token.
+        Also records in the configuration whether the tokenizer prepends a BOS token.
         """
         self.model.cfg.model_name = name
         if tokenizer is None:
             return
-        tokenizer = copy.deepcopy(tokenizer)  # the caller's tokenizer stays as it is
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's tokenizer is not modified
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         self.model.tokenizer = tokenizer
@@ -222,7 +222,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
-        """`last_logits` after the cached positions of a cache with as many rows."""
+        """Implement `last_logits`, given a cache with the same number of rows as `tokens`."""
 
     @abstractmethod
     def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:

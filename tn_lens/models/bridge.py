@@ -54,11 +54,11 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
     except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
         raise BadInput(
             f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge for it "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({' '.join(str(error).split())[:200]}); use another model, or backend='hooked' if it supports this one"
         ) from error
     if (_probe(model) - expected).abs().max() > TOLERANCE * expected.abs().max():
         raise BadInput(
-            f"TransformerLens' bridge for {architecture} gives other logits than Hugging Face's model itself; use "
+            f"the logits of TransformerLens' bridge for {architecture} differ from those of Hugging Face's model; use "
             "another release of transformer-lens, or backend='hooked' if it supports this model"
         )
     return freeze(model)
@@ -97,7 +97,7 @@ class Bridge(Backend):
 
     @property
     def sharing(self) -> Sharing:
-        """How the model can share a prefix. Tried once per model."""
+        """How the model can share a prefix. Determined once per model."""
         if self.model not in _SHARING:
             _SHARING[self.model] = self._try_sharing()
         return _SHARING[self.model]
@@ -182,7 +182,7 @@ class Bridge(Backend):
         try:
             for name, function in hooks:
                 if name not in self.points:
-                    raise BadInput(f"this model has no hook point {name!r}")
+                    raise BadInput(f"this model has no hook point {name!r}; see the keys of model.hook_dict")
                 # a hook point can have several names, and the function expects the one given
                 point, named = self.points[name], SimpleNamespace(name=name)
                 point.add_hook(lambda value, hook, function=function, named=named: function(value, named))

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class FrozenLayer(DynamicLayer):
-    """Keys and values that every pass continues and no pass changes."""
+    """Cached keys and values that forward passes read but never change."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class FrozenLayer(DynamicLayer):
 
 
 def frozen_cache(cache: Any, view: Callable[[Tensor], Tensor]) -> DynamicCache:
-    """A cache that no pass changes, of the same view of every layer's keys and values [row, head, position, d_head]."""
+    """A cache that passes never change, made of a view of each layer's keys and values [row, head, position, d_head]."""
     frozen = DynamicCache()
     layers: list[Any] = [FrozenLayer(view(layer.keys), view(layer.values)) for layer in cache.layers]
     frozen.layers = layers

@@ -31,7 +31,7 @@ def join_rows(
     n_rows, row_masks = 0, masks
     handles: list[Any] = []
     try:
-        # below the lowest of these layers, all rows equal the prompt, and the one position of the pass is enough
+        # below the lowest of these layers, all rows equal the prompt, so the pass runs a single position
         for layer in range(min(rows_at), len(block_inputs)):
             new = block_inputs[layer].expand(-1, rows_at.get(layer, 0), -1)  # [prompt, new row, d_model]
             n_before, n_rows = n_rows, n_rows + new.shape[1]

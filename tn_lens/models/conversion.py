@@ -61,9 +61,9 @@ def load(checkpoint: Checkpoint) -> HookedTransformer:
     try:
         lens_config = convert_config(checkpoint.config, architecture, name)
     except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"the config.json of {name!r} cannot be used: {type(error).__name__}: {error}") from error
+        raise BadInput(f"the config.json of {name!r} cannot be converted: {type(error).__name__}: {error}") from error
     lens_config.dtype, lens_config.device = options["dtype"], options["device"]
-    # the Hugging Face model is released with this function; its weights live on in the HookedTransformer
+    # the Hugging Face model is released when this function returns; the HookedTransformer keeps its weights
     return assemble(lens_config, convert_weights(checkpoint.read(), lens_config, architecture))
 
 

@@ -41,13 +41,13 @@ def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> Hoo
         missing, unknown = model.load_state_dict(state, assign=True, strict=False)
     except RuntimeError as error:
         raise BadInput(
-            f"the checkpoint's weights do not fit its config.json: {' '.join(str(error).split())}"
+            f"the checkpoint's weights do not fit its config.json; use the one saved with it ({' '.join(str(error).split())})"
         ) from error
     # buffers (masks, rotary tables) are not part of a checkpoint
     missing = [name for name in missing if name in dict(model.named_parameters())]
     if missing or unknown:
         raise BadInput(
-            f"the checkpoint does not fit its config.json: missing {missing[:3]}, unknown {list(unknown)[:3]}"
+            f"the checkpoint's weights do not fit its config.json: missing {missing[:3]}, unknown {list(unknown)[:3]}"
         )
     model.to(str(config.device), print_details=False)
     return freeze(model)
@@ -232,7 +232,7 @@ class HookedSiblings(Siblings):
 
         stored = names | {f"blocks.{layer}.hook_mlp_out" for layer in self.joinable}
         hooks: Hooks = [(name, self.keep) for name in stored]
-        # in the last layer, no other position is read from here on
+        # in the last layer, only the last position is needed from these hook points on
         last = [f"blocks.{cfg.n_layers - 1}.{point}" for point in ("attn.hook_z", "hook_resid_mid")]
         hooks += [(name, only_last) for name in last if name in model.hook_dict]
         is_token = mask[:, :-1].bool()  # [prompt, prefix]
@@ -264,7 +264,7 @@ class HookedSiblings(Siblings):
         running = (replacement for attention in self.attentions[first:] for replacement in attention.running())
         with replace_methods([*cached_norms(blocks[first:]), *running]), self.backend.hooks(hooks):
             for layer in range(first, len(blocks) + 1):
-                # rows that differ in the MLP below come first, since `paths` are ordered by layer
+                # rows that differ in the MLP below come first, since rows are ordered by layer
                 new = [self._stream_above(layer - 1, mlp_outputs[layer - 1])] if layer - 1 in mlp_outputs else []
                 if layer in rows_at:
                     new.append(self.block_inputs[layer].expand(-1, rows_at[layer], -1))

@@ -65,7 +65,7 @@ def load_model(
 
     Raises:
         BadInput: the model does not exist or is not accessible, its architecture or quantisation is not supported, the
-            device is not available, or there is too little memory for the weights.
+            device is not available, or there is not enough memory for the weights.
     """
     name, backend = str(name_or_folder), choose_backend(backend)
     device = find_device(device)
@@ -128,7 +128,7 @@ def find_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device
     """The requested dtype. Default: float32 on the CPU, the checkpoint's dtype on other devices.
 
     Raises:
-        BadInput: not a floating-point dtype of 16 bits or more.
+        BadInput: the dtype is not a floating-point dtype of 16 bits or more.
     """
     if dtype is None:
         stored = getattr(config, "dtype", None)
@@ -143,7 +143,7 @@ def read_config(source: str, **hub: Any) -> PretrainedConfig:
     """Read the Hugging Face configuration of a folder or hub id.
 
     Raises:
-        BadInput: not a folder with a model, nor an id of a model on the hub.
+        BadInput: the source is neither a folder with a model nor the id of a model on the hub.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -237,14 +237,14 @@ def reject_quantised(config: PretrainedConfig, name: str) -> None:
     """Reject quantised weights, whose gradients differ from those of the unquantised model.
 
     Raises:
-        BadInput: the configuration has a quantisation.
+        BadInput: the configuration describes quantised weights.
     """
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         options = quantization if isinstance(quantization, dict) else vars(quantization)
         raise BadInput(
             f"{name} is quantised ({options.get('quant_method') or 'unknown method'}); load the unquantised "
-            "checkpoint, in bfloat16 if memory is short"
+            "checkpoint, in bfloat16 if memory is limited"
         )
 
 

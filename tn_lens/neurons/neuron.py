@@ -1,8 +1,8 @@
 """Neurons and sets of neurons.
 
 A *neuron* is one entry of a site's vector in one layer: of `blocks.L.mlp.hook_post` (site `"mlp"`) or of
-`blocks.L.attn.hook_z` (site `"attn"`). Attention neurons have a head and an index within it, also where keys and values are
-shared by groups of heads. Inside tensors a site of a layer is flat: head * d_head + index.
+`blocks.L.attn.hook_z` (site `"attn"`). Attention neurons have a head and an index within the head, also in models with
+grouped-query attention. In tensors, the neurons of a layer and site form one axis with the index head * d_head + index.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Neuron:
     site: SiteName
     layer: int
     head: int | None
-    """The attention head; None elsewhere."""
+    """The attention head; None for sites without heads."""
     index: int
     """Index within the head, or within the site's vector."""
 
@@ -48,7 +48,7 @@ class Neuron:
 
     @classmethod
     def from_name(cls, name: str) -> Neuron:
-        """Parse a name as `str` writes it.
+        """Parse a name in the format of `str`.
 
         Raises:
             BadInput: the text is not the name of a neuron.
@@ -56,7 +56,7 @@ class Neuron:
         parsed = NAME.fullmatch(name)
         site = SITES.get(parsed["site"]) if parsed else None
         if parsed is None or site is None or site.has_heads != (parsed["head"] is not None):
-            raise BadInput(f"expected a neuron's name like 'mlp 3:17' or 'attn 2.h1:5', got {name!r:.60}")
+            raise BadInput(f"expected the name of a neuron, such as 'mlp 3:17' or 'attn 2.h1:5', got {name!r:.60}")
         head = None if parsed["head"] is None else int(parsed["head"])
         return cls(parsed["site"], int(parsed["layer"]), head, int(parsed["index"]))
 
@@ -73,7 +73,7 @@ class Neuron:
             raise BadInput(
                 f"a neuron needs the keys site, layer, head and index; {dict(entry)} lacks {error}"
             ) from None
-        # JSON from elsewhere may hold anything, so types are checked too: True is an int
+        # a file may contain any types; `type(n) is int` excludes bool, which is a subclass of int
         has_heads = site in SITES and SITES[site].has_heads
         numbers = [layer, index] + ([head] if has_heads else [])
         are_valid = all(type(n) is int and n >= 0 for n in numbers)
@@ -85,7 +85,7 @@ class Neuron:
         return cls(site, layer, head, index)
 
     to_plain = __str__
-    """The form in stored results."""
+    """The representation in stored results."""
     from_plain = from_name
     """The inverse of `to_plain`."""
 
@@ -132,7 +132,7 @@ class NeuronSet(Set[Neuron]):
         return counts
 
     def jaccard(self, other: NeuronSet) -> float:
-        """Size of the intersection over size of the union; 1 for two empty sets."""
+        """Size of the intersection divided by the size of the union; 1 for two empty sets."""
         return len(self & other) / len(self | other) if self or other else 1.0
 
     @property
@@ -146,7 +146,7 @@ class NeuronSet(Set[Neuron]):
         return frame.astype({"head": "Int64"})
 
     def to_plain(self) -> list[str]:
-        """The form in stored results."""
+        """The representation in stored results."""
         return list(map(str, self))
 
     @classmethod
@@ -155,23 +155,23 @@ class NeuronSet(Set[Neuron]):
         return cls(map(Neuron.from_name, names))
 
     def save(self, path: str | Path, **provenance: Any) -> None:
-        """Write JSON: the neurons, and their provenance (model, thresholds, seeds)."""
+        """Write the neurons to a JSON file, with their provenance (model, thresholds, seeds)."""
         payload = {**provenance, "neurons": [asdict(n) for n in self]}
         Path(path).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronSet:
-        """Read what `save` wrote, or the neurons.json of a run.
+        """Load a set that `save` has written, or the neurons.json of a run.
 
         Raises:
-            BadInput: there is no such file, or it holds no neurons.
+            BadInput: the file does not exist or has no list of neurons.
         """
         try:
             payload = json.loads(Path(path).read_text(encoding="utf-8"))
             entries = payload["neurons"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
-                f"expected a JSON file with a list 'neurons' at {path}; {type(error).__name__}: {error}"
+                f"expected a JSON file with a list 'neurons' at {path}, got {type(error).__name__}: {error}"
             ) from None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise BadInput(f"expected a list of neurons under 'neurons' in {path}, got {str(entries)[:60]}")

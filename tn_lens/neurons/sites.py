@@ -14,18 +14,18 @@ SiteName: TypeAlias = str
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One kind of activation vector in every layer."""
+    """A kind of activation vector that every layer has."""
 
     hook: str
-    """TransformerLens' hook point below `blocks.L.`."""
+    """Name of TransformerLens' hook point, without the prefix `blocks.L.`."""
     width: Literal["d_mlp", "d_attn", "d_model"]
-    """Length of the vector: MLP neurons, d_head of every head, or directions of the residual stream."""
+    """Length of the vector: MLP neurons, all heads together (n_heads * d_head), or the residual stream."""
     label: str
     """Name in figures and tables."""
 
     @property
     def has_heads(self) -> bool:
-        """Whether the vector is made of attention heads."""
+        """Whether the vector is a concatenation of attention heads."""
         return self.width == "d_attn"
 
 
@@ -42,6 +42,6 @@ def hook_name(site: SiteName, layer: int) -> str:
     """TransformerLens' name of a hook point, for example `blocks.3.mlp.hook_post`.
 
     Raises:
-        BadInput: there is no such site.
+        BadInput: the site is unknown.
     """
     return f"blocks.{layer}.{SITES[site].hook}"

@@ -1,4 +1,4 @@
-"""The space of all neurons of a model: the sizes that map a neuron to a place in a tensor and back."""
+"""The neuron space of a model: its sizes, and the mapping between neurons and tensor indices."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class NeuronSpace(Stored):
 
     n_layers: int
     d_mlp: int
-    """Neurons of one MLP; 0 for attention-only models."""
+    """Number of neurons of one MLP; 0 for attention-only models."""
     n_heads: int
     d_head: int
     d_model: int = 0
     """Width of the residual stream."""
     sites: tuple[str, ...] = NEURON_SITES
-    """The sites that the space spans."""
+    """The sites that the space includes."""
 
     def width(self, site: SiteName) -> int:
-        """Neurons in one layer at a site.
+        """Number of neurons of a site in one layer.
 
         Raises:
-            BadInput: there is no such site.
+            BadInput: the site is unknown.
         """
         return {"d_mlp": self.d_mlp, "d_attn": self.n_heads * self.d_head, "d_model": self.d_model}[SITES[site].width]
 
     @property
     def n_neurons(self) -> int:
-        """Neurons at all sites together."""
+        """Number of neurons of all sites and layers."""
         return self.n_layers * sum(self.width(site) for site in self.sites)
 
     def flat(self, neuron: Neuron) -> int:
@@ -52,7 +52,7 @@ class NeuronSpace(Stored):
         return Neuron(site, layer, head, index)
 
     def at(self, places: Mapping[SiteName, Int[Tensor, " _"]]) -> tuple[Neuron, ...]:
-        """The neurons at flat places, counted layer after layer."""
+        """The neurons at flat indices, which count the neurons of a site layer by layer."""
         return tuple(
             self.neuron(site, *divmod(flat, self.width(site))) for site, at in places.items() for flat in at.tolist()
         )
@@ -64,21 +64,21 @@ class NeuronSpace(Stored):
         return neuron.layer < self.n_layers and is_inside and self.flat(neuron) < self.width(neuron.site)
 
     def check(self, neurons: NeuronSet) -> None:
-        """Make sure that every neuron exists.
+        """Check that every neuron exists in the model.
 
         Raises:
-            BadInput: naming the first neuron that does not.
+            BadInput: a neuron does not exist. The message names the first one.
         """
         for neuron in neurons:
             if not self.holds(neuron):
                 raise BadInput(
-                    f"the neuron set does not fit the model: it names {neuron}, and the model has {self.n_layers} layers, "
-                    f"{self.d_mlp} MLP neurons a layer and {self.n_heads} heads of {self.d_head}; "
+                    f"the neuron set does not fit the model: it contains {neuron}, but the model has {self.n_layers} layers, "
+                    f"{self.d_mlp} MLP neurons per layer and {self.n_heads} heads of size {self.d_head}; "
                     "use a set found in this model"
                 )
 
     def mask(self, neurons: NeuronSet, site: SiteName) -> Bool[Tensor, "layer neuron"]:
-        """True at the neurons of the set."""
+        """Boolean mask that is True at the neurons of the set."""
         mask = torch.zeros(self.n_layers, self.width(site), dtype=torch.bool)
         for neuron in neurons.at(site):
             mask[neuron.layer, self.flat(neuron)] = True
@@ -86,5 +86,5 @@ class NeuronSpace(Stored):
 
 
 def usual_sites(sites: Sequence[SiteName]) -> tuple[SiteName, ...]:
-    """The sites of the paper's neurons if they hold the given ones, else the given ones."""
+    """The sites of the paper's neurons if they include all given sites, otherwise the given sites."""
     return NEURON_SITES if set(sites) <= set(NEURON_SITES) else tuple(sites)

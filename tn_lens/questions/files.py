@@ -1,4 +1,4 @@
-"""Read the files that questions come in: CSV, JSON, JSON lines, Parquet, and public addresses."""
+"""Read question files (CSV, JSON, JSON lines, Parquet) and download data sets."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def read_csv(path: Path, header: list[str] | None = None) -> Rows:
     for line, fields in numbered:
         if len(fields) != len(header):
             too_many = len(fields) > len(header)
-            advice = "put double quotes around a field that holds a comma" if too_many else "every line needs them all"
+            advice = "put double quotes around fields with commas" if too_many else "add the missing fields"
             raise BadInput(
                 f"{path}, line {line}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
             )
     rows: Rows = [dict(zip(header, fields, strict=True)) for _, fields in numbered]
-    return rows or [dict.fromkeys(header)]  # one row without values tells the columns of a file without rows
+    return rows or [dict.fromkeys(header)]  # without rows, a row of None conveys the columns
 
 
 def read_json_lines(path: Path) -> Rows:
@@ -49,7 +49,7 @@ def read_json_lines(path: Path) -> Rows:
     """
     rows = []
     try:
-        # str.splitlines would also split at U+2028, which JSON strings may hold
+        # str.splitlines would also split at U+2028, which JSON strings may contain
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 row = json.loads(line)
@@ -93,11 +93,11 @@ READERS: Mapping[str, Callable[[Path], Rows]] = {
     ".jsonl": read_json_lines,
     ".parquet": read_parquet,
 }
-"""How to read the rows of a file, by its ending."""
+"""Functions that read the rows of a file, by file extension."""
 
 
 def download(url: str, advice: str) -> Path:
-    """Download a file into the cache of `datasets`, unless it is there already.
+    """Download a file into the cache of `datasets`, unless it is already cached.
 
     Raises:
         BadInput: the file cannot be downloaded; the message ends with `advice`.
@@ -107,7 +107,7 @@ def download(url: str, advice: str) -> Path:
     try:
         return Path(str(datasets.DownloadManager().download(url)))
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot fetch {url} ({type(error).__name__}: {str(error)[:200]}); {advice}") from error
+        raise BadInput(f"cannot download {url} ({type(error).__name__}: {str(error)[:200]}); {advice}") from error
 
 
 def load_from_hub(name: str, config: str | None, split: str, advice: str) -> Rows:
@@ -116,7 +116,7 @@ def load_from_hub(name: str, config: str | None, split: str, advice: str) -> Row
     Raises:
         BadInput: the dataset cannot be downloaded; the message ends with `advice`.
     """
-    import datasets  # imported here: it takes seconds
+    import datasets  # imported here, since the import takes seconds
     from datasets.exceptions import DatasetsError
 
     try:
@@ -124,4 +124,4 @@ def load_from_hub(name: str, config: str | None, split: str, advice: str) -> Row
         return list(rows)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"cannot fetch {name} from the hub ({type(error).__name__}: {reason}); {advice}") from error
+        raise BadInput(f"cannot download {name} from the hub ({type(error).__name__}: {reason}); {advice}") from error

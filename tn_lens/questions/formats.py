@@ -22,7 +22,7 @@ class PromptTemplate:
     system: str | None = None
     """The system turn."""
     cue: str = "\nAnswer:"
-    """The end of the prompt for a model without a chat template, where a label follows after a space."""
+    """The end of the prompt for models without a chat template, to which a space and the label are usually appended."""
     chat: bool = True
     """Whether to use the chat template of a model that has one."""
     labels: Literal["letters", "choices"] = "letters"

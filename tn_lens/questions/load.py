@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "category": ("category", "Category", "subject"),
     "id": ("id", "question_id"),
 }
-"""The fields of a question, and the names by which their columns are recognized."""
+"""The fields of a question, and the column names that are recognized for each."""
 OPTIONAL = ("category", "id")
 """Fields that a file, or a single row, may lack."""
 
@@ -36,15 +36,15 @@ def load_questions(
             (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"` and `"toy_four_choice"`. A file has
             the columns `question`, `right` and `wrong`, or `question`, `choices` (a list) and `answer` (an index from
             0, or a letter), and optionally `category` and `id`. TruthfulQA.csv is such a file.
-        source: where to read a registered set instead of its public address: another URL or a local file for TruthfulQA,
-            files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
+        source: source of a registered set, instead of its public location: another URL or a local file for TruthfulQA,
+            one or more files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
         columns: for a file, its column names for `question`, `right`, `wrong`, `choices`, `answer`, `category`, `id`.
         options: options of the registered set: `n_shots` (MMLU; solved examples before each question, 0 to 5),
             `wrong_answers` (TriviaQA; a file with wrong answers), `strict` (TriviaQA; leave out wrong answers that
             contain a right one).
 
     Raises:
-        BadInput: there is no such set, file, option or column, or a row cannot be used; the message names the row.
+        BadInput: the set, file, option or column does not exist, or a row is invalid. The message names the row.
     """
     name = str(name_or_path)
     # checked like the options of the set, since some sets read no file
@@ -59,10 +59,10 @@ def load_questions(
     path = Path(name)
     is_table = path.suffix.lower() in (".csv", ".jsonl")
     if not path.is_file() and is_table:
-        raise BadInput(f"there is no file {name!r}; give the path of a .csv or .jsonl file that exists")
+        raise BadInput(f"the file {name!r} does not exist; give the path of an existing .csv or .jsonl file")
     if not path.is_file():
         names = ", ".join(QUESTION_SETS)
-        raise BadInput(f"no question set {name!r}: expected {names}, or the path of a .csv or .jsonl file")
+        raise BadInput(f"unknown question set {name!r}: expected {names}, or the path of a .csv or .jsonl file")
     if not is_table:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
     questions = parse_questions(READERS[path.suffix.lower()](path), columns or {}, name)
@@ -74,30 +74,30 @@ def parse_questions(rows: Rows, columns: Mapping[str, str], where: str) -> tuple
 
     Args:
         rows: the rows, by column name.
-        columns: field of a question -> column name, for columns that `COLUMNS` does not know.
+        columns: column names by field of a question, for names that are not in `COLUMNS`.
         where: name of the table in error messages.
 
     Raises:
-        BadInput: a column is missing, or a row cannot be used; the message names the row.
+        BadInput: a column is missing, or a row is invalid. The message names the row.
     """
-    # JSON objects may have different keys: the columns are those of all rows, in the order of their appearance
+    # JSON objects may have different keys: the columns are those of all rows, in order of appearance
     column_of = _find_columns(list(dict.fromkeys(column for row in rows for column in row)), columns, where)
     if all(value is None for row in rows for value in row.values()):
-        raise BadInput(f"{where} holds no questions")
+        raise BadInput(f"{where} contains no questions; add at least one row")
     questions = []
     for number, row in enumerate(rows, start=1):
         for field, column in column_of.items():
             if field not in OPTIONAL and column not in row:
-                raise BadInput(f"{where}, question {number}: no {column!r}")
+                raise BadInput(f"{where}, question {number}: {column!r} is missing")
         values = {field: row.get(column) for field, column in column_of.items()}
         questions.append(_question(values, f"{where}, question {number}"))
     return tuple(questions)
 
 
 def _find_columns(available: list[str], columns: Mapping[str, str], where: str) -> dict[str, str]:
-    """Field of a question -> name of its column, for the fields that are used."""
+    """Column names by field of a question, for the fields that are used."""
     if unknown := set(columns) - set(COLUMNS):
-        raise BadInput(f"columns may name {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
+        raise BadInput(f"columns accepts the fields {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
     if absent := [column for column in columns.values() if column not in available]:
         raise BadInput(f"{where} has no column {absent[0]!r}; it has {', '.join(available)}")
     # reversed, so that the first name has priority
@@ -118,13 +118,13 @@ def _find_columns(available: list[str], columns: Mapping[str, str], where: str) 
 
 def _question(values: dict[str, Any], where: str) -> Question:
     text = _text(values["question"], f"{where}: the question")
-    # of the columns right and wrong, the right answer comes first
+    # with the columns right and wrong, the right answer is the first choice
     answer = 0
     if "right" in values:
         choices = tuple(_text(values[side], f"{where}: the {side} answer") for side in ("right", "wrong"))
     else:
         listed = values["choices"]
-        if isinstance(listed, str):  # a CSV file has the list as JSON
+        if isinstance(listed, str):  # in CSV files, the list is written as JSON
             try:
                 listed = json.loads(listed)
             except (json.JSONDecodeError, RecursionError):
@@ -135,7 +135,7 @@ def _question(values: dict[str, Any], where: str) -> Question:
         answer = _answer_index(values["answer"], len(choices), where)
     if len(set(choices)) < len(choices):
         shown = ", ".join(f"{choice!r:.60}" for choice in choices)
-        raise BadInput(f"{where}: two choices are equal ({shown}); each must differ")
+        raise BadInput(f"{where}: two choices are equal ({shown}); all choices must differ")
     category, own_id = ("" if values.get(field) is None else str(values[field]) for field in OPTIONAL)
     return Question(
         text=text,
@@ -155,11 +155,11 @@ def _text(value: Any, what: str) -> str:
 
 
 def _check_characters(text: str, what: str) -> str:
-    """Return the text if a tokenizer accepts it: JSON may hold lone surrogates, and files in other encodings NULs."""
+    """Return the text if it has no lone surrogates (possible in JSON) and no NUL characters (from other encodings)."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadInput(f"{what} holds half of a character, {ascii(text)[:60]}; write the whole one")
+        raise BadInput(f"{what} contains a lone surrogate (half of a character), {ascii(text)[:60]}; replace it")
     if "\0" in text:
-        raise BadInput(f"{what} holds a NUL character, {ascii(text)[:60]}; save the file as UTF-8")
+        raise BadInput(f"{what} contains a NUL character, {ascii(text)[:60]}; save the file as UTF-8")
     return text
 
 

@@ -48,7 +48,7 @@ def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
         n_shots: number of solved examples before each question, 0 to 5; the first ones of the subject's dev set.
 
     Raises:
-        BadInput: the folder has no such files, or a row is not a question with four choices and a letter.
+        BadInput: the folder does not have these files, or a row is not a question with four choices and a letter.
     """
     if not isinstance(n_shots, int) or not 0 <= n_shots <= MOST_SHOTS:
         raise BadInput(f"n_shots must be an integer from 0 to {MOST_SHOTS} (the size of a dev set); got {n_shots!r}")
@@ -60,7 +60,7 @@ def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
         examples = dev.get(subject, [])[:n_shots]
         if len(examples) < n_shots:
             n_rows = count(len(examples), "row")
-            raise BadInput(f"MMLU's dev set has {n_rows} for {subject!r}, and n_shots = {n_shots}; use fewer examples")
+            raise BadInput(f"MMLU's dev set has {n_rows} for {subject!r}, but n_shots = {n_shots}; use fewer examples")
         context = _context(subject, examples) if n_shots else ""
         questions += [replace(question, context=context) for question in rows]
     name = f"mmlu_{n_shots}_shots" if n_shots else "mmlu"
@@ -68,12 +68,12 @@ def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
 
 
 def _read(source: str | Path | None, split: str) -> dict[str, list[Question]]:
-    """Subject -> its questions; the subjects in alphabetical order."""
+    """Questions by subject, in the alphabetical order of the subjects."""
     rows_of: dict[str, list[Question]] = {}
     if source is None:
-        advice = "download MMLU's data.tar yourself and give its folder as the source"
+        advice = "download and unpack MMLU's data.tar manually, and pass its folder as the source"
         for number, row in enumerate(load_from_hub(HUB, "all", split, advice), start=1):
-            # the hub has the index of the right choice, the original files have its letter
+            # the hub gives the index of the right choice, the original files give its letter
             letter, subject = LETTERS[row["answer"]], row["subject"]
             question = _question(row["question"], row["choices"], letter, subject, f"{HUB}, {number}")
             rows_of.setdefault(subject, []).append(question)
@@ -87,7 +87,7 @@ def _read(source: str | Path | None, split: str) -> dict[str, list[Question]]:
         ]
     if not rows_of:
         raise BadInput(
-            f"expected files like {folder / f'anatomy_{split}.csv'}, found none; give the folder with test/ and dev/"
+            f"expected files like {folder / f'anatomy_{split}.csv'}, found none; pass the folder with test/ and dev/"
         )
     return rows_of
 
@@ -97,13 +97,13 @@ def _question(text: Any, choices: Sequence[Any], letter: Any, subject: str, wher
     label = str(letter).strip()  # compared as a whole: "AB" is not a label
     if not text or len(stripped) != 4 or not all(stripped) or label not in ("A", "B", "C", "D"):
         raise BadInput(
-            f"{where}: expected a question, four choices and a letter from A to D, got {letter!r} for a letter"
+            f"{where}: expected a question, four choices and a letter from A to D, got {[text, *stripped]!r:.80} and {letter!r}"
         )
     return Question(text=text, choices=tuple(stripped), answer=LETTERS.index(label), category=subject)
 
 
 def _context(subject: str, examples: Sequence[Question]) -> str:
-    """The subject's heading and the solved examples, in the layout of the question itself."""
+    """The subject's heading and the solved examples, in the same layout as the question."""
     solved = []
     for question in examples:
         lines = [FIGURE_8.choice.format(label=LETTERS[i], choice=choice) for i, choice in enumerate(question.choices)]

@@ -13,17 +13,17 @@ from tn_lens.core.errors import BadInput
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question with its choices in one order, ready for the model."""
+    """An encoded prompt: one question with its choices in one order."""
 
     token_ids: tuple[int, ...] = field(repr=False)
     label_ids: tuple[tuple[int, ...], ...]
-    """For each shown choice the ids whose probabilities are summed (upper and lower case; paper eq. 6-7)."""
+    """For each shown choice, the token ids whose probabilities are summed (upper and lower case; paper eq. 6-7)."""
     right: int
     """Position of the right choice among those shown."""
     question: str = "0"
     """Id of the question."""
     order: tuple[int, ...] = ()
-    """Position shown -> index of the choice in the question."""
+    """Index of the choice in the question, by the position at which it is shown."""
     category: str = ""
     text: str = field(default="", repr=False)
     """The rendered prompt."""
@@ -43,10 +43,9 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptSet(Sequence[Prompt]):
-    """Prompts in order, grouped by question: the prompts of a question are neighbours.
+    """An ordered set of prompts, in which the prompts of each question are consecutive.
 
-    Raises:
-        BadInput: a question occurs in two places, or twice in the same order of its choices.
+    `groups` raises `BadInput` if the prompts of a question are not consecutive, or if an order of its choices is repeated.
     """
 
     prompts: tuple[Prompt, ...]
@@ -62,14 +61,14 @@ class PromptSet(Sequence[Prompt]):
 
     @classmethod
     def of(cls, prompts: Prompt | Sequence[Prompt]) -> PromptSet:
-        """One prompt or several as a set."""
+        """Convert one or more prompts to a set."""
         if isinstance(prompts, PromptSet):
             return prompts
         return cls((prompts,) if isinstance(prompts, Prompt) else tuple(prompts))
 
     @cached_property
     def groups(self) -> dict[str, range]:
-        """Question id -> the rows of its prompts, in the order of the questions."""
+        """Rows of the prompts of each question by question id, in the order of the questions."""
         groups: dict[str, range] = {}
         orders: set[tuple[int, ...]] = set()
         for row, prompt in enumerate(self.prompts):
@@ -78,8 +77,8 @@ class PromptSet(Sequence[Prompt]):
             orders = set() if rows is None else orders
             if (rows is not None and rows.stop != row) or prompt.order in orders:
                 raise BadInput(
-                    f"question {prompt.question!r} occurs twice among the prompts: give every question an id of its own "
-                    "(build_prompt(..., question='second')), and build its orders in one call"
+                    f"question {prompt.question!r} occurs twice among the prompts: use a different id for every question "
+                    "(build_prompt(..., question='second')), and build all orders of a question in one call"
                 )
             groups[prompt.question] = range(row if rows is None else rows.start, row + 1)
             orders.add(prompt.order)
@@ -87,12 +86,12 @@ class PromptSet(Sequence[Prompt]):
 
     @cached_property
     def categories(self) -> dict[str, str]:
-        """Question id -> category."""
+        """Category of each question by question id."""
         return {question: self.prompts[rows.start].category for question, rows in self.groups.items()}
 
     @property
     def n_orders(self) -> int:
-        """Number of orders in which every question occurs; 0 for an empty set."""
+        """The smallest number of orders of any question; 0 for an empty set."""
         return min(map(len, self.groups.values()), default=0)
 
     @property
@@ -106,8 +105,8 @@ class PromptSet(Sequence[Prompt]):
         return PromptSet(tuple(prompt for prompt in self.prompts if prompt.question in wanted))
 
     def chunks(self, size: int) -> tuple[PromptSet, ...]:
-        """Cut into parts of at most `size` prompts (more only for a question with more orders); questions stay whole."""
-        # by number of prompts and never by number of workers, so that chunks are the same for any number
+        """Split into parts of at most `size` prompts, without splitting a question; a question with more is one part."""
+        # split by number of prompts only, so that chunks do not depend on the number of workers
         starts = [0]
         for rows in self.groups.values():
             if rows.stop - starts[-1] > size and rows.start > starts[-1]:
@@ -116,7 +115,7 @@ class PromptSet(Sequence[Prompt]):
         return tuple(self[a:b] for a, b in zip(starts, ends, strict=True) if b > a)
 
     def to_plain(self) -> list[list[Any]]:
-        """The form in stored results: without tokens and text."""
+        """The representation in stored results, without tokens and text."""
         return [[p.question, p.category, p.right, p.order, p.n_choices] for p in self.prompts]
 
     @classmethod
@@ -137,6 +136,6 @@ class PromptSet(Sequence[Prompt]):
 
 
 def stream_of(question: str) -> int:
-    """A number for the random stream of a question, from its id alone."""
-    # 32 bits are plenty: streams only have to differ between questions
+    """The number of a question's random stream, computed from its id."""
+    # 32 bits are enough: streams only have to differ between questions
     return int(sha256(question.encode(errors="surrogatepass")).hexdigest()[:8], 16)

@@ -19,22 +19,23 @@ from tn_lens.questions.question import LETTERS, Question, QuestionSet
 from tn_lens.questions.toy import LETTERED
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""The date for chat templates that print today's, so that a prompt is the same tomorrow."""
+"""The date for chat templates that print the current date, so that prompts do not change from day to day."""
 
 PLAIN_ENDS = (("", " "), (" ", ""), ("\n", ""))
-"""How plain text may end and a label begin: "Answer:" and " A" for most tokenizers; some join the colon and the space."""
+"""Possible ends of a plain-text prompt and beginnings of a label: "Answer:" and " A" for most tokenizers; some tokenizers
+merge the colon and the space."""
 
 TAIL = 24
-"""Characters at the end of a prompt that may influence how a label after them is tokenized."""
+"""Number of characters at the end of a prompt that may influence how the following label is tokenized."""
 
 
 def random_order(question: Question, seed: int) -> tuple[int, ...]:
-    """The order of a question's choices that the seed draws, whatever other questions are asked."""
+    """A random order of a question's choices, which depends only on the seed and the question's id."""
     return tuple(generator(seed, stream_of(question.id)).permutation(len(question.choices)).tolist())
 
 
 def rotations(n: int) -> list[tuple[int, ...]]:
-    """Every cyclic rotation of `n` choices: each choice stands at each position once."""
+    """All cyclic rotations of `n` choices. Each choice is at each position once."""
     return [tuple((start + shift) % n for shift in range(n)) for start in range(n)]
 
 
@@ -49,19 +50,19 @@ def build_prompts(
     """Render and encode every question as a prompt for this model (paper 2.2, eq. 5; figure 9's template by default).
 
     Args:
-        model: whose tokenizer and chat template are used; models without a chat template get plain text.
-        questions: what to ask.
+        model: model with the tokenizer and chat template to use; without a chat template, prompts are plain text.
+        questions: questions to ask.
         order: `"random"` draws one order per question from the seed and the question's id, as the paper does; `"both"`
-            asks each question with every choice at every letter, two prompts for two choices; `"given"` keeps the
-            question's own order.
+            asks each question in every rotation of its choices, which gives two prompts for two choices; `"given"`
+            keeps the question's own order.
         seed: seed for the random order.
-        drop_long: leave out prompts beyond the context window, with a warning, instead of raising.
+        drop_long: leave out questions with prompts longer than the context window, with a warning instead of an error.
 
     Returns:
-        The prompts, question by question.
+        The prompts, grouped by question.
 
     Raises:
-        BadInput: a label is not one token here, or prompts are longer than the context window.
+        BadInput: a label is not a single token after its prompt, or prompts are longer than the context window.
     """
     encoder = PromptEncoder(model, questions.template)
     requests: list[tuple[Question, tuple[int, ...]]] = []
@@ -84,17 +85,17 @@ def build_prompts(
 def build_prompt(
     model: Model, text: str, *, right: str, wrong: str | Sequence[str], question: str | None = None
 ) -> Prompt:
-    """Encode a free prompt: `build_prompt(model, "The capital of France is", right=" Paris", wrong=" Rome")`.
+    """Encode a free-form prompt: `build_prompt(model, "The capital of France is", right=" Paris", wrong=" Rome")`.
 
     Args:
-        model: whose tokenizer is used; its BOS token is added as the tokenizer does, without a chat template.
+        model: model with the tokenizer to use, which adds its special tokens; the chat template is not applied.
         text: the prompt.
         right: the true continuation, with its leading space.
-        wrong: the false continuation, or several.
-        question: id of the question, a digest of text and continuations by default.
+        wrong: one or more false continuations.
+        question: id of the question; a digest of text and continuations by default.
 
     Raises:
-        BadInput: a continuation is not one token, or two share one.
+        BadInput: a continuation is not a single token, or two continuations are the same token.
     """
     tokenizer = _tokenizer(model)
     answers = [right, *([wrong] if isinstance(wrong, str) else wrong)]
@@ -119,19 +120,19 @@ class PromptEncoder:
     def __init__(self, model: Model, template: PromptTemplate) -> None:
         self.tokenizer = _tokenizer(model)
         own_words = backend_of(model).name == "toy" and template == FIGURE_9
-        self.template = LETTERED if own_words else template  # the embedded model knows no other words
+        self.template = LETTERED if own_words else template  # figure 9 has words that the embedded model lacks
         self.chat = template.chat and getattr(self.tokenizer, "chat_template", None) is not None
         self.end, self.prefix = ("", "") if self.chat else PLAIN_ENDS[0]
         """Text at the end of a prompt, and text before a label."""
         self.heads: dict[str, list[int]] = {"": []}
-        """Tokens of the text before a question, by that text."""
+        """Token ids of the text before a question, by this text."""
         if (
             self.chat
             and "strftime_now" in str(self.tokenizer.chat_template)
             and "date_string" not in str(self.tokenizer.chat_template)
         ):
             warnings.warn(
-                "this model's chat template prints today's date and offers no way to pin it: prompts differ from day to day",
+                "this model's chat template always prints today's date, so the prompts differ from day to day",
                 stacklevel=3,
             )
 
@@ -150,12 +151,12 @@ class PromptEncoder:
         system = [{"role": "system", "content": self.template.system}] if self.template.system else []
         try:
             return self._apply([*system, {"role": "user", "content": user}])
-        except TemplateError:  # templates without a system turn refuse it
+        except TemplateError:  # templates that do not support a system turn raise an error
             pass
         try:
             return self._apply([{"role": "user", "content": f"{self.template.system}\n\n{user}" if system else user}])
         except TemplateError as error:
-            raise BadInput(f"the model's chat template cannot be rendered: {error}") from error
+            raise BadInput(f"the chat template cannot be rendered: {error}; use a format with chat=False") from error
 
     def _apply(self, turns: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(
@@ -169,7 +170,7 @@ class PromptEncoder:
         texts = [self.render(question, order) for question, order in requests]
         special = not self.chat  # a chat template writes its own BOS token
         encoded = _ids(self.tokenizer, texts, special=special)
-        known: dict[tuple[str, str], int] = {}  # a label's id depends on the end of the prompt alone
+        known: dict[tuple[str, str], int] = {}  # a label's id depends only on the end of the prompt
         prompts = []
         for (question, order), text, ids in zip(requests, texts, encoded, strict=True):
             label_ids = []
@@ -198,7 +199,7 @@ class PromptEncoder:
         return prompts
 
     def _start(self, question: Question, text: str, ids: list[int], *, special: bool) -> int:
-        """Number of tokens before the question; a token that reaches into the question belongs to it."""
+        """Number of tokens before the question. A token that overlaps the question counts as part of it."""
         preamble, _, _ = self.template.user.partition("{question}")
         opening = preamble[-TAIL:].rpartition("}")[2] + question.text
         place = text.find(opening, text.find(question.context))
@@ -228,7 +229,7 @@ class PromptEncoder:
         for prompt in prompts:
             every = [i for ids in prompt.label_ids for i in ids]
             if len(set(every)) < len(every):
-                raise BadInput(f"two choices share a label token here (label ids {prompt.label_ids}); they must differ")
+                raise BadInput(f"two choices have the same label token (ids {prompt.label_ids}); use different labels")
         unknown = self.tokenizer.unk_token_id
         if unknown is None:
             return
@@ -243,11 +244,11 @@ class PromptEncoder:
         word = next((w for w in text.split() if unknown in _ids(self.tokenizer, [w], special=False)[0]), "")
         if n_unknown == len(prompts):
             raise BadInput(
-                f"this model's tokenizer cannot read the questions: all {n_unknown} prompts contain words that it does not "
-                f"know, like {word!r:.40} (the toy model reads only the words of its own world)"
+                f"this model's tokenizer cannot encode the questions: all {n_unknown} prompts contain unknown words, like "
+                f"{word!r:.40}; use another model (the toy model's vocabulary covers only the toy question sets)"
             )
         warnings.warn(
-            f"{n_unknown} of {len(prompts)} prompts contain words that the tokenizer does not know, like {word!r:.40}",
+            f"{n_unknown} of {len(prompts)} prompts contain words that are unknown to the tokenizer, like {word!r:.40}",
             stacklevel=4,
         )
 
@@ -269,34 +270,34 @@ def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
         )
         if broken is None:
             raise
-        raise BadInput(f"a question holds half of a character (a lone surrogate): {ascii(broken)[-120:]}") from error
+        raise BadInput(f"a question contains a lone surrogate (half of a character): {ascii(broken)[-120:]}") from error
 
 
 def _label_id(tokenizer: Any, text: str, ids: list[int], label: str, *, special: bool) -> int:
-    """The single token id that `text + label` adds to `text`.
+    """The id of the single token that the label adds to `text`.
 
     Raises:
-        BadInput: the label adds several tokens, or changes the tokens before it; the ids are shown.
+        BadInput: the label adds more than one token, or changes the tokens before it. The message shows the ids.
     """
     (longer,) = _ids(tokenizer, [text + label], special=special)
     added = longer[len(ids) :]
     if longer[: len(ids)] != ids:
         raise BadInput(
-            f"the label {label!r} cannot be found in context: the prompt's ids end with {ids[-4:]}, and with the label "
-            f"appended the text has the ids {longer[max(0, len(ids) - 4) :]} there; word the prompt so that it ends in a whole token"
+            f"the label {label!r} merges with the end of the prompt: the prompt's ids end with {ids[-4:]}, but with the label "
+            f"appended, they are {longer[max(0, len(ids) - 4) :]}; reword the prompt so that it ends at a token boundary"
         )
     if len(added) != 1:
-        raise BadInput(f"the label {label!r} must be one token after this prompt, and is {len(added)} (ids {added})")
+        raise BadInput(f"the label {label!r} must be one token after this prompt, but is {len(added)} (ids {added})")
     return added[0]
 
 
 def _fit_context(prompts: Sequence[Prompt], n_ctx: int, drop_long: bool) -> PromptSet:
-    """Raise, or leave out, questions with prompts longer than the context window."""
+    """Leave out questions with prompts longer than the context window, or raise an error if there are any."""
     long = {p.question for p in prompts if len(p.token_ids) > n_ctx}
     if not long:
         return PromptSet(tuple(prompts))
     longest = max(len(p.token_ids) for p in prompts)
-    message = f"{len(long)} {plural('question', len(long))} {'needs' if len(long) == 1 else 'need'} more than the context window of {n_ctx} tokens (the longest prompt has {longest})"
+    message = f"{len(long)} {plural('question', len(long))} {'exceeds' if len(long) == 1 else 'exceed'} the context window of {n_ctx} tokens (the longest prompt has {longest})"
     kept = [p for p in prompts if p.question not in long]
     if not drop_long or not kept:
         raise BadInput(f"{message}; shorten them, or leave them out with drop_long=True (--drop-long)")

@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row of a file that did not become a question, and the reason."""
+    """A row of a file that was left out, and the reason."""
 
     row: int
     """Number of the row, counted from 1 and without the header."""
@@ -56,7 +56,7 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuestionSet(Sequence[Question]):
-    """Questions in a fixed order, with the template in which they are asked.
+    """Questions in a fixed order, with their prompt template.
 
     The ids of the questions are unique: the second question with the same id gets the suffix "-2", the third "-3".
     """
@@ -78,7 +78,7 @@ class QuestionSet(Sequence[Question]):
         questions = []
         for question in self.questions:
             if question.id in suffixes:
-                # "a-2" may itself be the id of another question, which keeps it
+                # "a-2" may already be the id of another question, which keeps it
                 candidates = (f"{question.id}-{n}" for n in suffixes[question.id])
                 question = replace(question, id=next(new for new in candidates if new not in taken))
             suffixes.setdefault(question.id, count(2))
@@ -101,8 +101,8 @@ class QuestionSet(Sequence[Question]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the questions, their own ids and the template, by which a run identifies its data."""
-        # default ids follow from text and choices, and add nothing
+        """SHA-256 of the questions, their user-defined ids and the template, by which a run identifies its data."""
+        # default ids are computed from text and choices, so they add no information
         own_ids = tuple(q.id for q in self if not q.id.startswith(q._default_id))
         content = (self.questions, self.template, own_ids) if own_ids else (self.questions, self.template)
         return sha256(repr(content).encode()).hexdigest()
@@ -112,7 +112,7 @@ class QuestionSet(Sequence[Question]):
         return replace(self, questions=tuple(self.questions[index] for index in indices))
 
     def sample(self, n: int | None, random: np.random.Generator) -> QuestionSet:
-        """At most `n` questions, drawn without replacement, in the order of the set; all for None."""
+        """At most `n` questions, sampled without replacement, in the order of the set; all questions if `n` is None."""
         if n is None or n >= len(self):
             return self
         return self.select(sorted(random.choice(len(self), n, replace=False).tolist()))
@@ -130,7 +130,7 @@ class QuestionSet(Sequence[Question]):
         wanted = set(ids)
         if unknown := sorted(wanted - {q.id for q in self}):
             raise BadInput(
-                f"{self.name} has no question with the id {unknown[0]!r}; take ids from the questions of this set"
+                f"{self.name} has no question with the id {unknown[0]!r}; use ids of the questions in this set"
             )
         return replace(self, questions=tuple(q for q in self if q.id in wanted))
 
@@ -138,7 +138,7 @@ class QuestionSet(Sequence[Question]):
         """The same questions in a registered prompt format.
 
         Raises:
-            BadInput: there is no such format.
+            BadInput: the format is unknown.
         """
         return replace(self, template=FORMATS[name])
 

@@ -17,7 +17,7 @@ from tn_lens.core.registry import Registry
 from tn_lens.questions.question import QuestionSet
 
 Source = str | Path | Sequence[str | Path] | None
-"""Where a question set is read from: a path, a URL, or several; None stands for its public address."""
+"""The source of a question set: one or more paths or URLs. None means its public location."""
 
 QUESTION_SETS: Registry[Callable[..., QuestionSet]] = Registry("question set")
 """Loaders of question sets by name: functions `(source=None, **options)`.
@@ -32,10 +32,10 @@ def options_of(name: str) -> set[str]:
 
 
 def single(source: Source, name: str) -> str | Path | None:
-    """Return the source of the question set `name`, which is read from one place.
+    """Return the source of the question set `name`, which accepts only one.
 
     Raises:
-        BadInput: there are several sources.
+        BadInput: more than one source is given.
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         raise BadInput(f"expected one source for {name!r}, got {len(source)}")

@@ -28,14 +28,14 @@ FORMATS.register("toy_statement", JUDGED)
 
 @QUESTION_SETS.register("toy")
 def binary() -> QuestionSet:
-    """Load the 576 facts held out from every choice format, each with one wrong value: the toy's TruthfulQA."""
+    """Load the 576 held-out facts, each with one wrong value: the toy model's counterpart of TruthfulQA."""
     questions = [_question(fact, fact.question(), (fact.value, fact.distractor)) for fact in _held_out()]
     return QuestionSet(name="toy", questions=tuple(questions), template=LETTERED)
 
 
 @QUESTION_SETS.register("toy_true_false")
 def true_false() -> QuestionSet:
-    """Load the held-out facts as statements, half of them false: the toy's TriviaQA."""
+    """Load the held-out facts as statements, half of them false: the toy model's counterpart of TriviaQA."""
     questions = []
     for index, fact in enumerate(_held_out()):
         answer = index % 2  # 0 for a true statement, 1 for a false one
@@ -46,7 +46,7 @@ def true_false() -> QuestionSet:
 
 @QUESTION_SETS.register("toy_four_choice")
 def four_choice() -> QuestionSet:
-    """Load the held-out facts with three wrong values, the right one at a random letter: the toy's MMLU."""
+    """Load the held-out facts with three wrong values, the right one at a random letter: the counterpart of MMLU."""
     random = Random(WORLD_SEED + 1)
     questions = []
     for fact in _held_out():

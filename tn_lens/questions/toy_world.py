@@ -1,8 +1,8 @@
 """The toy world: invented names, their properties, and the misconceptions about them.
 
-Each name has a hidden *kind*; the kind suggests a typical value for every property. For 15 % of the facts the
+Each name has a hidden *kind*, which determines a typical value for every property. For 15 % of the facts the
 typical value is wrong: it is the popular misconception, which a model that has learned the kinds tends to give.
-So the world has both knowledge and tempting falsehoods, as TruthfulQA has, at a size that fits in a wheel.
+Like TruthfulQA, the world thus has both facts and tempting misconceptions, and its model is small enough for the wheel.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WORDINGS = (
 
 Split = Literal["train", "tune", "find", "report"]
 SPLIT_SIZES: dict[Split, int] = {"train": 864, "tune": 144, "find": 230, "report": 202}
-"""Facts trained as questions, and three disjoint sets held out from every choice format."""
+"""Number of facts trained as questions, and sizes of three disjoint sets held out from every choice format."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Fact:
     split: Split
     """The part of the questions that the fact belongs to."""
     distractor: str
-    """A wrong value for the question: the misconception where there is one."""
+    """A wrong value for the question: the misconception if there is one."""
     wording: int
     """Index into `WORDINGS`."""
 
@@ -68,7 +68,7 @@ class Fact:
         return self.value != self.typical
 
     def question(self, wording: int | None = None) -> str:
-        """The question about this fact, in one of the three wordings (its own by default)."""
+        """The question about this fact, in one of the three wordings (that of the fact by default)."""
         template = WORDINGS[self.wording if wording is None else wording]
         return template.format(relation=self.relation, name=self.name)
 
@@ -86,8 +86,8 @@ def names() -> tuple[str, ...]:
 
 @cache
 def facts() -> tuple[Fact, ...]:
-    """All 1,440 facts of the world: the same ones in every process and on every machine."""
-    # the shipped weights have learned these facts: the number and order of the random draws must not change
+    """All 1,440 facts of the world. They are the same in every process and on every machine."""
+    # the shipped weights were trained on these facts: the number and order of the random draws must not change
     random = Random(WORLD_SEED)
     kind_of = {name: index % N_KINDS for index, name in enumerate(random.sample(names(), len(names())))}
     typical_of = {relation: random.sample(values, N_KINDS) for relation, values in RELATIONS.items()}
@@ -98,7 +98,7 @@ def facts() -> tuple[Fact, ...]:
     built = []
     for name, relation in pairs:
         typical = typical_of[relation][kind_of[name]]
-        # an exception has another value than its kind suggests, and the suggested one as its wrong choice
+        # for exceptions, the typical value is the wrong choice, and the true value is another one
         other = random.choice([value for value in RELATIONS[relation] if value != typical])
         value, distractor = (other, typical) if (name, relation) in exceptions else (typical, other)
         split, wording = split_of[name, relation], random.randrange(len(WORDINGS))
@@ -107,7 +107,7 @@ def facts() -> tuple[Fact, ...]:
 
 
 def vocabulary() -> list[str]:
-    """Every word the toy tokenizer knows, special tokens first."""
+    """The vocabulary of the toy tokenizer, special tokens first."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     labels = [*"ABCDabcd", "True", "true", "False", "false"]
     layout = ["Question", "Answer", "Statement", ":", "?", "."]

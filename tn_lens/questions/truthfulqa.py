@@ -1,4 +1,4 @@
-"""TruthfulQA as a choice between the best and the best incorrect answer (paper A.2)."""
+"""TruthfulQA as a choice between the best answer and the best incorrect answer (paper A.2)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def load_truthfulqa(source: Source = None) -> QuestionSet:
     """Load the 790 questions of TruthfulQA.
 
     Args:
-        source: path or URL of TruthfulQA.csv; its public address by default.
+        source: path or URL of TruthfulQA.csv; the public URL by default.
 
     Raises:
-        BadInput: the file cannot be fetched, or a row cannot be used.
+        BadInput: the file cannot be downloaded, or a row is invalid.
     """
     address = str(single(source, "truthfulqa") or URL)
     path = Path(address)
     if not path.is_file():
-        path = download(address, "download TruthfulQA.csv yourself and give its path")
-    # the version before it has 817 questions
+        path = download(address, "download TruthfulQA.csv manually and pass its path as the source")
+    # the previous version has 817 questions
     digest = sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         warnings.warn(
-            f"this TruthfulQA.csv is not the 790-question form of January 2025 (SHA-256 {digest[:12]}..., expected "
+            f"this TruthfulQA.csv is not the 790-question version of January 2025 (SHA-256 {digest[:12]}..., expected "
             f"{SHA256[:12]}...); results may not be comparable with the paper's",
             stacklevel=3,  # the line that calls load_questions
         )

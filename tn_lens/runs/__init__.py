@@ -1,1 +1,1 @@
-"""Run folders, checksums, the cache of finished chunks, workers and progress bars; knows no stage."""
+"""Run folders, checksums, the cache of finished chunks, workers and progress bars. Independent of the stages."""

@@ -1,4 +1,4 @@
-"""Chunks: expensive work cut by count, so that it can be cached, shared among workers, and continued after a stop."""
+"""Chunks: parts of expensive work, which are cached, distributed over workers, and reused by a resumed run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Tensors = Mapping[str, Tensor]
 """The result of a chunk: named tensors on the CPU."""
 
 PROMPTS_ATTRIBUTED = 64
-"""Prompts in one chunk of attribution (a question's prompts stay together); at most this much work is lost by a stop."""
+"""Prompts per chunk of attribution (a question's prompts stay together). A run that is stopped loses at most one chunk."""
 PROMPTS_ASKED = 512
-"""Prompts in one chunk of answers, which cost a hundredth of their attribution."""
+"""Prompts per chunk of answers, which cost about a hundredth of their attribution."""
 
 
 def chunk_key(*parts: Any) -> str:
@@ -36,10 +36,10 @@ def _plain(part: Any) -> Any:
             return [str(values.dtype), list(values.shape), hashlib.sha256(content).hexdigest()]
         case Mapping():
             return {str(key): _plain(value) for key, value in part.items()}
-        case Prompt():  # what the model sees; not the text, nor the question that it belongs to
+        case Prompt():  # only what the computation depends on, without text and question id
             return [part.token_ids, part.label_ids, part.right, part.start]
         case _ if is_dataclass(part) and not isinstance(part, type):
-            # the class counts: two interventions may have the same fields
+            # with the class, since two interventions may have the same fields
             return [type(part).__name__, {field.name: _plain(getattr(part, field.name)) for field in fields(part)}]
         case str() | int() | float() | None:
             return part

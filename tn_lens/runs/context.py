@@ -1,7 +1,7 @@
 """The context of a run: the cache of finished chunks, workers, progress bars and captured warnings.
 
-A stage is a pure function. It cuts expensive work into chunks and hands them to `map_chunks`, and does not know whether they
-are computed here, by several workers, or found in a run folder. That is decided by the run in whose context it is called:
+A stage is a pure function that splits expensive work into chunks and passes them to `map_chunks`. The active run decides
+whether they are computed in this process, distributed over several workers, or read from a run folder:
 
     with Run(folder, basis) as run:
         check = run.stage("check", manipulation_check, model, prompts)
@@ -27,28 +27,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 logger = logging.getLogger("tn_lens")
-"""Messages about a run that are not results; Python shows them on standard error."""
+"""Logger of messages about a run that are not results. By default, Python prints its warnings on standard error."""
 
 
 class Run:
-    """What the stages of a run share. Outside a run there is one that computes in memory and keeps nothing.
+    """State shared by the stages of a run. Outside a run, a default instance computes in memory and stores nothing.
 
     Args:
-        folder: keeps the chunks; None computes them in memory.
+        folder: folder in which chunks are stored. None: chunks are computed in memory.
         basis: digest of everything that all chunks depend on.
-        progress: show progress bars.
+        progress: whether to show progress bars.
     """
 
     def __init__(self, folder: RunFolder | None = None, basis: str = "", *, progress: bool = True) -> None:
         self.folder, self.basis, self.progress = folder, basis, progress
         self.names: list[str] = []
-        """The stages that are running, the innermost last."""
+        """Names of the running stages, the innermost last."""
         self.notes: dict[str, None] = {}
-        """Warnings of the stages, each once, in the order in which they were raised."""
+        """Unique warnings of the stages, in the order in which they were raised."""
         self.is_kept = True
-        """Whether the folder stays when the run has ended."""
+        """Whether the folder is kept when the run ends."""
         self.resources = ExitStack()
-        """What is closed when the run has ended."""
+        """Resources that are closed when the run ends."""
         self._token: Token[Run] | None = None
 
     def __enter__(self) -> Run:
@@ -60,19 +60,19 @@ class Run:
         _CURRENT.reset(self._token)
 
     def stage(self, name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a stage: its chunks are kept under its name, and its warnings become notes."""
+        """Call a stage. Its chunks are stored under its name, and its user warnings become notes."""
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always", UserWarning)
             result = in_stage(name, function, *args, **kwargs)
         for warning in raised:
             if issubclass(warning.category, UserWarning):
                 self.note(str(warning.message))
-            else:  # deprecations, for example, do not concern the result
+            else:  # other warnings, such as deprecations, do not concern the result
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return result
 
     def note(self, message: str | None) -> None:
-        """Note a warning as a sentence; None is ignored."""
+        """Record a warning as a sentence. None is ignored."""
         if message:
             self.notes[f"{message[0].upper()}{message[1:].rstrip('.')}."] = None
 
@@ -84,37 +84,37 @@ class Run:
         if self.folder is None:
             return [compute(index) for index in progress_bar(range(len(keys)), text, delay=DELAY)]
         folder, workers = self.folder, self.folder.workers
-        # scores have a place of their own, since other thresholds are answered from them
+        # scores have a separate folder, since selection with other thresholds reads them
         name = name if name == SCORES else "/".join((WORK, *self.names, name))
-        # the same work in another run, or at another place of this one, is other work
+        # a stored chunk is reused only in the same run and at the same place in it
         keys = [chunk_key(self.basis, name, key) for key in keys]
         mine = workers.share(len(keys))
-        # the first worker looks at all chunks, so that a damaged one is named once
+        # the first worker checks all chunks, so that a damaged one is reported once
         wanted = range(len(keys)) if workers.is_first else mine
         there = {index for index in wanted if self._is_whole(folder, name, index, keys[index])}
         todo = [index for index in mine if index not in there]
         for index in progress_bar(todo, text if workers.is_first else None):
             started = time.perf_counter()
-            with warnings.catch_warnings(record=True) as raised:  # a resumed run could not raise them again
+            with warnings.catch_warnings(record=True) as raised:  # logged, since a resumed run raises none
                 warnings.simplefilter("always", UserWarning)
                 tensors = compute(index)
             for warning in raised:
                 folder.log("warning", name=name, index=index, text=str(warning.message))
             folder.write_chunk(name, index, tensors, keys[index])
             folder.log("chunk", name=name, index=index, seconds=round(time.perf_counter() - started, 3))
-        # every worker may read every chunk from here on
+        # after this, every chunk is complete and can be read by every worker
         workers.wait()
         return StoredChunks(folder, name, tuple(keys))
 
     @staticmethod
     def _is_whole(folder: RunFolder, name: str, index: int, key: str) -> bool:
-        """Whether a chunk need not be computed; a damaged one is reported, by the first worker alone."""
+        """Whether a chunk is stored completely under its key. The first worker reports a damaged one."""
         path = folder.chunk(name, index)
         if not path.exists():
             return False
         stored = folder.read_chunk(name, index)
         if stored is None and folder.workers.is_first:
-            logger.warning("%s is cut off or altered (its checksum does not fit); it is computed again", path)
+            logger.warning("%s is truncated or altered (its checksum does not match); it is computed again", path)
             folder.log("damaged", name=name, index=index)
         return stored is not None and stored[0] == key
 
@@ -125,13 +125,13 @@ _CURRENT: ContextVar[Run] = ContextVar("run", default=Run())  # noqa: B039 (it h
 def map_chunks(
     name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None
 ) -> Iterable[Tensors]:
-    """Compute chunks, or read those that the run has already.
+    """Compute chunks, or read those that the run has already stored.
 
     Args:
         name: name of this work, unique within its stage.
-        keys: one for each chunk, see `chunk_key`; a stored result is used again only under the same key.
-        compute: number of a chunk -> its result, which depends on nothing but what is in its key.
-        text: text of a progress bar; none by default.
+        keys: one key per chunk, see `chunk_key`. A stored result is reused only if its key is the same.
+        compute: function from the index of a chunk to its result, which may depend only on what the key covers.
+        text: label of the progress bar. None: no progress bar.
 
     Returns:
         The results of all chunks, in order.
@@ -140,7 +140,7 @@ def map_chunks(
 
 
 def in_stage(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function whose chunks are kept below those of the running stage, under `name`."""
+    """Call a function whose chunks are stored under `name`, within the folder of the running stage."""
     names = _CURRENT.get().names
     names.append(name)
     try:
@@ -157,7 +157,7 @@ def track(items: Iterable[T], text: str) -> Iterable[T]:
 
 @dataclass(frozen=True)
 class StoredChunks:
-    """The results of chunks, each read when it is asked for: memory does not grow with their number."""
+    """The results of chunks, read one at a time during iteration, so that memory does not grow with their number."""
 
     folder: RunFolder
     name: str
@@ -168,12 +168,12 @@ class StoredChunks:
 
     def _read(self, index: int) -> Tensors:
         several = self.folder.workers.n_workers > 1
-        for pause in (0, 0.2, 1, 5) if several else (0,):  # a shared disk may lag behind
+        for pause in (0, 0.2, 1, 5) if several else (0,):  # files appear late on some shared disks
             time.sleep(pause)
             stored = self.folder.read_chunk(self.name, index)
             if stored is not None and stored[0] == self.keys[index]:
                 return stored[1]
-        shared = "; all workers must see the same run folder" if several else ""
+        shared = "; all workers need access to the same run folder" if several else ""
         raise BadInput(
-            f"{self.folder.chunk(self.name, index)} is missing or damaged; run again to compute it anew{shared}"
+            f"{self.folder.chunk(self.name, index)} is missing or damaged; run again to recompute it{shared}"
         )

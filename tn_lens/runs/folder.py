@@ -1,4 +1,4 @@
-"""The run folder: a manifest of what was asked, and files that are either complete or absent."""
+"""The run folder: a manifest with the settings, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tn_lens.runs.seals import fingerprint, read_manifest, seal_tensors, sealed,
 from tn_lens.runs.workers import ALONE, Workers
 
 SCORES = "scores"
-"""The chunks of attribution, from which other thresholds are answered."""
+"""Folder of the chunks of attribution, which selection with other thresholds reads."""
 WORK = "work"
-"""All other chunks, which a resumed run need not compute again."""
+"""Folder of all other chunks, which a resumed run reuses."""
 
 RESULT_FILES = (
     "report.html",
@@ -42,13 +42,13 @@ RESULT_FILES = (
     "prompts.json",
     "manifest.json",
 )
-"""What a run writes beside its chunks: the same bytes for the same settings."""
+"""Files that a run writes in addition to its chunks. The same settings give the same bytes."""
 LOCK, HOLDER, LOG = ".lock", ".holder", "log.jsonl"
 BEGINNINGS = (LOCK, HOLDER, LOG, ".manifest.json.part")
-"""What a folder may hold whose run was stopped before it had a manifest."""
+"""Files that a folder may contain if its run was stopped before the manifest was written."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Errors of file systems that cannot lock, as some network file systems."""
+"""Error numbers of file systems without locks, for example some network file systems."""
 
 CHUNK = re.compile(r"\.?\d{5,}\.safetensors(\.part)?")
 logger = logging.getLogger("tn_lens")
@@ -56,7 +56,7 @@ logger = logging.getLogger("tn_lens")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder whose manifest holds the settings that everything in it was made with."""
+    """A folder with the files of one run. Its manifest contains the settings of the run."""
 
     path: Path
     workers: Workers = ALONE
@@ -67,17 +67,17 @@ class RunFolder:
     def open(
         cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False, workers: Workers = ALONE
     ) -> RunFolder:
-        """Create the folder, or continue in one with the same settings; the first worker does it for all.
+        """Create the folder, or open the folder of a run with the same settings. Only the first worker writes.
 
         Raises:
-            BadInput: the folder holds a run with other settings (the first that differs is named) or something else, it
-                cannot be written, or another run is working in it.
+            BadInput: the folder contains a run with other settings (the message names the first that differs) or other
+                files, is not writable, or is in use by another run.
         """
         path = Path(path)
         if not workers.is_first:
             workers.wait()
             return cls(path, workers)
-        # as they will be read back, so that tuples compare equal to lists
+        # converted as in the stored manifest, so that tuples compare equal to lists
         settings = json.loads(json.dumps(settings))
         manifest = path / "manifest.json"
         with _writing(path):
@@ -92,7 +92,7 @@ class RunFolder:
                 _refuse_other_settings(path, read_manifest(manifest)["settings"], settings)
             if overwrite or not is_run:
                 folder.write_json("manifest.json", sealed({"fingerprint": fingerprint(settings), "settings": settings}))
-        # also after Ctrl-C the lock must not outlive this call
+        # BaseException, so that the lock is released after Ctrl-C as well
         except BaseException:
             folder.release()
             raise
@@ -104,7 +104,7 @@ class RunFolder:
         """Create the folder if needed, and lock it against other processes until `release`.
 
         Raises:
-            BadInput: another process works in it, or it cannot be written.
+            BadInput: another process uses the folder, or it is not writable.
         """
         if not workers.is_first:
             return cls(path, workers)
@@ -115,7 +115,7 @@ class RunFolder:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise BadInput(
-                    f"another run is at work in {path} ({_holder(path)}); wait until it has ended, or give another folder"
+                    f"another run is using {path} ({_holder(path)}); wait until it has ended, or use another folder"
                 ) from None
             except (NotImplementedError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in NO_LOCKS:
@@ -126,7 +126,7 @@ class RunFolder:
         return cls(path, workers, lock)
 
     def release(self) -> None:
-        """Let other processes work in the folder."""
+        """Unlock the folder, so that other processes can use it."""
         if self.lock is not None:
             with contextlib.suppress(OSError):
                 (self.path / HOLDER).unlink()
@@ -139,11 +139,11 @@ class RunFolder:
         self.release()
 
     def noted(self, key: str) -> Any:
-        """A note in the manifest beside the settings; None if there is none."""
+        """Read a note from the manifest; None if there is none."""
         return read_manifest(self.path / "manifest.json").get(key)
 
     def note(self, key: str, value: Any) -> None:
-        """Write a note into the manifest that does not make it another run; the first worker does it for all."""
+        """Write a note to the manifest. Notes are not settings, so the run stays the same. Only the first worker writes."""
         if self.workers.is_first and self.noted(key) != value:
             self.write_json("manifest.json", sealed(read_manifest(self.path / "manifest.json") | {key: value}))
 
@@ -152,7 +152,7 @@ class RunFolder:
         return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
 
     def clear(self) -> None:
-        """Remove what a run has written, and nothing else."""
+        """Remove the files that a run has written, and no others."""
         for top in (SCORES, WORK):
             self._refuse_outside(self.path / top)
         with _writing(self.path):
@@ -160,13 +160,13 @@ class RunFolder:
                 for parent, _, files in os.walk(self.path / top, topdown=False):  # follows no links
                     for name in filter(CHUNK.fullmatch, files):
                         (Path(parent) / name).unlink()
-                    with contextlib.suppress(OSError):  # it holds files that are not ours
+                    with contextlib.suppress(OSError):  # it contains other files
                         Path(parent).rmdir()
             for name in (LOG, *RESULT_FILES):  # the manifest last: it marks the folder as a run
                 (self.path / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove what a run has written, and the folder itself if nothing else is in it."""
+        """Remove the files that a run has written, and the folder itself if it contains no others."""
         if self.workers.is_first:
             self.clear()
             with contextlib.suppress(OSError):
@@ -175,10 +175,10 @@ class RunFolder:
                 self.path.rmdir()
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file completely or not at all: under a temporary name, synced, then renamed.
+        """Write a file atomically: under a temporary name, synced, then renamed.
 
         Raises:
-            BadInput: the disk is full, the folder cannot be written, or the name leads out of it.
+            BadInput: the disk is full, the folder is not writable, or the name refers to a path outside of it.
         """
         path = self.path / name
         temporary = path.with_name(f".{path.name}.part")
@@ -186,7 +186,7 @@ class RunFolder:
             self._refuse_outside(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                # O_NOFOLLOW: a link in the folder must not lead the write elsewhere
+                # O_NOFOLLOW: a link in the folder must not redirect the write
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
                 with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
                     file.write(content)
@@ -201,21 +201,21 @@ class RunFolder:
                 raise
 
     def _refuse_outside(self, folder: Path) -> None:
-        """Refuse a place outside the run folder that a name or a link leads to."""
+        """Reject a folder that is outside the run folder, for example because of a link."""
         if not folder.resolve().is_relative_to(self.path.resolve()):
-            raise BadInput(f"{str(folder)!r} lies outside the run folder {str(self.path)!r}; nothing is written there")
+            raise BadInput(f"{str(folder)!r} is outside the run folder {str(self.path)!r}, so nothing is written there")
 
     def write_json(self, name: str, payload: Any) -> None:
         """Write JSON; NaN becomes null."""
         self.write(name, dump_json(payload))
 
     def log(self, what: str, **about: Any) -> None:
-        """Append a line to log.jsonl, the only file with times. A line that cannot be written is left out."""
+        """Append an event to log.jsonl, the only file with timestamps. Errors of the file system are ignored."""
         event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "rank": self.workers.rank, "what": what}
         with contextlib.suppress(OSError):
             log = os.open(self.path / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
-                os.write(log, (json.dumps(event | about) + "\n").encode())  # one call, so that workers do not mix
+                os.write(log, (json.dumps(event | about) + "\n").encode())  # one call, so that lines do not mix
             finally:
                 os.close(log)
 
@@ -224,7 +224,7 @@ class RunFolder:
         return self.path / name / f"{index:05d}.safetensors"
 
     def write_chunk(self, name: str, index: int, tensors: Tensors, key: str = "") -> None:
-        """Store the result of a chunk under the key of what it depends on."""
+        """Store the result of a chunk with its key, see `chunk_key`."""
         self.write(f"{name}/{index:05d}.safetensors", seal_tensors(tensors, key))
 
     def read_chunk(self, name: str, index: int) -> tuple[str, dict[str, Tensor]] | None:
@@ -236,33 +236,33 @@ class RunFolder:
 
 
 def _holder(path: Path) -> str:
-    """The process that works in a folder, as far as it is known."""
+    """Name of the process that uses a folder, or "a process" if it is unknown."""
     with contextlib.suppress(OSError):
         return (path / HOLDER).read_text(encoding="utf-8", errors="replace").strip()[:100] or "a process"
     return "a process"
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Refuse a path that is no run folder and cannot become one; nothing is touched."""
+    """Reject a path that is neither a run folder nor usable for one. Nothing is changed."""
     if path.exists() and not path.is_dir():
         raise BadInput(f"{path} is a file; expected a folder, or a path that does not exist yet")
     others = [entry.name for entry in path.iterdir() if entry.name not in BEGINNINGS] if path.exists() else []
     if others and not (path / "manifest.json").exists():
-        raise BadInput(f"{path} is not empty and holds no run; give another folder")
+        raise BadInput(f"{path} is not empty and does not contain a run; use another folder")
 
 
 def _refuse_other_settings(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other settings; the first that differs is named."""
+    """Reject a run with other settings. The message names the first that differs."""
     for key in dict.fromkeys((*settings, *stored)):
         if settings.get(key) != stored.get(key):
             raise BadInput(
-                f"{path} holds a run with {key} = {stored.get(key)!r:.60}, and this one has {key} = "
-                f"{settings.get(key)!r:.60}; give another folder, or start over with --overwrite"
+                f"{path} contains a run with {key} = {stored.get(key)!r:.60}, but this run has {key} = "
+                f"{settings.get(key)!r:.60}; use another folder, or start over with --overwrite"
             )
 
 
 def _sync_folder(path: Path) -> None:
-    """Make a rename survive a power failure, where the system can."""
+    """Sync a folder, so that a rename survives a power failure, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -280,6 +280,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = "make room and run again: what was computed is kept" if full else "give another folder"
+        todo = "free disk space and run again; finished chunks are kept" if full else "use another folder"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BadInput(f"cannot write {str(path)!r}: {reason}; {todo}") from error

@@ -1,4 +1,4 @@
-"""Progress bars for notebooks and terminals, on standard error and only where somebody watches."""
+"""Progress bars on standard error, shown only in notebooks and terminals."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 
 DELAY = 2.0
-"""Seconds after which a bar appears outside a run, so that short work shows none."""
+"""Seconds after which a bar appears outside a run, so that short computations show none."""
 
 
 def progress_bar(items: Iterable[T] | None, text: str | None, *, total: int | None = None, delay: float = 0.0) -> Any:
-    """A progress bar called `text` over the items, or to be advanced by hand with `update(n)`; silent if `text` is None.
+    """A progress bar labelled `text`, over items or advanced with `update(n)`. It is disabled if `text` is None.
 
     The environment variable TQDM_DISABLE=1 turns all bars off.
     """
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    # tqdm reads TQDM_DISABLE only where `disable` is not given
+    # tqdm reads TQDM_DISABLE only if `disable` is not given
     silent: Any = {} if watched and text is not None else {"disable": True}
     return tqdm(items, desc=text, total=total, leave=False, delay=delay, **silent)

@@ -1,4 +1,4 @@
-"""Checksums: a file that was cut off or altered is detected and never read as if it were whole."""
+"""Checksums that detect truncated or altered files when they are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tn_lens.core.stored import without_nan
 from tn_lens.runs.chunks import Tensors
 
 SEAL = re.compile(rb'"seal":"([0-9a-f]*) ([0-9a-f]{64})"')
-"""Key and checksum in one metadata entry, since safetensors keeps several in no particular order."""
+"""Pattern of the metadata entry with key and checksum. It is one entry, since safetensors does not keep their order."""
 BLANK = b"0" * 64
 
 
@@ -45,13 +45,13 @@ def unseal_tensors(content: bytes) -> tuple[str, dict[str, Tensor]] | None:
 
 
 def sealed(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The payload with a checksum, for files that later calls rely on."""
+    """Add a checksum to the payload of a file that later calls rely on."""
     bare = {key: value for key, value in payload.items() if key != "sha256"}
     return {"sha256": fingerprint(bare), **bare}
 
 
 def is_sealed(payload: Any) -> bool:
-    """Whether the checksum is right."""
+    """Whether the payload has the correct checksum."""
     return isinstance(payload, dict) and sealed(payload)["sha256"] == payload.get("sha256")
 
 
@@ -59,7 +59,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        BadInput: it is damaged, or it is not a manifest of tn_lens.
+        BadInput: the file is damaged, or is not a manifest of tn_lens.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             return manifest
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         pass
-    raise BadInput(f"{path} is damaged or belongs to something else; give another folder, or remove it yourself")
+    raise BadInput(f"{path} is damaged or not a manifest of tn_lens; use another folder, or remove the file")
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

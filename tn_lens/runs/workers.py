@@ -1,7 +1,7 @@
-"""Several workers on torch.distributed: ranks, shares of the chunks, and the detection of workers that died.
+"""Several workers on torch.distributed: ranks, distribution of the chunks, and detection of dead workers.
 
-Workers exchange results through the run folder. Otherwise they only synchronize: each waits until all have done their share,
-and if a worker has died or failed, the others stop waiting and name it.
+Workers exchange results through the run folder and otherwise only synchronize. Each waits until all have finished their
+chunks; if a worker dies or fails, the others raise `WorkerLost`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BEAT = 1.0
 SILENCE = 60.0
 """Seconds without a heartbeat after which a worker counts as dead."""
 PATIENCE = 10.0
-"""Seconds that a failing worker gives the first one to report an error that all of them have met."""
+"""Seconds that a failing worker waits for the first worker to report the error, in case all workers have the same one."""
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -59,17 +59,17 @@ class Workers:
         return range(self.rank, n_chunks, self.n_workers)
 
     def device(self, asked: str | None) -> str | None:
-        """The device that was asked for; on CUDA the worker's own GPU.
+        """The requested device; with several workers on CUDA, the worker's own GPU.
 
         Raises:
-            BadInput: there are more workers on this machine than GPUs.
+            BadInput: this machine has fewer GPUs than workers.
         """
         if self.n_workers == 1 or not torch.cuda.is_available() or asked not in (None, "cuda"):
             return asked
         if self.local_rank >= torch.cuda.device_count():
             raise BadInput(
-                f"this machine has {torch.cuda.device_count()} GPUs, too few for worker {self.rank}; start as many workers "
-                "as there are GPUs, or give --device cpu"
+                f"expected one GPU per worker, but this machine has {torch.cuda.device_count()}, none for worker {self.rank}; "
+                "start fewer workers, or use --device cpu"
             )
         return f"cuda:{self.local_rank}"
 
@@ -77,14 +77,14 @@ class Workers:
         """Wait until every worker has called this.
 
         Raises:
-            WorkerLost: a worker has died or failed; it is named.
+            WorkerLost: a worker has died or failed. The message names it.
         """
         if self.n_workers == 1:
             return
         barrier = f"place/{next(self.meetings)}"
         self.store.set(f"{barrier}/{self.rank}", "here")
         seen = {other: ("", time.monotonic()) for other in range(self.n_workers) if other != self.rank}
-        # first often, since workers usually arrive together, then less and less
+        # poll often at first, since workers usually arrive together, then less often
         pause = 0.005
         while seen:
             for other in [other for other in seen if self.store.check([f"{barrier}/{other}"])]:
@@ -101,10 +101,10 @@ class Workers:
                 pause = min(2 * pause, 0.25)
 
     def agree(self, settings: Mapping[str, Any], device: str) -> None:
-        """Make sure that all workers have the same settings, weights and versions, since their chunks are combined.
+        """Check that all workers have the same settings, weights and versions, since their chunks are combined.
 
         Raises:
-            BadInput: a worker has others; it is named, with the first setting that differs.
+            BadInput: a worker has different ones. The message names the worker and the first setting that differs.
         """
         if self.n_workers == 1:
             return
@@ -135,7 +135,7 @@ class Workers:
                 )
 
     def fail(self, sentence: str) -> bool:
-        """Tell the other workers why this one fails. Returns whether this is the worker that reports it to the user."""
+        """Report this worker's failure to the others. Returns whether this worker should report it to the user."""
         if self.n_workers == 1:
             return True
         _write_for_torchrun(sentence)
@@ -145,11 +145,11 @@ class Workers:
             while time.monotonic() < give_up and not self.store.check(["said"]):
                 time.sleep(0.05)
             return self.store.add("said", 1) == 1
-        except (RuntimeError, OSError):  # the worker that held the store is gone
+        except (RuntimeError, OSError):  # the worker that hosts the store has exited
             return True
 
     def leave(self) -> None:
-        """Leave when all have finished: the first worker may hold the store that the others still need."""
+        """Wait until all workers have finished, since the first one may host the store that the others still need."""
         if self.n_workers == 1:
             return
         self.wait()
@@ -181,7 +181,7 @@ class Workers:
             time.sleep(BEAT)
 
     def _terminated(self, *signal_and_frame: Any) -> None:
-        """Torchrun terminates all workers when one has died: report which one, if it can be seen from here."""
+        """Handle SIGTERM. Torchrun terminates all workers when one has died; report it if it ran on this machine."""
         with contextlib.suppress(RuntimeError, OSError):
             self.store.set(f"ended/{self.rank}", "")
             for other in set(range(self.n_workers)) - {self.rank}:
@@ -192,7 +192,7 @@ class Workers:
                         sys.stderr.write(f"error: {self._lost(other)}\n")
                         sys.stderr.flush()
                     break
-        # without cleaning up: other threads may hang in calls to a store that is gone
+        # exit without cleanup, since other threads may hang in calls to a store that no longer exists
         os._exit(TERMINATED)
 
 
@@ -204,7 +204,7 @@ def workers() -> Workers:
     """The workers that torchrun started, as seen by this process; a single one if there are none.
 
     Raises:
-        BadInput: the numbers in the environment are inconsistent.
+        BadInput: the environment variables are invalid, or the workers cannot connect.
     """
     given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     if not given["WORLD_SIZE"] or given["WORLD_SIZE"] == "1":
@@ -216,7 +216,7 @@ def workers() -> Workers:
         store: Any = next(dist.rendezvous("env://", timeout=timedelta(seconds=5 * SILENCE)))[0]
     except (ValueError, RuntimeError) as error:
         raise BadInput(
-            f"the workers cannot find each other ({' '.join(str(error).split())[:200]}); start them with torchrun, or unset "
+            f"the workers cannot connect ({' '.join(str(error).split())[:200]}); start them with torchrun, or unset "
             "WORLD_SIZE"
         ) from error
     store.set_timeout(timedelta(seconds=SILENCE))
@@ -229,7 +229,7 @@ def workers() -> Workers:
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this machine runs; a zombie does not."""
+    """Whether a process is running on this machine. Zombies are not."""
     try:
         os.kill(process, 0)
         stat = Path(f"/proc/{process}/stat")
