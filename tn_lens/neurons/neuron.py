@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tn_lens.neurons.sites import NEURON_SITES, SITES, SiteName
 NAME = re.compile(r"\s*(?P<site>[a-z]\w*)\s+(?P<layer>[0-9]+)(?:\.h(?P<head>[0-9]+))?:(?P<index>[0-9]+)\s*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Neuron:
     """One neuron. Sorts by site (alphabetically), layer, head and index."""
 
@@ -37,14 +38,6 @@ class Neuron:
     def __str__(self) -> str:
         head = "" if self.head is None else f".h{self.head}"
         return f"{self.site} {self.layer}{head}:{self.index}"
-
-    def __lt__(self, other: Neuron) -> bool:
-        return self._sort_key < other._sort_key
-
-    @property
-    def _sort_key(self) -> tuple[str, int, int, int]:
-        # alphabetical: "attn" before "mlp"
-        return self.site, self.layer, -1 if self.head is None else self.head, self.index
 
     @classmethod
     def from_name(cls, name: str) -> Neuron:
@@ -95,7 +88,7 @@ class NeuronSet(Set[Neuron]):
 
     def __init__(self, neurons: Iterable[Neuron] = ()) -> None:
         # sorted once, so that iteration, digests and files do not depend on hashing
-        self._neurons = tuple(sorted(set(neurons)))
+        self._neurons = tuple(sorted(set(neurons), key=attrgetter("site", "layer", "head", "index")))
         self._members = frozenset(self._neurons)
 
     def __contains__(self, neuron: object) -> bool:
@@ -133,7 +126,7 @@ class NeuronSet(Set[Neuron]):
 
     def jaccard(self, other: NeuronSet) -> float:
         """Size of the intersection divided by the size of the union; 1 for two empty sets."""
-        return len(self & other) / len(self | other) if self or other else 1.0
+        return len(self._members & other._members) / len(self._members | other._members) if self or other else 1.0
 
     @property
     def digest(self) -> str:

@@ -16,16 +16,18 @@ TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 def visible(text: str, *, spaces: bool = False) -> str:
     """The text with control and direction characters replaced by their codes; with `spaces` also white space."""
 
-    def show(character: str) -> str:
-        if spaces and character in SPACES:
-            return SPACES[character]
-        if character in "\n\t":
-            return " "
-        kind = unicodedata.category(character)
-        is_hidden = kind == "Cc" or character in TURNS or (spaces and kind in ("Cf", "Zs", "Zl", "Zp", "Mn"))
-        return f"<U+{ord(character):04X}>" if is_hidden else character
+    return "".join(_visible(character, spaces) for character in text)
 
-    return "".join(map(show, text))
+
+@cache
+def _visible(character: str, spaces: bool) -> str:
+    if spaces and character in SPACES:
+        return SPACES[character]
+    if character in "\n\t":
+        return " "
+    kind = unicodedata.category(character)
+    is_hidden = kind == "Cc" or character in TURNS or (spaces and kind in ("Cf", "Zs", "Zl", "Zp", "Mn"))
+    return f"<U+{ord(character):04X}>" if is_hidden else character
 
 
 def token_text(tokenizer: Any, token: int) -> str:
