@@ -178,7 +178,7 @@ def test_no_question_left_after_the_check(run: Callable, tmp_path: Path) -> None
     assert binary()
     code, _, error = run("run", "--model", "toy", "--questions", path, "--out", tmp_path / "run", "--order", "both")
     assert code == 2, error
-    assert "no question is left" in error or "cannot encode the questions" in error
+    assert "no question passed the manipulation check" in error or "cannot read the questions" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -274,7 +274,9 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     assert json.loads((copy / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 12}
     report = (copy / "report.html").read_text()
     assert "Out of memory: continuing with 12 rows of 4 prompts" in report
-    assert "It ran out during attribution: passes of 4 prompts and 12 rows" in on_one_line(report)
+    assert "Memory ran out during attribution, which continued with passes of 4 prompts and 12 rows" in on_one_line(
+        report
+    )
     records = [json.loads((folder / "neurons.json").read_text())["neurons"] for folder in (copy, finished.path)]
     assert [record["index"] for record in records[0]] == [record["index"] for record in records[1]]
     sizes.clear()
@@ -391,7 +393,7 @@ WRONG_SETTINGS = (
     ({"max_memory": 0}, "BadInput: max_memory must be a positive integer; got 0"),
     ({"adaptive_threshold": "0.2"}, "BadInput: adaptive_threshold (t) must be a number, or 'auto'; got '0.2'"),
     ({"speed": 3}, "TypeError: Settings.__init__() got an unexpected keyword argument 'speed'"),
-    ({"out": ""}, "BadInput: the run folder's name is empty"),
+    ({"out": ""}, "BadInput: expected the path of a run folder, got an empty one"),
 )
 
 

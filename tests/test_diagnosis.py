@@ -119,7 +119,7 @@ def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_question
     known = diagnosed_as(made, neurons)
     no_more, more = (
         "no evidence that it raises accuracy there more than with random",
-        "more than with random neurons, as it",
+        "more than ablating random neurons does, as expected",
     )
     for others, said, unsaid in ((sure, no_more, more), (wrong, more, no_more)):
         answers = {"unablated": wrong, "random_matched": others, "ablated": sure}

@@ -207,7 +207,7 @@ def test_out_of_memory_while_the_prompts_are_run_takes_fewer_of_them(monkeypatch
         real(self, model, prompts, sites)
 
     monkeypatch.setattr(shared_prefix.SharedPrefix, "__init__", small)
-    with pytest.warns(UserWarning, match="out of memory: continuing with 24 rows of 2 prompts"):
+    with pytest.warns(UserWarning, match=r"smaller passes \(prompts: 2, rows: 24\)"):
         cut = attribute(model, prompts, n_steps=3)
     assert cut.pass_size == (2, 24)
     assert_equal(cut, whole, 1e-10)

@@ -166,7 +166,7 @@ def test_figure_5_refuses_what_it_cannot_draw() -> None:
         figures.plot_layers(FOUND)
     with pytest.raises(BadInput, match="n_layers of 'b'"):
         figures.plot_layers({"a": FOUND, "b": FOUND}, {"a": 4})
-    with pytest.raises(BadInput, match="more than every neuron's layer"):
+    with pytest.raises(BadInput, match="greater than every neuron's layer"):
         figures.plot_layers(FOUND, n_layers=2)
     with pytest.raises(BadInput, match="got none"):
         figures.plot_layers({})
@@ -351,7 +351,7 @@ def test_one_neuron_on_right_and_wrong_answers() -> None:
     assert f"{float(right.difference['attn'][:, 1, 2].mean()):+.2g} where the model is right" in figure.finding
     both = replace(right, prompts=prompts(10, 2))
     assert difference_of(both, neuron)["0"] == pytest.approx(float(right.difference["attn"][:2, 1, 2].mean()))
-    with pytest.raises(BadInput, match="no neuron mlp 9:0"):
+    with pytest.raises(BadInput, match="got mlp 9:0"):
         figures.plot_difference(right, Neuron("mlp", 9, None, 0))
 
 
@@ -369,7 +369,7 @@ def test_the_map_of_one_question() -> None:
     assert list(bar.y) == sorted(strongest, key=lambda name: -everything[name])
     assert list(bar.x) == pytest.approx([everything[name] for name in bar.y])
     assert "Is 3 &lt; 3?" in figure.remark
-    with pytest.raises(BadInput, match="no prompt 30: 30 were attributed"):
+    with pytest.raises(BadInput, match="index of one of 30 attributed prompts; got 30"):
         figures.plot_attribution(scores, 30)
     with pytest.raises(BadInput, match="at least 1"):
         figures.plot_attribution(scores, 0, top=0)

@@ -152,5 +152,5 @@ def test_the_same_seed_gives_the_same_world() -> None:
 
 @pytest.mark.parametrize("bad", [{"n_layers": 2}, {"d_model": 20}, {"mistaken": 1.5}, {"n_questions": 0}])
 def test_what_cannot_be_planted(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"planting needs|expected a question"):
+    with pytest.raises(ValueError, match=r"planted needs|expected n_questions"):
         planted(**bad)

@@ -251,7 +251,7 @@ def test_the_report_can_be_written_again_and_gains_table_2(
     evaluation = json.loads((copy / "evaluation" / "summary.json").read_text())["toy_true_false"]
     seen = text_of(page)
     assert f"{evaluation['conditions']['ablated']['accuracy_mean']:.2f}" in seen
-    assert "The parts of the change on toy_true_false" in seen
+    assert "Parts of the change on toy_true_false" in seen
     assert "elsewhere" in figures_of(page)
     fewer = NeuronSet(list(found.neurons)[:3])
     retest(toy, fewer, sets, out=copy / "evaluation", n_repetitions=2, progress=False)

@@ -260,5 +260,5 @@ def test_thresholds_that_lose_the_instruction_are_not_chosen(
     assert chosen.n_found <= 60
     assert len(bound.steps) < len(free.steps), "two thresholds in a row without the instruction end the walk down"
     most = 0
-    with pytest.raises(ValueError, match="no threshold lowers accuracy without losing"):
+    with pytest.raises(ValueError, match="no threshold keeps instruction following"):
         tune_threshold(toy, scores, toy_questions.part("tune"))

@@ -97,8 +97,8 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         ([], "expected a run folder, or --neurons"),
         (["RUN", "--neurons", "x.json"], "got both"),
         (["RUN", "--model", "toy"], "expected a question set"),
-        (["RUN", "--model", "toy", "--on", "nothing"], "unknown question set 'nothing'"),
-        (["RUN", "--model", "toy", "--on", "toy", "toy"], "a name of its own"),
+        (["RUN", "--model", "toy", "--on", "nothing"], "no question set 'nothing'"),
+        (["RUN", "--model", "toy", "--on", "toy", "toy"], "must have different names"),
         (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "limit must be a positive integer; got 0"),
         (["RUN", "--model", "toy", "--on", "toy", "--conditions", "unablated"], "'ablated' is missing"),
         (
@@ -131,7 +131,7 @@ def test_neurons_of_other_weights_are_refused(whole: Path, run: Callable, tmp_pa
     (folder / "prompts.json").write_text(json.dumps(sealed(index)))
     code, _, err = run("evaluate", str(folder), "--model", "toy", "--on", "toy")
     assert code == 2
-    assert "found in other weights" in err
+    assert "were found with other weights of" in err
 
 
 def test_wrong_answers_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -128,9 +128,12 @@ def test_a_link_in_a_run_folder_is_not_followed(whole: Path, toy: Model, few: Qu
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("FOLDER", "folders that a manifest names are not opened; give it with --model"),
+        ("FOLDER", "folders that a manifest names are not opened; give the model with --model"),
         ("../elsewhere", "folders that a manifest names are not opened"),
-        ("nobody/nothing", "a manifest does not open the network; give it with --model nobody/nothing"),
+        (
+            "nobody/nothing",
+            "models that a manifest names are not downloaded; give the model with --model nobody/nothing",
+        ),
         (7, "folders that a manifest names are not opened"),
     ],
 )

@@ -141,7 +141,7 @@ def test_where_nothing_is_found_the_filter_that_stopped_it_is_named() -> None:
     noise = torch.randn(16, 4, generator=generator)
     by_test = said(0.01, 0.1, noise)
     assert "none of 4 candidates passed the test on 8 questions of half 2" in by_test
-    assert "so few questions make a weak test" in by_test
+    assert "with so few questions the test has little power" in by_test
     few = said(0.01, 0.1, torch.ones(2, 4))
     assert "only 2 questions passed the check, so half 2 has 1, and the test needs at least two" in few
     assert "lower" not in few

@@ -25,10 +25,10 @@ from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
 
 Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "layer _"]]
-"""Where the path begins: zero activation (the paper), the mean over the prompts, or given values."""
+"""Start of the integration path: zero activation (the paper), the mean over the prompts, or given values by site."""
 
 BATCH_SIZE = 64
-"""Whole prompts in one pass of the direct engine."""
+"""Default number of rows (copies of the prompt) in one pass of the direct engine."""
 
 
 def attribute(
@@ -53,7 +53,7 @@ def attribute(
         prompts: see `build_prompts` and `build_prompt`.
         n_steps: number of interpolation steps, m in the paper.
         method: name of a registered method; the built-in ones differ in the quadrature rule, see `quadrature_rule`.
-        baseline: where the path begins; see `mean_activations` for means over other prompts.
+        baseline: start of the integration path; see `mean_activations` for means over other prompts.
         positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
             prompt together and sums the scores over positions.
         sites: names of registered sites: `"mlp"` (hook_post), `"attn"` (hook_z), or the residual stream's.
@@ -61,16 +61,17 @@ def attribute(
             logits [row, vocab] and the prompt that returns one number per row.
         separate: also attribute f_t and f_f separately (Attr_t and Attr_f), which takes one more backward pass.
         engine: `"shared_prefix"` runs each prompt once and every step as one position after it; `"direct"` runs whole
-            prompts in every step, and also supports `positions="all"`. `"auto"` is the first wherever it is possible.
-        max_memory: bytes that one pass of the shared prefix may take above the weights; 2 GiB by default, 8 GiB on CUDA.
-        internal_batch_size: rows in one pass (whole prompts of the direct engine, 64 by default), or prompts and rows as a
-            `PassSize`, instead of a plan by `max_memory`.
+            prompts in every step, and also supports `positions="all"`. `"auto"` uses the shared prefix if it is supported.
+        max_memory: maximum memory of one pass of the shared-prefix engine in bytes, in addition to the weights; 2 GiB by
+            default, 8 GiB on CUDA.
+        internal_batch_size: number of rows in one pass (for the direct engine copies of the prompt, 64 by default), or the
+            numbers of prompts and rows as a `PassSize`. Overrides `max_memory`.
 
     Returns:
         Scores on the CPU in at least float32, one row per prompt.
 
     Raises:
-        BadInput: an argument out of its range, a model that is not supported, or scores that are not finite.
+        BadInput: an argument is out of range, the model is not supported, or scores are not finite.
     """
     check_model(model)
     prompts = PromptSet.of(prompts)
@@ -84,7 +85,7 @@ def attribute(
     planned = internal_batch_size or BATCH_SIZE
     if not isinstance(planned, PassSize):
         planned = PassSize(1, planned)
-    # planned from the longest prompt, so that all passes of a call have the same size
+    # planned for the longest prompt, so that all passes of a call have the same size
     if engine_name == "shared_prefix" and internal_batch_size is None:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         memory = max_memory or default_memory(backend_of(model).device.type)
@@ -128,7 +129,7 @@ class _Results:
                 self.change[index][site][rows] = batch.change[index][site].cpu()
 
     def attribution(self, separate: bool, **about: object) -> Attribution:
-        """The result; where only Attr_t and Attr_f were attributed, D is their difference (eq. 8): the integral is linear."""
+        """Build the result. If only Attr_t and Attr_f were attributed, D is their difference (eq. 8), by linearity."""
         right, wrong = (self.scores[-2], self.scores[-1]) if separate else (None, None)
         difference, change = self.scores[0], self.change[0]
         if right is not None and wrong is not None and len(self.scores) == 2:
@@ -146,13 +147,13 @@ class _Results:
 
 
 def space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
-    """The model's neurons at these sites, without sites that it does not have."""
+    """The model's neurons at these sites, excluding sites that the model does not have."""
     space = neuron_space(model, sites)
     return neuron_space(model, tuple(site for site in sites if space.width(site)))
 
 
 def _targets(target: Target | TargetName, separate: bool) -> list[Target]:
-    """The functions to attribute; D follows from Attr_t and Attr_f where both are attributed."""
+    """The functions to attribute. With `separate`, the probability difference is omitted, since D = Attr_t - Attr_f."""
     if isinstance(target, str):
         if target not in TARGETS:
             raise BadInput(
@@ -185,10 +186,10 @@ def _check_arguments(
 def _within_memory(
     scores_of: Callable[[Sequence[Prompt], int], BatchScores], prompts: Sequence[Prompt], size: PassSize
 ) -> tuple[BatchScores, PassSize]:
-    """Attribute as many of the prompts as fit into a pass; if memory runs out, halve the pass, warn, and go on.
+    """Attribute as many of the prompts as fit into a pass; if memory runs out, halve the pass, warn, and try again.
 
     Returns:
-        The scores, and the size of a pass that fitted.
+        The scores, and the pass size that fitted into memory.
     """
     while True:
         try:
@@ -209,18 +210,18 @@ def _within_memory(
 
 
 def back_off_warning(size: PassSize) -> str:
-    """The warning about scores during which memory ran out."""
+    """The warning that memory ran out during attribution."""
     return (
-        f"out of memory: continuing with {size.n_rows} rows of {size.n_prompts} prompts in a pass; scores may differ in "
-        "their last digits from those of a run that never ran out of memory"
+        f"out of memory: continuing with smaller passes (prompts: {size.n_prompts}, rows: {size.n_rows}); scores may differ "
+        "in their last digits from those of a run with enough memory"
     )
 
 
 def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Literal["shared_prefix", "direct"]:
-    """The engine that will run.
+    """The engine to use; resolves `"auto"`.
 
     Raises:
-        BadInput: the shared prefix was asked for by name and is not possible; the reason is given.
+        BadInput: the engine is unknown, or `"shared_prefix"` was requested and is not supported; the message gives the reason.
     """
     if engine not in get_args(EngineName):
         raise BadInput(f"expected engine 'auto', 'shared_prefix' or 'direct', got {engine!r}")
@@ -242,19 +243,19 @@ def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | No
     if not backend_of(model).is_post_norm or METHODS[method].sees_edge or not is_zero:
         return None
     return (
-        "this model normalizes after W_O and W_out, so f(alpha z) hardly depends on alpha > 0 and all of the change lies "
-        f"next to the zero baseline, where {method} has no node: the ranking within a site is meaningful, the size of the "
-        "scores is not, and completeness fails; use method='graded' or baseline='mean'"
+        "this model normalizes after W_O and W_out, so f(alpha z) hardly depends on alpha except close to the zero baseline, "
+        f"where {method} has no nodes: the ranking within a site is meaningful, but the magnitude of the scores is not, and "
+        "completeness does not hold; use method='graded' or baseline='mean'"
     )
 
 
 def resolve_baseline(
     model: Model, prompts: PromptSet, baseline: Baseline, space: NeuronSpace, positions: Positions
 ) -> Mapping[SiteName, Float[Tensor, "layer _"]]:
-    """The values of a named baseline, or given values after a check, on the model's device.
+    """The values of a named baseline, or given values after validation, on the model's device.
 
     Raises:
-        BadInput: an unknown name, or values of another shape.
+        BadInput: the name is unknown, or the values have the wrong shape.
     """
     shapes = {site: (space.n_layers, space.width(site)) for site in space.sites}
     if isinstance(baseline, str):

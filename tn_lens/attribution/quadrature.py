@@ -13,7 +13,7 @@ from torch import Tensor
 from tn_lens.core.errors import BadInput
 
 MOST_STEPS = 10_000
-"""Upper limit of n_steps; larger numbers are typing errors and would run out of memory."""
+"""Maximum n_steps; larger values are assumed to be typos, and would exhaust memory."""
 GRADING = 6
 """The exponent k of the graded rule, alpha = u^k."""
 
@@ -38,11 +38,11 @@ def quadrature_rule(method: str = "riemann_right", n_steps: int = 20) -> Quadrat
         method: `"riemann_right"` is the paper's equation 4, alpha = k/m for k = 1..m. `"gausslegendre"` is exact for
             polynomials up to degree 2m - 1. `"graded"` is Gauss-Legendre in u with alpha = u^6, which concentrates the
             nodes near the baseline, where post-norm models (OLMo-2) change. `"riemann_middle"` and
-            `"riemann_trapezoid"` are captum's.
+            `"riemann_trapezoid"` are the midpoint and the trapezoidal rule.
         n_steps: number of nodes.
 
     Raises:
-        BadInput: an unknown name, or too few or too many steps.
+        BadInput: the name is unknown, or n_steps is too small or too large.
     """
     if method not in RULES:
         raise BadInput(f"unknown method {method!r}: expected {', '.join(RULES)}")
@@ -53,14 +53,14 @@ def quadrature_rule(method: str = "riemann_right", n_steps: int = 20) -> Quadrat
 
 
 def _riemann(m: int, first: float, n_intervals: int) -> QuadratureRule:
-    """Equal weights, and nodes one interval apart; `first` is the first node, in intervals."""
+    """Equally weighted nodes that are one interval apart; `first` is the first node in units of an interval."""
     nodes = (torch.arange(m, dtype=torch.float64) + first) / n_intervals
     return QuadratureRule(nodes, torch.full((m,), 1 / n_intervals, dtype=torch.float64))
 
 
 def _riemann_trapezoid(m: int) -> QuadratureRule:
     rule = _riemann(m, first=0.0, n_intervals=m - 1)
-    # the two ends count half
+    # the two end points have half the weight
     rule.weights[[0, -1]] /= 2
     return rule
 
@@ -83,4 +83,4 @@ RULES: Mapping[str, Callable[[int], QuadratureRule]] = {
     "gausslegendre": _gausslegendre,
     "graded": _graded,
 }
-"""Number of steps -> rule, by name."""
+"""Functions from the number of steps to a rule, by name."""

@@ -29,14 +29,14 @@ Gaps: TypeAlias = Mapping[str, Mapping[str, list[float]]]
 
 
 class PassSize(NamedTuple):
-    """How much runs through the model together."""
+    """The number of prompts, and of rows per prompt, that run through the model together."""
 
     n_prompts: int
     n_rows: int
     """Rows of each prompt."""
 
     def smaller(self) -> PassSize | None:
-        """Half of the prompts, or of the rows of a single one; None for a single row."""
+        """The size with half of the prompts, or with half of the rows of a single prompt; None for a single row."""
         if self.n_prompts > 1:
             return PassSize(self.n_prompts // 2, self.n_rows)
         return PassSize(1, self.n_rows // 2) if self.n_rows > 1 else None
@@ -57,7 +57,7 @@ class ScoreSource(ABC):
 
     @abstractmethod
     def at(self, neurons: Iterable[Neuron]) -> Float[Tensor, "prompt neuron"]:
-        """D of some neurons.
+        """D of the given neurons.
 
         Raises:
             BadInput: the model has no such neuron, or its site was not attributed.
@@ -74,12 +74,12 @@ class ScoreSource(ABC):
             yield question, mean_of_orders(orders)
 
     def at_questions(self, neurons: Iterable[Neuron]) -> Float[Tensor, "question neuron"]:
-        """D of some neurons, with the mean over the orders of each question."""
+        """D of the given neurons: the mean over the orders of each question."""
         return mean_by_question(self.at(neurons), self.prompts)
 
 
 def mean_by_question(columns: Float[Tensor, "prompt neuron"], prompts: PromptSet) -> Float[Tensor, "question neuron"]:
-    """The mean over the orders of each question, added up in the dtype of the scores."""
+    """The mean over the orders of each question, computed in the dtype of the scores."""
     means = [columns[rows.start : rows.stop].mean(0) for rows in prompts.groups.values()]
     return torch.stack(means) if means else columns
 
@@ -90,7 +90,7 @@ def mean_of_orders(scores: OfOrders) -> Scores:
 
 
 def drawn_order(question: str, scores: OfOrders, seed: int) -> Scores:
-    """One order of a question, drawn with the seed, as if it had been asked once."""
+    """The scores of one order of a question, drawn at random with the seed."""
     n_orders = len(next(iter(scores.values())))
     place = int(generator(seed, stream_of(question)).integers(n_orders))
     return {site: orders[place] for site, orders in scores.items()}
@@ -98,12 +98,12 @@ def drawn_order(question: str, scores: OfOrders, seed: int) -> Scores:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Attribution(ScoreSource, Stored):
-    """Scores of every neuron for some prompts, in the unit of the target (a probability), on the CPU."""
+    """Scores of every neuron for a set of prompts, in the unit of the target (by default a probability), on the CPU."""
 
     prompts: PromptSet
     space: NeuronSpace
     difference: Mapping[str, Float[Tensor, "prompt layer _"]]
-    """D, the attribution of f_t - f_f (paper eq. 8), or of the target that was given."""
+    """D, the attribution of f_t - f_f (paper eq. 8), or of another target if one was given."""
     change: Mapping[str, Float[Tensor, "prompt layer"]]
     """target(activation) - target(baseline), which the scores of a site and layer should sum to."""
     right: Mapping[str, Float[Tensor, "prompt layer _"]] | None = None
@@ -111,9 +111,9 @@ class Attribution(ScoreSource, Stored):
     wrong: Mapping[str, Float[Tensor, "prompt layer _"]] | None = None
     """Attr_f, if it was attributed separately."""
     engine: str = "direct"
-    """The engine that ran."""
+    """The engine that was used."""
     pass_size: tuple[int, int] = ONE_ROW
-    """Prompts and rows in one pass at the end; fewer than `planned` if memory ran out."""
+    """Prompts and rows in the last passes; smaller than `planned` if memory ran out."""
     planned: tuple[int, int] = ONE_ROW
     """Prompts and rows in one pass, as planned."""
 
@@ -121,7 +121,7 @@ class Attribution(ScoreSource, Stored):
         return len(self.prompts)
 
     def __getitem__(self, prompt: int) -> Attribution:
-        """The scores of one prompt, shown as its strongest neurons."""
+        """The scores of one prompt, whose representation lists its strongest neurons."""
         # raises IndexError, and allows negative numbers
         place = range(len(self))[prompt]
 
@@ -133,7 +133,7 @@ class Attribution(ScoreSource, Stored):
         return replace(self, prompts=self.prompts[place : place + 1], **picked)
 
     def at(self, neurons: Iterable[Neuron]) -> Float[Tensor, "prompt neuron"]:
-        """D of some neurons.
+        """D of the given neurons.
 
         Raises:
             BadInput: the model has no such neuron, or its site was not attributed.
@@ -159,7 +159,7 @@ class Attribution(ScoreSource, Stored):
         return pd.DataFrame(layer_gaps(self.mean_gaps()), columns=list(LayerGap._fields))
 
     def mean_gaps(self) -> Gaps:
-        """The same numbers by site, with a list over the layers for each."""
+        """The same means as plain values: for each site, lists over the layers."""
         values = {"gap": self.gap, "change": self.change}
         return {
             site: {name: by_site[site].abs().mean(0).tolist() for name, by_site in values.items()} for site in self.gap
@@ -172,7 +172,7 @@ class Attribution(ScoreSource, Stored):
                 yield question, {s: scores[rows.start : rows.stop] for s, scores in self.difference.items()}
 
     def top(self, n: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The neurons with the highest mean D, or D of the prompt at a place in the list."""
+        """The neurons with the highest mean D, or with the highest D of the prompt at an index."""
         rows = []
         for site, scores in self.difference.items():
             mean = scores.mean(0) if prompt is None else scores[prompt]
@@ -198,7 +198,7 @@ class Attribution(ScoreSource, Stored):
 def at_neurons(
     scores: Mapping[SiteName, Float[Tensor, "*prompt layer _"]], space: NeuronSpace, neurons: Iterable[Neuron]
 ) -> Float[Tensor, "*prompt neuron"]:
-    """The scores of some neurons.
+    """The scores of the given neurons.
 
     Raises:
         BadInput: the model has no such neuron, or its site was not attributed.
@@ -207,8 +207,8 @@ def at_neurons(
     for neuron in neurons:
         if neuron.site not in scores or not space.holds(neuron):
             raise BadInput(
-                f"there is no neuron {neuron} among these scores: the model has {space.n_layers} layers, and the scores are "
-                f"those of {', '.join(scores)}"
+                f"expected a neuron of the model at an attributed site (sites {', '.join(scores)}; {space.n_layers} layers); "
+                f"got {neuron}"
             )
         # [prompt, layer, neuron] -> [prompt]
         columns.append(scores[neuron.site][..., neuron.layer, space.flat(neuron)])
@@ -218,7 +218,7 @@ def at_neurons(
 
 
 class LayerGap(NamedTuple):
-    """The completeness error of a site and layer, on the mean over prompts."""
+    """The completeness error of a site and layer, averaged over prompts."""
 
     site: str
     layer: int
@@ -229,7 +229,7 @@ class LayerGap(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The error as a fraction of the change of the same site and layer; 0 where nothing is missing."""
+        """The error as a fraction of the change of the same site and layer; 0 if there is no error."""
         return self.gap / self.change if self.change else (float("inf") if self.gap else 0.0)
 
 
@@ -243,5 +243,5 @@ def layer_gaps(completeness: Gaps) -> list[LayerGap]:
 
 
 def worst_gap(completeness: Gaps) -> LayerGap:
-    """The site and layer with the largest mean |gap|, beside its mean |change|."""
+    """The site and layer with the largest mean |gap|."""
     return max(layer_gaps(completeness), key=lambda layer: layer.gap, default=LayerGap("mlp", 0, 0.0, 0.0))

@@ -11,11 +11,11 @@ from torch import Tensor
 from tn_lens.questions.prompts import Prompt
 
 Target: TypeAlias = Callable[[Float[Tensor, "row vocab"], Prompt], Float[Tensor, " row"]]
-"""Logits of several rows of one prompt -> one number per row."""
+"""Function of the last logits of several rows of one prompt, and of the prompt, that returns one number per row."""
 
 
 def right_probability(logits: Float[Tensor, "row vocab"], prompt: Prompt) -> Float[Tensor, " row"]:
-    """f(T|t): the probability of the right label, upper and lower case (eq. 6), by the full-vocabulary softmax."""
+    """f(T|t): the probability of the right label, upper and lower case, under the softmax over the full vocabulary (eq. 6)."""
     return logits.softmax(-1)[:, list(prompt.label_ids[prompt.right])].sum(-1)
 
 

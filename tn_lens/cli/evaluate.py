@@ -19,7 +19,7 @@ Conditions: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         metavar=options.choices(get_args(Condition)),
-        help="Conditions to run, unablated and ablated among them; all by default.",
+        help="Conditions to run, including unablated and ablated; all by default.",
     ),
 ]
 
@@ -40,7 +40,7 @@ def evaluate(
     factor: Annotated[float | None, typer.Option(help="Factor of --mode scale.")] = None,
     positions: Annotated[Where, typer.Option(help="Positions at which the intervention acts.")] = "all",
     order: Annotated[
-        Literal["both", "given"] | None, typer.Option(help="Orders of the choices; by default as is usual for the set.")
+        Literal["both", "given"] | None, typer.Option(help="Orders of the choices; by default the set's standard.")
     ] = None,
     control_orders: Annotated[
         Literal["both", "drawn"],
@@ -50,7 +50,7 @@ def evaluate(
     wrong_answers: Annotated[Path | None, typer.Option(help="File of wrong answers for TriviaQA's own files.")] = None,
     strict: Annotated[bool, typer.Option(help="Leave out wrong answers of TriviaQA that contain a right one.")] = False,
     text: Annotated[
-        Path | None, typer.Option(help="Plain text to measure the loss on; by default some paragraphs of this package.")
+        Path | None, typer.Option(help="Plain-text file to measure the loss on; by default a text in this package.")
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -65,7 +65,7 @@ def evaluate(
     if (folder is None) == (neurons is None):
         given = "both" if folder else "neither"
         raise BadInput(f"expected a run folder, or --neurons FILE with --model NAME; got {given}")
-    # torch and transformers take seconds to import, which --help and errors in the arguments should not
+    # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
     from tn_lens.cli import retest
     from tn_lens.neurons import NeuronSet
     from tn_lens.pipeline.retest import check_same_model, load_sets, parts_of, run_of
@@ -84,7 +84,7 @@ def evaluate(
     loading = {"dtype": dtype, "device": workers().device(device), "revision": revision, "backend": backend}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, **loading)
     parts = {}
-    # a set of neurons alone names no model and no questions, so there is nothing to compare with
+    # without a run there are no model and no questions to compare with
     if folder is not None:
         check_same_model(loaded, provenance.settings, folder)
         parts = {s.name: named for s in sets if (named := parts_of(folder, provenance.settings, s))}

@@ -21,10 +21,10 @@ from tn_lens.core.errors import BadInput, WorkerLost
 from tn_lens.core.settings import Settings
 
 USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-"""The base class of everything that typer raises about arguments; some of its releases contain their own click."""
+"""The base class of typer's errors about arguments; some releases of typer contain a copy of click."""
 
 STOPPED = 130
-"""The exit code of a command that was stopped with Ctrl-C, which typer uses, too."""
+"""The exit code of a command that was stopped with Ctrl-C, the same as typer's."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -50,14 +50,14 @@ def top(
 def run(
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
     questions: Annotated[str, typer.Option(help="A .csv or .jsonl file, truthfulqa, triviaqa, mmlu, or toy.")],
-    out: Annotated[Path | None, typer.Option(help="Run folder; resumed if it holds the same run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; the run is resumed if the folder contains it.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     revision: options.Revision = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
     drop_long: options.DropLong = False,
-    overwrite: Annotated[bool, typer.Option(help="Start over if the folder holds another run.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start over if the folder contains another run.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print an estimate of the cost, and exit.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     **given: Any,
@@ -65,7 +65,7 @@ def run(
     """Find, test, ablate and plot the truth neurons of a model."""
     if out is None and not dry_run:
         raise BadInput("expected a run folder; give one with --out runs/NAME")
-    # torch and transformers take seconds to import, which --help and errors in the arguments should not
+    # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
     from transformers.utils import logging as hf_logging
 
     from tn_lens.cli.console import print_run
@@ -94,8 +94,8 @@ def run(
 @options.with_settings("share_threshold", "alpha", "correction", "family", "seed", unset=True)
 def select(
     folder: options.RunPath,
-    t: Annotated[float | None, typer.Option(help="Adaptive threshold t; settings of the run are the defaults.")] = None,
-    grid: Annotated[bool, typer.Option("--sweep", help="Also print and plot the numbers found over t and p.")] = False,
+    t: Annotated[float | None, typer.Option(help="Adaptive threshold t; by default that of the run.")] = None,
+    grid: Annotated[bool, typer.Option("--sweep", help="Also print and plot neuron counts over t and p.")] = False,
     splits: Annotated[int, typer.Option(help="Also compare this many splits into halves.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the neurons; the figure is put next to it.")] = None,
     **given: Any,
@@ -149,7 +149,7 @@ for command in (show, report, compare, evaluate):
 
 
 def _spread_lists(arguments: list[str]) -> list[str]:
-    """Write `--on a b c` as `--on a --on b --on c`, which is how the parser expects several values."""
+    """Write `--on a b c` as `--on a --on b --on c`, the form in which the parser accepts several values."""
     commands = vars(typer.main.get_command(app))["commands"].values()
     lists = {flag for command in commands for p in command.params if getattr(p, "multiple", False) for flag in p.opts}
     spread: list[str] = []
@@ -165,12 +165,12 @@ def _spread_lists(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one sentence and exit code 2, a lost worker with 1."""
-    # the stages' warnings are printed as notes; those of libraries do not concern users
+    """Run the command line. Invalid input exits with a one-line message and code 2, a lost worker with code 1."""
+    # warnings of the stages are printed as notes; warnings of libraries are not relevant to users
     warnings.simplefilter("ignore")
     for library, variable in {"transformers": "TRANSFORMERS_VERBOSITY", "huggingface_hub": "HF_HUB_VERBOSITY"}.items():
         logging.getLogger(library).setLevel(logging.ERROR)
-        os.environ.setdefault(variable, "error")  # a library that is imported later reads it then
+        os.environ.setdefault(variable, "error")  # read when the library is imported
     message = ""
     try:
         code = app(_spread_lists(sys.argv[1:]), standalone_mode=False) or 0
@@ -192,7 +192,7 @@ def main() -> None:
 
 
 def _is_reporter(message: str) -> bool:
-    """Whether this process prints how a command ended: only one of several workers does."""
+    """Whether this process prints the final message of a command: only one of several workers does."""
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return True
     from tn_lens.runs.workers import workers
@@ -204,7 +204,7 @@ def _is_reporter(message: str) -> bool:
 
 
 def _leave() -> None:
-    """Let several workers end together."""
+    """Synchronize several workers before they exit."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         from tn_lens.runs.workers import workers
 

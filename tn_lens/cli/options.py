@@ -33,11 +33,11 @@ BUILT_IN: Mapping[str, Sequence[str]] = {
     "controls": [name for name in get_args(Condition) if not name.endswith("ablated")],
     "intervention": [name for name in get_args(Mode) if name != "scale"],  # "scale" needs a factor
 }
-"""The names that the help shows for settings that name registered things; others may be registered."""
+"""The built-in names that the help shows for settings by registered name; more names can be registered."""
 
 
 def choices(names: Sequence[str]) -> str:
-    """Names as the help shows them where others are accepted, too."""
+    """Format names for the help of an option that also accepts other names."""
     return f"<{'|'.join(names)}>"
 
 
@@ -48,7 +48,7 @@ def with_settings(*names: str, unset: bool = False) -> Callable[[Callable[..., N
 
     Args:
         names: fields of `Settings`; all by default.
-        unset: whether the default of every option is None, for settings that a run has already.
+        unset: whether the default of every option is None, for commands whose defaults are the settings of a run.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -103,4 +103,4 @@ CONVERTED: Mapping[str, tuple[Any, Callable[..., Any]]] = {
     "adaptive_threshold": (str | None, _threshold),
     "max_memory": (float | None, _bytes),
 }
-"""Settings whose options have another type than the field: that type, and the conversion."""
+"""Settings whose command-line option has a different type: that type, and the conversion."""

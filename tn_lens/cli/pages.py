@@ -12,7 +12,7 @@ from tn_lens.core.errors import BadInput
 
 
 def report(folder: RunPath) -> None:
-    """Write report.html of a run again, with the evaluations on other question sets in its folder."""
+    """Rewrite report.html of a run, with the evaluations on other question sets in its folder."""
     from tn_lens.pipeline.run import rewrite_report
 
     rewrite_report(folder)
@@ -45,10 +45,10 @@ def compare(
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that the option --out names.
+    """Write the file that is given with --out.
 
     Raises:
-        BadInput: it cannot be written.
+        BadInput: the file cannot be written.
     """
     try:
         path.write_bytes(content)

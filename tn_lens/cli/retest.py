@@ -26,9 +26,9 @@ def load(name: str | None, provenance: Provenance, *, trust_remote_code: bool, *
     """Load the model to evaluate: by its name, or the model of the run.
 
     Args:
-        name: a model, instead of that of the run.
+        name: a model to use instead of that of the run.
         provenance: manifest of the run, whose dtype, revision and backend are the defaults of the options.
-        trust_remote_code: for a model given by name.
+        trust_remote_code: run Python code of the checkpoint; only for a model given by name.
         options: dtype, device, revision and backend of `load_model`.
 
     Raises:
@@ -44,10 +44,10 @@ def load(name: str | None, provenance: Provenance, *, trust_remote_code: bool, *
 
 
 def intervention_of(mode: str, **options: Any) -> Intervention:
-    """A registered intervention with those of the options that it has.
+    """Create a registered intervention from those options that it accepts.
 
     Raises:
-        BadInput: the mode is unknown, or a factor is missing or not used.
+        BadInput: the mode is unknown, or a factor is missing or not supported.
     """
     kind = INTERVENTIONS[mode]
     names = {field.name for field in fields(kind)}
@@ -74,7 +74,7 @@ def texts_of(model: Model, intervention: Intervention, file: Path | None) -> Seq
 
 
 def print_evaluations(sets: Sequence[QuestionSet], evaluations: Sequence[Evaluation]) -> Console:
-    """Print the tables, and what they show in sentences."""
+    """Print the tables, and sentences on their results."""
     console = open_console()
     for questions, evaluation in zip(sets, evaluations, strict=True):
         console.print(f"\n{questions.summary()}", style="bold")

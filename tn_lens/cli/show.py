@@ -16,7 +16,7 @@ COLUMNS = ("mean_difference", "ci_low", "ci_high", "cohens_d", "p_adjusted", "sh
 def show(
     folder: RunPath,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NEURON]...", help="For example 'mlp 3:17' or 'attn 2.h1:5'.")
+        list[str] | None, typer.Argument(metavar="[NEURON]...", help="Names such as 'mlp 3:17' or 'attn 2.h1:5'.")
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="Number of rows in the table.")] = 20,
     cards: Annotated[int, typer.Option(min=0, help="Number of cards, strongest neurons first.")] = 3,
@@ -35,7 +35,7 @@ def show(
     for neuron in wanted:
         if neuron not in found.neurons:
             raise BadInput(
-                f"{neuron} is not among the {len(found.neurons)} neurons of {folder}; leave the name out to list them"
+                f"{neuron} is not among the {len(found.neurons)} neurons of {folder}; omit the name to list them"
             )
         if neuron not in card_of:
             raise BadInput(

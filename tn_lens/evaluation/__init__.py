@@ -1,1 +1,1 @@
-"""Evaluation: the effect of ablating the found neurons, beside every control (paper 3.3, 3.4)."""
+"""Evaluation: the effect of ablating the found neurons, compared with controls (paper 3.3, 3.4)."""

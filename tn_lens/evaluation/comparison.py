@@ -41,12 +41,12 @@ class Comparison(Stored):
     mcnemar_p: float
     """Exact two-sided McNemar test over questions; NaN if a condition has several draws."""
     draws_p: float
-    """(1 + draws of the other condition that hurt as much) / (1 + draws); NaN for a single draw."""
+    """(1 + draws of the other condition with an accuracy that is not higher) / (1 + draws); NaN for a single draw."""
     n_draws: int
     """Draws of the other condition."""
 
     def summary(self) -> str:
-        """One sentence, which says whether the interval excludes zero."""
+        """Summary in one sentence, including whether the interval excludes zero."""
         return say("evaluation.comparison", self)
 
 
@@ -62,7 +62,7 @@ def compare(results: Mapping[str, ConditionResult], condition: str, other: str, 
     mcnemar = draws_p = float("nan")
     if len(ours) == len(theirs) == 1:
         won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
-        # exact test on the questions that only one of the two answers right
+        # exact test on the questions that are answered right under only one of the two conditions
         mcnemar = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     if len(theirs) > 1:
         n_as_bad = int((theirs.mean(-1) <= ours.mean()).sum())

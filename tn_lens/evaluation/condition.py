@@ -17,14 +17,14 @@ from tn_lens.inference.manipulation import is_right
 from tn_lens.questions.prompts import PromptSet
 
 HEADINGS: Mapping[Condition | str, str] = {"random_matched": "matched", "top_activation": "most active"}
-"""Conditions whose names in the columns of tables are other ones."""
+"""Column headings of conditions whose heading differs from their name."""
 
 
 def condition_label(name: str, intervention: str = "zero-ablated") -> str:
     """The name of a condition in tables and figures, for example "random neurons zero-ablated".
 
     Args:
-        name: of the condition.
+        name: name of the condition.
         intervention: description of the intervention, see `Intervention.description`.
     """
     if name == "unablated":
@@ -35,7 +35,7 @@ def condition_label(name: str, intervention: str = "zero-ablated") -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConditionResult:
-    """The answers under one condition. The neurons of draw d are ablated in repetition d; a single draw serves all."""
+    """The answers under one condition. Repetition d ablates the neurons of draw d, or those of a single draw."""
 
     probabilities: Float[np.ndarray, "draw prompt choice"]
     """f of each shown choice, in [0, 1], for every order of every question; NaN for an order that was not asked."""
@@ -46,19 +46,19 @@ class ConditionResult:
 
     @cached_property
     def is_complete(self) -> bool:
-        """Whether every draw was asked in every order; else nothing can be averaged over the orders."""
+        """Whether every draw was asked in every order; otherwise nothing can be averaged over the orders."""
         return not bool(np.isnan(self.probabilities).any())
 
     def drawn(self, per_prompt: Float[np.ndarray, "draw prompt"]) -> Float[np.ndarray, "repetition question"]:
         """The values of the orders that the repetitions drew."""
-        # a single draw serves all repetitions
+        # a single draw is used for all repetitions
         draws = np.arange(len(self.asked)) % len(per_prompt)
         return per_prompt[draws[:, None], self.asked]
 
     @cached_property
     def right(self) -> Float[np.ndarray, "draw prompt"]:
         """1 where the right label is more probable than every wrong one, else 0."""
-        # 0 where it was not asked, since NaN compares false
+        # 0 for prompts that were not asked, since comparisons with NaN are false
         draws = [is_right(torch.tensor(draw), self.prompts) for draw in self.probabilities]
         return torch.stack(draws).double().numpy()
 
@@ -69,7 +69,7 @@ class ConditionResult:
 
     @property
     def mass(self) -> Float[np.ndarray, "draw prompt"]:
-        """Probability of all labels together."""
+        """Total probability of all labels."""
         return self.probabilities.sum(-1)
 
     @property
@@ -89,7 +89,7 @@ class ConditionResult:
 
     @property
     def answer_mass(self) -> float:
-        """Mean probability of all labels together."""
+        """Mean total probability of all labels."""
         return float(self.drawn(self.mass).mean())
 
     @property
@@ -100,14 +100,14 @@ class ConditionResult:
 
     @property
     def share_a(self) -> float:
-        """Fraction of the answers that choose the first label; letter bias moves it."""
+        """Fraction of the answers that choose the first label, which depends on letter bias."""
         return float(self.shares[0])
 
     @cached_property
     def by_choice(self) -> list[tuple[Float[np.ndarray, "draw choice"], int]]:
         """For each question the probabilities of its choices, averaged over the orders so that letter bias cancels.
 
-        Beside them the index of the right choice.
+        Each array is paired with the index of the right choice.
         """
         averaged = []
         for rows in self.prompts.groups.values():
@@ -140,13 +140,13 @@ class ConditionResult:
     def auc(self) -> float:
         """Area under the ROC curve that separates right choices from wrong ones by their share of the question's mass.
 
-        From order-averaged probabilities; the mean over draws. NaN if not every order was asked.
+        Computed from order-averaged probabilities, and averaged over draws. NaN if not every order was asked.
         """
         if not self.is_complete:
             return float("nan")
         rights, wrongs = [], []
         for p, answer in self.by_choice:
-            # [draw, choice]; a question without any mass must not divide by zero
+            # [draw, choice]; the lower limit avoids a division by zero for a question without any mass
             share = p / np.maximum(p.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
             rights.append(share[:, [answer]])
             wrongs.append(np.delete(share, answer, axis=-1))

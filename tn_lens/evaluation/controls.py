@@ -1,4 +1,4 @@
-"""Controls: other neurons in the same number, drawn uniformly, by layer, or among the most active (paper 3.3)."""
+"""Controls: equally many other neurons, drawn uniformly, by layer, or from the most active (paper 3.3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tn_lens.core.sentences import plural
 from tn_lens.neurons import Neuron, NeuronSet, NeuronSpace, SiteName
 
 POOL = 2
-"""The control of active neurons draws among this many times as many of the most active neurons."""
+"""Size of the pool of most active neurons, as a multiple of the number of neurons to draw from it."""
 
 Activity: TypeAlias = Mapping[SiteName, Float[Tensor, "layer _"]]
 """Mean |activation| of every neuron."""
@@ -29,11 +29,12 @@ class Control:
     """A way to draw neurons to compare with the found ones."""
 
     draw: Callable[[NeuronSpace, NeuronSet, Callable[[], Activity], np.random.Generator], NeuronSet]
-    """Space, found neurons, mean activities (computed when called) and random generator -> other neurons."""
+    """Function of the space, the found neurons, a function that computes mean activities, and a random generator, which
+    returns other neurons."""
     label: str
     """Name in tables and figures."""
     stream: int | None = None
-    """Random stream; by default one of its own, derived from the control's name."""
+    """Number of the random stream; by default derived from the control's name."""
 
 
 CONTROLS: Registry[Control] = Registry("control")
@@ -44,13 +45,13 @@ def random_neurons(space: NeuronSpace, n: int, exclude: NeuronSet, rng: np.rando
     """Draw `n` neurons uniformly from the whole space except `exclude`: the paper's control.
 
     Raises:
-        BadInput: there are too few other neurons.
+        BadInput: fewer than `n` neurons are not excluded.
     """
     # [layer, neuron] -> flat places of the neurons that may be drawn
     free = [(~space.mask(exclude, site)).flatten().nonzero().flatten() for site in space.sites]
     sizes = list(map(len, free))
     if n > sum(sizes):
-        raise BadInput(f"cannot draw {n} random neurons: only {sum(sizes)} are not among the found ones")
+        raise BadInput(f"cannot draw {n} random neurons: only {sum(sizes)} are outside the found set")
     is_drawn = torch.zeros(sum(sizes), dtype=torch.bool)
     is_drawn[torch.from_numpy(rng.choice(sum(sizes), n, replace=False))] = True
     chosen = zip(space.sites, free, is_drawn.split(sizes), strict=True)
@@ -58,12 +59,12 @@ def random_neurons(space: NeuronSpace, n: int, exclude: NeuronSet, rng: np.rando
 
 
 def matched_neurons(space: NeuronSpace, neurons: NeuronSet, rng: np.random.Generator) -> NeuronSet:
-    """Draw as many other neurons in every site and layer as the set has there; fewer, with a warning, if a layer is too small."""
+    """Draw equally many other neurons in every site and layer of the set; fewer, with a warning, if a layer is too small."""
     return _draw_by_layer(space, neurons, rng, None)
 
 
 def active_neurons(space: NeuronSpace, neurons: NeuronSet, activity: Activity, rng: np.random.Generator) -> NeuronSet:
-    """Draw as many other neurons in every site and layer, among the twice as many that are most active there.
+    """Draw equally many other neurons in every site and layer, from the most active ones there (twice as many as are drawn).
 
     Args:
         space: neurons of the model.

@@ -1,8 +1,8 @@
-"""Truth, choice or format? What a found neuron does where the model is wrong, and to both labels separately.
+"""Diagnosis of the found neurons: their scores where the model is wrong, and the scores of both labels separately.
 
 The manipulation check keeps the questions on which the right answer is what the model chose, so a neuron that supports
-whatever is chosen passes every later filter. The questions that the model gets wrong separate the two: a truth neuron still
-supports the right answer, a choice neuron the wrong one.
+whichever answer is chosen passes every later filter. Questions that the model answers wrong distinguish the two: a truth
+neuron still supports the right answer, a choice neuron the wrong one.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tn_lens.runs.context import in_stage, map_chunks
 from tn_lens.selection.significance import Moments, half_width
 
 Verdict = Literal["truth", "choice", "unclear"]
-"""Mean D on wrongly answered questions above 0, below 0, or with an interval that includes 0."""
+"""Whether the 95 % interval of mean D on wrongly answered questions lies above 0, lies below 0, or includes 0."""
 
 VERDICTS: Mapping[Verdict, str] = {
-    "truth": "truth: supports the right answer, also where the model is wrong",
+    "truth": "truth: supports the right answer, even where the model is wrong",
     "choice": "choice: supports what the model chose, right or wrong",
     "unclear": "unclear",
 }
-"""The verdicts in words."""
+"""Descriptions of the verdicts."""
 
 MOST_WRONG = 200
 """Maximum number of wrongly answered questions that are attributed."""
@@ -53,7 +53,7 @@ CASES: Mapping[int, str] = {
     3: "supports the right label, opposes the wrong one",
     4: "opposes both labels",
 }
-"""The signs of Attr_t and Attr_f by the text of the paper's section 2.2 (figure 2's fourth example has other signs)."""
+"""The cases by the signs of Attr_t and Attr_f, as in the text of section 2.2 (the fourth example of figure 2 differs)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -74,7 +74,7 @@ class Diagnosis(Stored):
     swapped: bool = False
     """Whether every question was asked in several orders."""
     evaluation: Evaluation | None
-    """The conditions on the questions that the check dropped; None if it dropped none."""
+    """The evaluation on the questions that the check dropped; None if there is none."""
 
     @property
     def case(self) -> Int[np.ndarray, " neuron"]:
@@ -127,7 +127,7 @@ class Diagnosis(Stored):
         return say_each("diagnosis.explain", self)
 
     def summary(self) -> str:
-        """The sentences as one paragraph."""
+        """The sentences of `explain` as one paragraph."""
         return say("diagnosis.explain", self)
 
 
@@ -149,19 +149,19 @@ def diagnose(
         model: the model.
         neurons: the found neurons.
         check: the manipulation check, whose wrongly answered prompts are attributed here.
-        questions: the set that the check's prompts were built from, to ablate the neurons on what the check dropped; None
-            skips this.
+        questions: the set that the check's prompts were built from, to evaluate the neurons on questions that the check
+            dropped; None skips this.
         tested: ids of the kept questions to take Attr_t and Attr_f from, half 2 of a selection; all by default.
-        label_means: mean Attr_t and Attr_f if they are stored; else some prompts are attributed for them.
+        label_means: mean Attr_t and Attr_f if they have been stored; otherwise they are computed from at most 64 prompts.
         n_repetitions: repetitions of the evaluation on the questions that the check dropped.
-        seed: seed for its orders and controls.
-        options: keyword arguments of `attribute`, as they were when the neurons were found.
+        seed: seed for the orders and controls of that evaluation.
+        options: keyword arguments of `attribute`, the same as when the neurons were found.
     """
-    # four arrays, since a file cannot hold the same one several times
+    # four separate arrays, since a file cannot hold the same array several times
     right, wrong, mean, half = (np.full(len(neurons), np.nan) for _ in range(4))
     mistaken = PromptSet(tuple(p for p, right in zip(check.asked, check.right.tolist(), strict=True) if not right))
     if neurons:
-        # Attr_t and Attr_f come from questions that did not choose the candidates
+        # Attr_t and Attr_f come from questions that were not used to choose the candidates
         kept = check.prompts if tested is None else check.prompts.only(tested)
         if label_means is not None:
             right, wrong = label_means
@@ -203,7 +203,7 @@ def diagnose(
 def attribute_columns(
     model: Model, prompts: PromptSet, neurons: NeuronSet, *, separate: bool = False, **options: Any
 ) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
-    """The scores of some neurons alone: D as "difference", and if they are attributed separately "right" and "wrong"."""
+    """The scores of the given neurons only: D as "difference", and with `separate` also "right" and "wrong"."""
     chunks = prompts.chunks(PROMPTS_ATTRIBUTED)
     wanted = ("difference", "right", "wrong") if separate else ("difference",)
     sites = [site for site in options.pop("sites", neurons.sites) if neurons.at(site)]

@@ -1,4 +1,4 @@
-"""Dose and response: accuracy between ablating the neurons and doubling them."""
+"""Dose response: accuracy while the neurons' activations are scaled, from zero-ablation to doubling."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def dose_response(
     positions: Where = "all",
     **options: Any,
 ) -> pd.DataFrame:
-    """Scale the neurons by each factor, and as many matched random ones.
+    """Scale the found neurons, and equally many matched random neurons, by each factor.
 
     Args:
         model: the model.
-        questions: what to ask.
+        questions: the questions to ask.
         neurons: the found set.
-        factors: 0 ablates, 1 leaves the model as it is, above 1 amplifies.
-        positions: positions to act on.
+        factors: factors on the activations; 0 ablates, 1 leaves the model unchanged, and values above 1 amplify.
+        positions: positions at which the activations are scaled.
         options: n_repetitions, seed, order and control_orders of `evaluate`.
 
     Returns:
@@ -43,12 +43,12 @@ def dose_response(
         order_averaged_accuracy in percent, p_right (mean probability of the right label), answer_mass and share_a.
 
     Raises:
-        BadInput: no factor, or see `evaluate`.
+        BadInput: there is no factor; see also `evaluate`.
     """
     if not len(factors):
         raise BadInput("dose_response needs at least one factor; got none")
     rows: list[dict[str, Any]] = []
-    for factor in track(factors, "dose and response"):
+    for factor in track(factors, "dose response"):
         evaluation = in_stage(
             f"times-{float(factor)}",
             evaluate,

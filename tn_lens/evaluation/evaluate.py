@@ -1,4 +1,4 @@
-"""Accuracy with the found neurons ablated, beside every control (paper 3.3, 3.4)."""
+"""Accuracy with the found neurons ablated, compared with controls (paper 3.3, 3.4)."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ def evaluate(
     Each repetition draws an order of the choices for every question; all conditions share the orders. Controls draw new
     neurons in each repetition, never a found one: `"random"` uniformly (the paper), `"random_matched"` as many in each
     site and layer as were found there, `"top_activation"` likewise among the most active. Every order of a question is
-    asked once per set of neurons, and the repetitions draw from the answers, so that letter bias can be averaged out.
+    asked once per set of neurons, and the repetitions sample from these answers, so that letter bias can be averaged out.
 
     Args:
         model: the model.
-        questions: what to ask.
+        questions: the questions to ask.
         neurons: the found set.
-        n_repetitions: draws of orders and of control neurons.
+        n_repetitions: number of draws of orders and of control neurons.
         conditions: names of the conditions to run, `"unablated"`, `"ablated"` and names of registered controls; the first
             two are required.
-        intervention: what is done to the neurons, the same in every condition: an `Intervention`, or the name of one that
-            needs no argument; zero-ablation (the paper) by default.
-        order: `"both"` asks every choice at every letter, `"given"` keeps the choices where they stand; by default as in
+        intervention: the intervention on the neurons, the same in every condition: an `Intervention`, or the name of one
+            that needs no argument; zero-ablation (the paper) by default.
+        order: `"both"` shows every choice at every letter, `"given"` keeps the order of the question set; by default as in
             the set's standard evaluation: `"given"` for MMLU, else `"both"`.
-        control_orders: ask each draw of a control in every order, or only in the one that its repetition drew, which takes
-            half the time and gives the same accuracies (except for `Resample`, which draws among what is asked), but no
-            order-averaged ones for the controls.
-        texts: plain texts to measure the loss on, as a sign of how specific the effect is; of a pair the second part counts.
+        control_orders: `"both"` evaluates each draw of a control in every order, `"drawn"` only in the order that its
+            repetition drew, which takes half the time and gives the same accuracies (except for `Resample`, which samples
+            from the prompts that are asked), but no order-averaged accuracies of the controls.
+        texts: plain texts on which the loss is measured, to show how specific the effect is; see `text_loss`.
         seed: seed for orders and control neurons.
         drop_long: leave out questions beyond the context window instead of raising.
 
     Raises:
-        BadInput: no repetitions, an unknown condition, a set that does not fit the model, or texts with an intervention that
-            needs prompts.
+        BadInput: there are no repetitions or no questions, a condition is unknown or missing, the neurons are not those of
+            the model, or `texts` are given with an intervention that needs prompts.
     """
     if isinstance(intervention, str):
         intervention = intervention_called(intervention, seed)
@@ -137,7 +137,7 @@ def _answers(
 ) -> dict[NeuronSet, Float[np.ndarray, "prompt choice"]]:
     """The answers with each set of neurons ablated; NaN for prompts that are not asked."""
     places = {neurons: tuple(sorted(rows)) for neurons, rows in rows_of.items()}
-    # conditions that ask the same prompts share one set, which is then cut and hashed once
+    # conditions that ask the same prompts share one PromptSet, which is then split and hashed only once
     subsets = {at: PromptSet(tuple(prompts[row] for row in at)) for at in set(places.values())}
     askings = [
         Asking(prompts=subsets[at], neurons=neurons, intervention=intervention) for neurons, at in places.items()
@@ -164,8 +164,8 @@ def _losses(
 
 
 def draw_orders(prompts: PromptSet, n_repetitions: int, seed: int) -> Int[np.ndarray, "repetition question"]:
-    """The prompt of every question that each repetition asks; it depends on the seed and the question's id alone."""
-    # a stream of its own for every question, so that leaving one out changes nothing for the others
+    """The prompt of every question that each repetition asks, drawn from a stream of the seed and the question's id."""
+    # a separate stream for every question, so that leaving one out does not change the draws of the others
     columns = [
         rows.start + generator(seed, 1, stream_of(question)).integers(0, len(rows), size=n_repetitions)
         for question, rows in prompts.groups.items()
@@ -192,6 +192,6 @@ def draw_sets(
             stream = crc32(name.encode()) if control.stream is None else control.stream
             rng = streams.setdefault(stream, generator(seed, stream))
             sets[name] = [control.draw(space, neurons, activity, rng) for _ in range(n_repetitions)]
-    # in the order of the registry, whatever the order of the arguments
+    # in the order of the registry, regardless of the order of the arguments
     ordered = ["unablated", *(name for name in CONTROLS if name in sets)]
     return {name: sets[name] for name in ordered} | {"ablated": [neurons]}

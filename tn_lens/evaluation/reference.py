@@ -1,4 +1,4 @@
-"""The results that the paper reports for its six models, in percent and plus or minus one standard deviation."""
+"""The results that the paper reports for its six models, in percent, as means and standard deviations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class PaperRow:
     """Accuracy unablated and ablated (table 2)."""
     mmlu: tuple[float, float]
     t: float
-    """Adaptive threshold, a fraction (table 3)."""
+    """Adaptive threshold t as a fraction (table 3)."""
     size: str
-    """Group of section 3.3."""
+    """Size group of section 3.3."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every condition on the same questions in the same orders, and what follows from them."""
+"""The result of an evaluation: all conditions on the same questions in the same orders, and statistics on them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tn_lens.questions.prompts import PromptSet
 from tn_lens.selection.significance import welch
 
 FLOOR = 0.01
-"""Smallest divisor in the floored form of equation 11."""
+"""Smallest denominator in the floored form of equation 11."""
 BELOW_CHANCE = 0.05
-"""Distance below chance from which answers count as inverted."""
+"""Answers count as inverted if accuracy is below chance by more than this."""
 LEAST_QUESTIONS = 15
 """Minimum number of questions of a category in figure 4 of the paper."""
 
@@ -51,7 +51,7 @@ class Evaluation(Stored):
     text_loss: Mapping[str, Float[np.ndarray, " draw"]] | None = None
     """Mean loss on plain text under each condition, in nats per token, if texts were given."""
     parts: Mapping[str, tuple[str, ...]] | None = None
-    """Named parts of the questions (ids) whose accuracies are of interest, for example the halves of a run."""
+    """Named parts of the questions (ids) whose accuracies are reported separately, for example the halves of a run."""
     left_out: tuple[str, ...] = ()
     """Rows of the question set that were dropped when it was loaded, with reasons."""
 
@@ -80,12 +80,12 @@ class Evaluation(Stored):
 
     @property
     def n_repetitions(self) -> int:
-        """Draws of orders and control neurons."""
+        """Number of draws of orders and control neurons."""
         return len(self.asked)
 
     @property
     def n_orders(self) -> int:
-        """Orders in which every question was asked; with a single one, letter bias does not cancel."""
+        """Number of orders in which every question was asked; with a single order, letter bias does not cancel."""
         return self.prompts.n_orders
 
     @property
@@ -95,17 +95,17 @@ class Evaluation(Stored):
 
     @property
     def welch_p(self) -> float:
-        """One-sided Welch t-test over repetitions: accuracy ablated below unablated (paper 3.3)."""
+        """p-value of the one-sided Welch t-test over repetitions that ablation lowers accuracy (paper 3.3)."""
         return welch(self.conditions["ablated"].accuracies, self.conditions["unablated"].accuracies)
 
     @property
     def reduction(self) -> float:
-        """Accuracy lost, as a fraction of one (times 100: percentage points)."""
+        """Decrease in accuracy, as a fraction (times 100: percentage points)."""
         return self.conditions["unablated"].accuracy - self.conditions["ablated"].accuracy
 
     @property
     def relative_reduction(self) -> float:
-        """Accuracy lost, as a fraction of the unablated accuracy (paper 3.3)."""
+        """Decrease in accuracy relative to the unablated accuracy (paper 3.3)."""
         accuracy = self.conditions["unablated"].accuracy
         return self.reduction / accuracy if accuracy else float("nan")
 
@@ -118,18 +118,19 @@ class Evaluation(Stored):
     def probability_change(self) -> float:
         """Mean of (f_pre(t) - f_post(t)) / f_pre(t) over questions and repetitions (paper eq. 11), a fraction.
 
-        Questions to which the unablated model gives hardly any probability have unlimited weight; see the next two.
+        Questions whose right answer is improbable before ablation have unbounded weight; see `probability_change_floored`
+        and `probability_change_median`.
         """
         return float(np.mean(self._changes()))
 
     @property
     def probability_change_floored(self) -> float:
-        """The same mean with a divisor of at least 0.01."""
+        """`probability_change` with a denominator of at least 0.01."""
         return float(np.mean(self._changes(FLOOR)))
 
     @property
     def probability_change_median(self) -> float:
-        """The median instead of the mean."""
+        """`probability_change` with the median instead of the mean."""
         return float(np.median(self._changes()))
 
     def compare(self, condition: str = "ablated", other: str = "unablated") -> Comparison:
@@ -146,15 +147,16 @@ class Evaluation(Stored):
 
     @cached_property
     def _compared(self) -> dict[tuple[str, str], Comparison]:
-        """Comparisons made so far, since tables and sentences ask for the same ones."""
+        """Cache of comparisons, which tables and sentences share."""
         return {}
 
     def fall(self) -> dict[str, float]:
-        """The parts of the fall in accuracy, in percentage points.
+        """The parts of the decrease in accuracy, in percentage points.
 
         Returns:
-            total: fall of plain accuracy; content: of order-averaged accuracy, where letters cancel; letter: the rest;
-            mass: the additional fall if prompts whose labels hold less than half of the probability count as wrong.
+            total: decrease in plain accuracy; content: decrease in order-averaged accuracy, in which letter bias cancels;
+            letter: the remainder; mass: the additional decrease if prompts whose labels have less than half of the
+            probability count as wrong.
         """
         pair = (self.conditions["unablated"], self.conditions["ablated"])
         followed = [float(result.drawn(result.right * (result.mass >= FOLLOWED)).mean()) for result in pair]
@@ -190,7 +192,7 @@ class Evaluation(Stored):
         return shown
 
     def by_part(self, parts: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:
-        """The conditions on parts of the questions, for example `{"half 1": selection.half_1, ...}`; without empty parts."""
+        """The conditions on parts of the questions, for example `{"half 1": selection.half_1, ...}`; omits empty parts."""
         rows = []
         for name, questions in (parts or self.parts or {}).items():
             part = self.only(questions)
@@ -200,7 +202,7 @@ class Evaluation(Stored):
         return pd.DataFrame(rows)
 
     def only(self, questions: Collection[str]) -> Evaluation:
-        """The same evaluation on some of the questions, by their ids."""
+        """The evaluation restricted to the questions with these ids."""
         wanted = set(questions)
         rows = [row for row, prompt in enumerate(self.prompts) if prompt.question in wanted]
         columns = [column for column, question in enumerate(self.prompts.groups) if question in wanted]
@@ -232,7 +234,7 @@ class Evaluation(Stored):
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("condition")
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers for summary.json, rounded to six decimals: percent and percentage points, fractions in [0, 1]."""
+        """The numbers for summary.json: conditions as in `to_frame`, rounded to six decimals, and measures of the effect."""
         rows = self.to_frame().to_dict("index")
         conditions = {
             str(name): {key: round(value, 6) for key, value in row.items()}
@@ -249,11 +251,11 @@ class Evaluation(Stored):
         }
 
     def table1(self, *others: Evaluation) -> Table:
-        """The paper's table 1, with its own figures for its models; a row for each evaluation on the same questions."""
+        """Table 1 of the paper, with its numbers for its models; one row per evaluation, all on the same questions."""
         return table1([self, *others])
 
     def table2(self, *others: Evaluation) -> Table:
-        """The paper's table 2, with its own figures for its models; a row for each model and question set."""
+        """Table 2 of the paper, with its numbers for its models; one row per model and question set."""
         return table2([self, *others])
 
     @property
@@ -263,7 +265,7 @@ class Evaluation(Stored):
 
     @property
     def loses_instruction(self) -> bool:
-        """Whether the ablated model puts less of its probability on the labels than following the instruction takes."""
+        """Whether the ablated model puts too little of its probability on the labels to count as following the instruction."""
         return self.conditions["ablated"].answer_mass < MASS_KEPT
 
     @property
@@ -278,15 +280,15 @@ class Evaluation(Stored):
         return len(self.prompts[0].label_ids) == 2 and self.conditions["ablated"].accuracy < 0.5 - BELOW_CHANCE
 
     def explain(self) -> list[str]:
-        """The parts of the fall (content, letter bias, lost mass) and the comparison with every control, in sentences."""
+        """Sentences on the parts of the decrease (content, letter bias, answer mass) and the comparison with every control."""
         return say_each("evaluation.explain", self)
 
     def warnings(self) -> list[str]:
-        """One sentence for every reason other than truth why accuracy may have moved."""
+        """One sentence for each explanation of the change in accuracy other than truth."""
         return say_each("evaluation.warnings", self)
 
     def summary(self) -> str:
-        """One sentence, and the warnings."""
+        """Summary in one sentence, followed by the warnings."""
         return say("evaluation.summary", self)
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""The paper's tables 1 and 2 from evaluations, with the controls it lacks and its own figures for comparison."""
+"""Tables 1 and 2 of the paper from evaluations, with additional controls and the paper's numbers for comparison."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tn_lens.evaluation.reference import PAPER
 from tn_lens.selection.significance import LEVEL
 
 NOT_RUN = "not run"
-"""Cell of a condition that one evaluation left out and another has."""
+"""Cell of a condition that was not run in one of several evaluations."""
 SIZES: Mapping[str, str] = {"small": "3B", "medium": "7B to 8B", "large": "12B to 13B"}
 
 Evaluation = Any
-"""An `Evaluation`, whose module imports this one."""
+"""An `Evaluation`; its module imports this one, so the class cannot be imported here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +29,15 @@ class Table:
     """A table for a terminal, a notebook, Markdown, LaTeX or CSV."""
 
     frame: pd.DataFrame
-    """The cells as text, the first column the model."""
+    """The cells as text; the first column is the model."""
     caption: str
 
     def to_markdown(self) -> str:
-        """The table for a README."""
+        """The table in Markdown, followed by the caption."""
         return f"{self.frame.to_markdown(index=False)}\n\n{self.caption}\n"
 
     def to_latex(self) -> str:
-        """The table for a paper; needs the booktabs package."""
+        """The table in LaTeX; requires the booktabs package."""
         columns = "l" + "r" * (self.frame.shape[1] - 1)
         # pandas escapes the cells and the headings, but neither the caption nor a character outside of ASCII
         caption = "".join(f"\\{c}" if c in "&%$#_{}" else c for c in self.caption)
@@ -45,18 +45,18 @@ class Table:
         return table.replace("±", r"$\pm$")
 
     def to_csv(self) -> str:
-        """The table for a spreadsheet."""
+        """The table as CSV, without the caption."""
         return self.frame.to_csv(index=False)
 
     def files(self) -> dict[str, str]:
-        """File ending -> the table in that form."""
+        """The table in every format, by file extension."""
         return {".md": self.to_markdown(), ".tex": self.to_latex(), ".csv": self.to_csv()}
 
     def save(self, path: str | Path) -> None:
-        """Write .md, .tex or .csv, by the ending.
+        """Write the table as .md, .tex or .csv, depending on the file extension.
 
         Raises:
-            BadInput: another ending, or the file cannot be written.
+            BadInput: the file extension is not supported, or the file cannot be written.
         """
         path = Path(path)
         files = self.files()
@@ -85,14 +85,14 @@ class Table:
 
 
 def table1(evaluations: Sequence[Evaluation]) -> Table:
-    """Accuracy unablated, with every control and with the found neurons ablated; one row a model (paper table 1).
+    """Accuracy unablated, with every control and with the found neurons ablated; one row per model (paper table 1).
 
     Raises:
-        BadInput: no evaluation, or evaluations of several question sets.
+        BadInput: there is no evaluation, or the evaluations are of several question sets.
     """
     names = sorted({e.name for e in evaluations})
     if len(names) != 1:
-        raise BadInput(f"table 1 shows one question set; got {', '.join(names) or 'no evaluation'}")
+        raise BadInput(f"table 1 needs evaluations of one question set; got {', '.join(names) or 'no evaluation'}")
     conditions = _conditions(evaluations)
     rows: list[dict[str, str]] = []
     for e in evaluations:
@@ -106,10 +106,10 @@ def table1(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def table2(evaluations: Sequence[Evaluation]) -> Table:
-    """Accuracy unablated and ablated, with every control; one row a model and question set (paper table 2).
+    """Accuracy unablated and ablated, with every control; one row per model and question set (paper table 2).
 
     Raises:
-        BadInput: no evaluation.
+        BadInput: there is no evaluation.
     """
     if not evaluations:
         raise BadInput("table 2 needs at least one evaluation; got none")
@@ -143,17 +143,17 @@ def _rows(
 
 
 def _row_of_paper(conditions: Sequence[str], theirs: Mapping[str, str]) -> dict[str, str]:
-    """The row below with the paper's own numbers, which exist for some conditions."""
+    """A row with the paper's numbers, which exist for some conditions only."""
     return {"model": "  in the paper", **{name: theirs.get(name, "-") for name in conditions}}
 
 
 def _frame(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
-    """The cells as text; what the rows below an evaluation do not repeat stays empty."""
+    """The cells as text; cells that are missing in the additional rows of an evaluation are empty."""
     return pd.DataFrame(rows).fillna("").rename(columns=HEADINGS)
 
 
 def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluation]) -> pd.DataFrame:
-    """Means over models of one size, as in section 3.3 of the paper.
+    """Means over the models of each size, as in section 3.3 of the paper.
 
     Args:
         accuracies: model -> accuracy unablated and ablated, in percent, for models of the paper; or evaluations of them.
@@ -170,7 +170,7 @@ def group_means(accuracies: Mapping[str, tuple[float, float]] | Sequence[Evaluat
             for e in accuracies
         }
     if unknown := set(accuracies) - set(PAPER):
-        raise BadInput(f"the paper groups its own six models by size; {sorted(unknown)[0]!r} is not one of them")
+        raise BadInput(f"expected models of the paper ({', '.join(PAPER)}); got {sorted(unknown)[0]!r}")
     rows = []
     for size, parameters in SIZES.items():
         pairs = [pair for model, pair in accuracies.items() if PAPER[model].size == size]

@@ -1,4 +1,4 @@
-"""The loss on plain text under an intervention: how specific is the effect?"""
+"""The loss on plain text under an intervention, which shows how specific its effect is."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from tn_lens.neurons import NeuronSet
 from tn_lens.questions.toy_world import facts
 
 MOST_TOKENS = 512
-"""Maximum number of tokens of one text; longer texts are cut."""
+"""Maximum number of tokens of one text; longer texts are truncated."""
 N_TOY = 200
-"""Facts of the toy's world that serve as its plain text."""
+"""Number of facts of the toy world that serve as plain text for the toy model."""
 ROWS = 32
-"""Texts in one batch."""
+"""Number of texts in one batch."""
 
 Text: TypeAlias = str | tuple[str, str]
-"""A text, or a beginning and the rest that the loss is taken on."""
+"""A text, or a pair of a prefix and the continuation on which the loss is computed."""
 
 
 @torch.no_grad()
 def text_loss(
     model: Model, texts: Sequence[Text], *, neurons: NeuronSet = NO_NEURONS, intervention: Intervention = ZERO
 ) -> float:
-    """Mean next-token loss over every position of some texts, in nats per token.
+    """Mean next-token loss over all positions of the given texts, in nats per token.
 
     Args:
-        model: with its tokenizer.
-        texts: plain texts; of a pair the second part counts.
+        model: a model with a tokenizer.
+        texts: plain texts, or pairs of a prefix and a continuation, of which only the continuation counts.
         neurons: neurons to act on; none by default.
-        intervention: acts at all positions and takes no values from prompts; zero-ablation by default.
+        intervention: an intervention at all positions that takes no values from prompts; zero-ablation by default.
 
     Raises:
-        BadInput: no token to predict, or an intervention that needs prompts.
+        BadInput: there is no token to predict, the model has no tokenizer, or the intervention needs prompts or acts at some
+            positions only.
     """
     if intervention.needs_prompts or intervention.positions != "all":
         raise BadInput(
@@ -68,13 +69,13 @@ def text_loss(
 
 
 def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
-    """The first position that counts and the tokens of every text, the shortest first."""
+    """The index of the first predicted token and the token ids of every text, the shortest text first."""
     encoded: list[tuple[int, list[int]]] = []
     most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
     for text in texts:
         beginning, rest = ("", text) if isinstance(text, str) else text
         ids = tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
-        # the first token of a text has nothing that predicts it
+        # nothing predicts the first token of a text
         first = max(1, len(tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))
@@ -82,7 +83,7 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
 
 
 def plain_texts(model: Model) -> list[Text]:
-    """Text that suits a model: a few paragraphs on everyday things; for the toy, its facts asked without choices."""
+    """Plain texts for a model: a few paragraphs on everyday topics; for the toy model, its facts as open questions."""
     if backend_of(model).name == "toy":
         known = [fact for fact in facts() if fact.split == "train"][:N_TOY]
         return [(f"Question : {fact.question()} Answer :", f" {fact.value}") for fact in known]
@@ -91,5 +92,5 @@ def plain_texts(model: Model) -> list[Text]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The parts of a text between empty lines, each on one line."""
+    """The paragraphs of a text, which empty lines separate, each joined into one line."""
     return [part.replace("\n", " ").strip() for part in text.split("\n\n") if part.strip()]

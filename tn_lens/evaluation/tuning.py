@@ -1,4 +1,4 @@
-"""Choose the threshold t by its effect on separate questions (paper A.3, made explicit)."""
+"""Choose the threshold t by its effect on separate questions (an explicit version of the paper's A.3)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ START = 0.2
 """Threshold at which the search begins (paper A.3)."""
 LOWER = (0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 HIGHER = (0.25, 0.3, 0.4)
-"""Thresholds tried after it, in this order."""
+"""Thresholds tried after `START`, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """Accuracy on the tuning questions with some neurons ablated; everything in [0, 1]."""
+    """Accuracy, answer mass and letter bias on the tuning questions with a set of neurons ablated, in [0, 1]."""
 
     order_averaged_accuracy: float
     answer_mass: float
@@ -41,7 +41,7 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningStep(Effect):
-    """One threshold on the tuning questions."""
+    """The effect of the neurons found with one threshold."""
 
     t: float
     n_found: int
@@ -51,7 +51,7 @@ class TuningStep(Effect):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Tuning(Stored):
-    """The search for t, and the threshold that it chose."""
+    """The search for t, and the threshold that was chosen."""
 
     t: float
     steps: tuple[TuningStep, ...]
@@ -70,7 +70,7 @@ class Tuning(Stored):
         return frame[["t", "n_found", "order_averaged_accuracy", "answer_mass", "share_a", "holds"]]  # pyright: ignore[reportReturnType]
 
     def summary(self) -> str:
-        """One sentence."""
+        """Summary in one sentence."""
         return say("selection.tuning", self)
 
 
@@ -86,26 +86,26 @@ def tune_threshold(
     drop_long: bool = False,
     table: SelectionTable | None = None,
 ) -> Tuning:
-    """Search the t whose neurons, ablated, lower order-averaged accuracy most while the instruction is still followed.
+    """Search for the t whose neurons lower order-averaged accuracy most without loss of instruction following.
 
-    The search starts at 20 %, goes down until instruction following is lost twice in a row, and then tries the thresholds
-    above. The instruction is followed if the answer mass stays at `least_mass` (of the unablated model's, if that is below
-    one) and the fraction of the first letter moves by at most `letter_shift`. Among equals the highest t, and so the smallest
-    set, wins. Report on other questions than these.
+    The search starts at 20 %, decreases t until instruction following is lost twice in a row, and then tries higher
+    thresholds. The ablated model counts as following the instruction if its answer mass is at least `least_mass` times that
+    of the unablated model, and if the fraction of the first letter changes by at most `letter_shift`. Ties are broken in
+    favour of the highest t, which gives the smallest set. Report results on other questions than these.
 
     Args:
         model: the model that the scores belong to.
         scores: an `Attribution`, or the scores of a run folder.
-        questions: to tune on; asked in every order.
+        questions: the questions to tune on, which are asked in every order.
         rules: share threshold, level, correction and family of `select_neurons`; its defaults by default.
         seed: seed for the split into halves.
-        least_mass: fraction of the answer mass that must be left.
-        letter_shift: largest change of the fraction of "A".
+        least_mass: minimum answer mass, as a fraction of that of the unablated model.
+        letter_shift: maximum change in the fraction of "A".
         drop_long: leave out questions beyond the context window instead of raising.
-        table: counts and moments for `THRESHOLDS`, if they are there already.
+        table: counts and moments for `THRESHOLDS`, if they have been computed already.
 
     Raises:
-        BadInput: no question, or no threshold at which the instruction is followed.
+        BadInput: there is no question, or no threshold at which the instruction is followed.
     """
     if not questions:
         raise BadInput("tuning needs questions; got none")
@@ -125,7 +125,7 @@ def tune_threshold(
 
     steps = [step(START)]
     for t in track(LOWER, "tuning t"):
-        # lost twice in a row: lower thresholds find larger sets, which only lose more
+        # lost twice in a row: lower thresholds give larger sets, which are assumed to lose it as well
         if not any(s.holds for s in steps[-2:]) and len(steps) > 1:
             break
         steps.append(step(t))
@@ -133,8 +133,8 @@ def tune_threshold(
     allowed = [s for s in steps if s.holds]
     if not allowed:
         raise BadInput(
-            "no threshold lowers accuracy without losing the answer labels: with every set found the answer mass falls below "
-            f"{least_mass:.2f} of the unablated model's or one letter takes over; set t yourself"
+            "no threshold keeps instruction following intact: at each one the answer mass falls below "
+            f'{least_mass:.2f} times that of the unablated model, or the fraction of "A" changes too much; set t yourself'
         )
     best = min(allowed, key=lambda s: (s.order_averaged_accuracy, -s.t))
     return Tuning(t=best.t, steps=tuple(steps), unablated=unablated, n_questions=len(prompts.groups))
@@ -145,12 +145,12 @@ THRESHOLDS = (START, *LOWER, *HIGHER)
 
 
 def _effects(model: Model, prompts: PromptSet) -> Callable[[NeuronSet], Effect]:
-    """A function from neurons to the effect of their ablation, which asks the same set of neurons once."""
+    """A cached function from a set of neurons to the effect of ablating it."""
     first = np.array([rows.start for rows in prompts.groups.values()])
 
     @cache
     def effect_of(neurons: NeuronSet) -> Effect:
-        # every set of neurons needs a name of its own for its chunks: the number of sets before it
+        # the chunks of every set of neurons need a unique name: the number of earlier sets
         name = f"set-{effect_of.cache_info().currsize}"
         (answers,) = ask_each(model, [Asking(prompts=prompts, neurons=neurons)], name=name)
         after = answers.double().numpy()  # [prompt, choice]

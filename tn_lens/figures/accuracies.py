@@ -26,7 +26,7 @@ class Bar(NamedTuple):
     condition: str
     label: str
     whose: str
-    """The model or question set, where several evaluations are drawn."""
+    """The model or question set, which distinguishes several evaluations."""
     evaluation: Evaluation
 
     @property
@@ -41,17 +41,17 @@ def plot_accuracies(
     """Accuracy under every condition, with single repetitions as points (the paper's table 1 as a figure).
 
     Args:
-        evaluations: one, or several of different models or question sets.
+        evaluations: one evaluation, or several of different models or question sets.
         noun: what several evaluations are called in the default title, for example "runs".
-        title: title of the figure; by default the effect of the ablation.
+        title: title of the figure; by default it gives the effect of the ablation.
         theme: "light" or "dark".
 
     Returns:
         A bar per condition with the standard deviation over repetitions, a point per repetition, a diamond for the
-        order-averaged accuracy where every order was asked, and a dashed line at chance where it is equal for all sets.
+        order-averaged accuracy if every order was asked, and a dashed line at chance if it is equal for all sets.
 
     Raises:
-        BadInput: no evaluation.
+        BadInput: there is no evaluation.
     """
     shown = listed(evaluations, "plot_accuracies")
     look = look_of(theme)
@@ -64,7 +64,7 @@ def plot_accuracies(
     _add_repetitions(figure, bars, look)
     averaged = [bar for bar in bars if bar.result.is_complete and bar.evaluation.n_orders > 1]
     _add_order_averages(figure, averaged, look)
-    # chance is one line only where all sets have the same number of choices
+    # chance is drawn only if all sets have the same number of choices
     n_choices = {len(e.conditions["unablated"].shares) for e in shown}
     if len(n_choices) == 1:
         figure.add_vline(x=100 / min(n_choices), line=look.dashed)  # chance
@@ -91,7 +91,7 @@ def listed(evaluations: Several, name: str) -> list[Evaluation]:
     """One evaluation or several as a list, for the figure function of this name.
 
     Raises:
-        BadInput: no evaluation.
+        BadInput: there is no evaluation.
     """
     shown = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     if not shown:
@@ -111,7 +111,7 @@ def labels_of(shown: Sequence[Evaluation]) -> list[str]:
 
 def _groups(shown: Sequence[Evaluation]) -> list[list[Bar]]:
     """The bars of each evaluation."""
-    # evaluations with different interventions share bars, and so a neutral name
+    # evaluations with different interventions share labels, which are therefore neutral
     interventions = {e.intervention for e in shown}
     intervention = min(interventions) if len(interventions) == 1 else "changed"
     groups, first = [], 0
@@ -123,7 +123,7 @@ def _groups(shown: Sequence[Evaluation]) -> list[list[Bar]]:
 
 
 def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> None:
-    """The bars of one condition, and the numbers at their right."""
+    """The bars of one condition, and the numbers to their right."""
     rows, label = [bar.row for bar in bars], bars[0].label
     results = [bar.result for bar in bars]
     means, stds = [100 * result.accuracy for result in results], [100 * result.accuracy_std for result in results]
@@ -161,7 +161,7 @@ def _add_repetitions(figure: Figure, bars: Sequence[Bar], look: Look) -> None:
     points = []
     for bar in bars:
         accuracies = 100 * bar.result.accuracies  # [repetition]
-        # [repetition]: equally accurate repetitions would cover each other, and so are spread within the bar
+        # [repetition]: points are spread within the bar, since equal accuracies would overlap
         offsets = np.linspace(-0.24, 0.24, len(accuracies)) if len(accuracies) > 1 else np.zeros(1)
         for repetition, (accuracy, offset) in enumerate(zip(accuracies.tolist(), offsets.tolist(), strict=True)):
             points.append((accuracy, bar.row + offset, [repetition, bar.label]))

@@ -21,20 +21,21 @@ def plot_attribution(
     """Scores of one prompt: the sum of D for each site and layer, and the neurons with the largest |D|.
 
     Args:
-        scores: scores of some prompts.
-        prompt: place of the prompt among them.
+        scores: an attribution of one or several prompts.
+        prompt: index of the prompt.
         top: number of neurons to show.
-        title: title of the figure; by default the site and layer with the largest sum.
+        title: title of the figure; by default it names the site and layer with the largest sum.
         theme: "light" or "dark".
 
     Returns:
-        Above a heatmap, layers by sites: blue supports the right answer, orange the wrong one. Below a bar per neuron.
+        A heatmap of layers by sites, in which blue supports the right answer and orange the wrong one, and a bar per neuron
+        below it.
 
     Raises:
         BadInput: there is no such prompt, or no neuron to show.
     """
     if not -len(scores) <= prompt < len(scores):
-        raise BadInput(f"there is no prompt {prompt}: {len(scores)} were attributed")
+        raise BadInput(f"prompt must be the index of one of {len(scores)} attributed prompts; got {prompt}")
     if top < 1:
         raise BadInput(f"top must be at least 1; got {top}")
     look = look_of(theme)
@@ -64,7 +65,7 @@ def plot_completeness(completeness: Attribution | Gaps, *, title: str | None = N
 
     Args:
         completeness: an attribution, or a run's mean |gap| and mean |change| per site and layer.
-        title: title of the figure; by default the largest error, absolute and relative to the change at the same layer.
+        title: title of the figure; by default it gives the largest error, absolute and relative to the change at that layer.
         theme: "light" or "dark".
 
     Returns:
@@ -84,7 +85,7 @@ def plot_completeness(completeness: Attribution | Gaps, *, title: str | None = N
     n_layers = max(len(by_name["gap"]) for by_name in means.values())
     largest = max(max(by_name["change"]) for by_name in means.values())
     figure.share_axis(layer_axis(n_layers) | {"range": [-0.6, n_layers - 0.4]}, len(means))
-    # one range for all sites, so that their bars compare
+    # one range for all sites, so that their bars are comparable
     figure.update_yaxes(title_text="mean, absolute", range=[0, 1.08 * (largest or 1)], nticks=4)
     figure.update_layout(barmode="overlay")
     worst = worst_gap(means)
@@ -131,14 +132,14 @@ def _strongest(scores: Attribution, top: int) -> list[tuple[str, float]]:
         flat = by_layer[0].flatten()  # [layer * neuron]
         places = flat.abs().topk(min(top, flat.numel())).indices
         pairs += zip(map(str, scores.space.at({site: places})), flat[places].tolist(), strict=True)
-    # the largest of every site contain the largest of all
+    # the largest of all sites are among the largest of each site
     largest = sorted(pairs, key=lambda pair: -abs(pair[1]))[:top]
     return sorted(largest, key=lambda pair: -pair[1])
 
 
 def _add_gaps(figure: Figure, gaps: list[float], changes: list[float], label: str, panel: int, look: Look) -> None:
     """The bars of one site."""
-    # without a change there is nothing to relate the error to
+    # the relative error is undefined without a change
     fractions = [percent(gap / change) if change else "–" for gap, change in zip(gaps, changes, strict=True)]
     for name, values, condition, width, remark in (
         ("change", changes, "random", 0.8, ""),

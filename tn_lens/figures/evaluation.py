@@ -23,11 +23,11 @@ DOSE_LINES = {
 
 
 def plot_probability_change(evaluations: Several, *, title: str | None = None, theme: Theme = "light") -> Figure:
-    """How much of the right answer's probability is lost through ablation, by model (paper eq. 11, figure 3).
+    """Relative loss of the right answer's probability through ablation, by model (paper eq. 11, figure 3).
 
     Args:
-        evaluations: one, or several of different models or question sets.
-        title: title of the figure; by default the loss, or its range.
+        evaluations: one evaluation, or several of different models or question sets.
+        title: title of the figure; by default it gives the loss, or its range.
         theme: "light" or "dark".
 
     Returns:
@@ -35,7 +35,7 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
         a circle for the median.
 
     Raises:
-        BadInput: no evaluation.
+        BadInput: there is no evaluation.
     """
     shown = listed(evaluations, "plot_probability_change")
     look, labels = look_of(theme), labels_of(shown)
@@ -71,9 +71,9 @@ def plot_probability_change(evaluations: Several, *, title: str | None = None, t
     # a mean is not finite where a probability before the ablation was 0
     finite = [value for value in (*means, *floored, *medians) if np.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
-    span = max(high - low, 1.0)  # marks at 0 alone need an axis, too
+    span = max(high - low, 1.0)  # the range must not be empty if all values are 0
     known = [mean for mean in means if np.isfinite(mean)]
-    # room for the numbers, at the left only where a bar goes there
+    # room for the numbers; at the left only if a bar extends there
     limits = [low - (0.14 if min(means) < 0 else 0.02) * span, high + 0.14 * span]
     figure.update_xaxes(title_text="probability lost (%)", range=limits, zeroline=True)
     figure.update_yaxes(tickvals=rows, ticktext=labels, range=[len(rows) - 0.4, -0.6], **QUIET)
@@ -87,16 +87,16 @@ def plot_categories(
     """The fraction of questions whose right answer loses probability, by category (paper figure 4).
 
     Args:
-        evaluations: one, or several of different models on the same questions.
+        evaluations: one evaluation, or several of different models on the same questions.
         least: categories with fewer questions are omitted, and counted in the subtitle (the paper: 15).
-        title: title of the figure; by default the number of categories in which most questions lose.
+        title: title of the figure; by default it gives the number of categories in which most questions lose probability.
         theme: "light" or "dark".
 
     Returns:
         One row per category, the highest fraction at the top: a bar for one model, a marker per model for several.
 
     Raises:
-        BadInput: no evaluation.
+        BadInput: there is no evaluation.
     """
     shown = listed(evaluations, "plot_categories")
     look = look_of(theme)
@@ -112,7 +112,7 @@ def plot_categories(
         _add_categories(figure, frame, rows, label, None if len(shown) == 1 else place, look)
     n = len(rows)
     if n:
-        figure.add_vline(x=50, line=look.dashed)  # more than half of the questions lose to its right
+        figure.add_vline(x=50, line=look.dashed)  # to its right, the right answer loses probability on most questions
     else:
         say_nothing_to_show(figure, say("figures.no_categories", least))
     most = sum(share > 0.5 for share in means.values())
@@ -129,7 +129,7 @@ def plot_categories(
 def _add_categories(
     figure: Figure, frame: pd.DataFrame, rows: Mapping[str, int], label: str, place: int | None, look: Look
 ) -> None:
-    """The categories of one evaluation: bars where it is the only one, else markers that differ by its place."""
+    """The categories of one evaluation: bars if it is the only one, otherwise markers whose style depends on its place."""
     columns = [frame[name].tolist() for name in ("category", "n_questions", "unablated", "ablated")]
     common = {
         "x": 100 * frame["share_hurt"].to_numpy(),
@@ -147,7 +147,7 @@ def _add_categories(
     marker = {
         "size": 10,
         "color": look.series[place % n_colours],
-        # colours come again after a round, with other symbols
+        # after all colours have been used they repeat with other symbols
         "symbol": SYMBOLS[(place + place // n_colours) % len(SYMBOLS)],
         "line": {"width": 1, "color": look.ink},
     }
@@ -159,7 +159,7 @@ def plot_dose_response(frame: pd.DataFrame, *, title: str | None = None, theme: 
 
     Args:
         frame: columns factor, condition, accuracy, order_averaged_accuracy, answer_mass and share_a.
-        title: title of the figure; by default the accuracy at the smallest and the largest factor.
+        title: title of the figure; by default it gives the accuracy at the smallest and the largest factor.
         theme: "light" or "dark".
 
     Returns:
@@ -171,13 +171,13 @@ def plot_dose_response(frame: pd.DataFrame, *, title: str | None = None, theme: 
     """
     if missing := [name for name in DOSE_COLUMNS if name not in frame]:
         raise BadInput(
-            f"plot_dose_response needs what dose_response(...) returns; the column {missing[0]!r} is missing"
+            f"plot_dose_response needs the frame that dose_response(...) returns; column {missing[0]!r} is missing"
         )
     look = look_of(theme)
     records = frame.sort_values("factor", kind="stable").to_dict("records")
     ablated = [record for record in records if record["condition"] == "ablated"]
     if not ablated:
-        raise BadInput("plot_dose_response needs rows of the condition 'ablated', the found neurons; got none")
+        raise BadInput("plot_dose_response needs rows with the condition 'ablated' (the found neurons); got none")
     is_averaged = bool(frame["order_averaged_accuracy"].notna().all())
     # column -> suffix of the name, dash, line width and marker size
     lines = {"order_averaged_accuracy": (", order-averaged", "solid", 3, 9), "accuracy": (", plain", "dot", 2, 6)}

@@ -24,15 +24,15 @@ Counts: TypeAlias = Mapping[str, Int[np.ndarray, " layer"]]
 """Number of neurons in each layer, by the name of a row of cells."""
 
 MOST_COUNTS = 12
-"""Number of layers up to which the cells show their counts."""
+"""Maximum number of layers for which the cells show their counts."""
 THIRDS = ("first", "middle", "last")
 LEAST_LAYERS = 6
-"""With fewer layers, one layer is too large a part of a third for statements about thirds."""
+"""Minimum number of layers for statements about thirds; with fewer, one layer is too large a part of a third."""
 
 
 @dataclass(frozen=True)
 class FullestPlace:
-    """Where most models have the largest part of their neurons."""
+    """The third of the layers, or the layer, in which most models have the largest fraction of their neurons."""
 
     index: int
     """Third of the layers, or layer, counted from 0."""
@@ -58,29 +58,29 @@ def plot_layers(
     Args:
         found: a selection or a set of neurons, or several by the name of their model.
         n_layers: number of layers of the model, or of each model by name; a selection contains it.
-        sites: sites "apart" (a panel each, for one model a row each) or "together".
-        across: the columns: each "layer", or relative "depth", which compares models of different depth; by default
-            depth where the models differ in it.
+        sites: "apart" shows sites separately (a row each for one model, a panel each for several), "together" sums over them.
+        across: the horizontal axis: the "layer", or relative "depth", by which models with different numbers of layers can be
+            compared; by default "depth" if the models differ in their number of layers.
         noun: what several entries are called in the default title, for example "runs".
-        title: title of the figure; by default where most of the neurons are.
+        title: title of the figure; by default it says where most of the neurons are.
         theme: "light" or "dark".
 
     Returns:
         A heatmap whose cells sum to 1 for every model, over all sites; hovering shows counts.
 
     Raises:
-        BadInput: a number of layers is needed and missing, or too small; no model; an unknown option.
+        BadInput: there is no model, an option is unknown, or a number of layers is missing or too small.
     """
     named = found if isinstance(found, Mapping) else {"": found}
     if not named:
-        raise BadInput("plot_layers needs the neurons of a model; got none")
+        raise BadInput("plot_layers needs the neurons of at least one model; got none")
     if sites not in get_args(SitesShown) or across not in (None, *get_args(Across)):
         raise BadInput(
             f"expected sites 'apart' or 'together' and across 'layer' or 'depth'; got {sites!r} and {across!r}"
         )
     depths = {name: _depth(name, entry, n_layers) for name, entry in named.items()}
     sets = {name: entry.neurons if isinstance(entry, Selection) else entry for name, entry in named.items()}
-    # MLP and attention are always shown, other sites where there are neurons
+    # MLP and attention are always shown, other sites only if they have neurons
     every = {*NEURON_SITES, *(site for neurons in sets.values() for site in neurons.sites)}
     shown = [site for site in SITES if site in every]
     rows = {name: _counts(neurons, shown, depths[name], sites) for name, neurons in sets.items()}
@@ -107,7 +107,7 @@ def plot_overlap(
         names: names of the models.
         overlap: overlap of every pair, in [0, 1].
         noun: what the entries are called in the default title, for example "runs".
-        title: title of the figure; by default the range over the pairs.
+        title: title of the figure; by default it gives the range over the pairs.
         theme: "light" or "dark".
     """
     shown = [name_of(name) for name in names]
@@ -139,7 +139,7 @@ def _depth(name: str, found: Found, n_layers: int | Mapping[str, int] | None) ->
     depth = n_layers.get(name) if isinstance(n_layers, Mapping) else n_layers
     if depth is None or any(neuron.layer >= depth for neuron in found):
         whose = f" of {name!r}" if name else ""
-        raise BadInput(f"plot_layers needs n_layers{whose}, more than every neuron's layer; got {depth}")
+        raise BadInput(f"plot_layers needs n_layers{whose}, greater than every neuron's layer; got {depth}")
     return depth
 
 
@@ -168,7 +168,7 @@ def _one_model(rows: Counts, across: Across, sentences: Sequence[str], title: st
     counts = np.stack(list(rows.values()))  # [site, layer]
     n_layers = counts.shape[1]
     fractions = counts / max(int(counts.sum()), 1)
-    # empty cells stay without a number
+    # empty cells show no number
     texts = [[str(n) if n else "" for n in row] for row in counts.tolist()]
     figure = Figure()
     figure.add_cells(
@@ -179,7 +179,7 @@ def _one_model(rows: Counts, across: Across, sentences: Sequence[str], title: st
         customdata=np.dstack([counts, np.broadcast_to(np.arange(n_layers), counts.shape), 100 * fractions]),
         colorscale=look_of(theme).scale,
         zmin=0,
-        zmax=max(float(fractions.max()), 1e-9),  # plotly needs a range, also where nothing was found
+        zmax=max(float(fractions.max()), 1e-9),  # plotly needs a range even if nothing was found
         text=texts,
         colorbar={**colour_bar("fraction"), "nticks": 2 * len(rows) + 1},
         showscale=bool(counts.any()),
@@ -243,9 +243,9 @@ def shares_of_thirds(counts: Int[np.ndarray, " layer"]) -> Float[np.ndarray, " t
 
 
 def fullest_place(counts: Sequence[Int[np.ndarray, " _"]]) -> FullestPlace | None:
-    """Where most models have the largest part of their neurons: a third, or a layer of equally shallow models.
+    """The third of the layers, or the layer of shallow models, in which most models have the largest fraction of neurons.
 
-    None where some have too few layers for thirds and others have another number of layers.
+    None if a model has too few layers for thirds and the models differ in their number of layers.
     """
     n_layers = {len(by_layer) for by_layer in counts}
     has_thirds = min(n_layers) >= LEAST_LAYERS

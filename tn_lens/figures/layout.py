@@ -19,16 +19,16 @@ from tn_lens.figures.look import look_of, plain
 FONT = "Inter, Helvetica, Arial, sans-serif"
 TEXT_SIZE, TITLE_SIZE, SUBTITLE_SIZE = 14, 18, 14
 TITLE_WIDTH, SUBTITLE_WIDTH = 78, 104
-"""Characters in a line: what fits into 800 pixels, next to plotly's mode bar."""
+"""Maximum number of characters in a line that fits into 800 pixels, next to plotly's mode bar."""
 LINE_HEIGHT = 1.3
 ROW = 26
 """Height of a row of bars or cells."""
 LEGEND_ROW, LEGEND_WIDTH = 20, 760
-"""Height of a row of a legend, and its largest width."""
+"""Height of a row of a legend, and the maximum width of a legend."""
 BUTTONS = ("zoom", "pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "sendChartToCloud")
-"""Buttons that are removed from plotly's mode bar, which would cover the title."""
+"""Buttons that are removed from plotly's mode bar, which would otherwise cover the title."""
 BAR = 34
-"""Room for plotly's mode bar above a figure in a page: its icons would be hard to see on top of cells."""
+"""Room for plotly's mode bar above a figure in a page, since its icons would be hard to see on top of cells."""
 DARK_CELL = 0.24
 """Luminance below which light text is easier to read than dark text."""
 QUIET = {"showgrid": False, "zeroline": False}
@@ -87,7 +87,7 @@ class Figure(go.Figure):
         self.add_scatter(mode="markers", **options)
 
     def add_cells(self, n_layers: int = 0, /, **options: Any) -> None:
-        """Add a heatmap whose cells are apart from each other, and closer where there are many layers."""
+        """Add a heatmap with gaps between its cells, which are smaller if there are many layers."""
         self.add_heatmap(xgap=2 if n_layers <= 32 else 1, ygap=2, **options)
 
     def bare(self) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def say_nothing_to_show(figure: Figure, text: str) -> None:
 
 
 def write_in_cells(figure: Figure, texts: Sequence[Sequence[str]], theme: Theme) -> None:
-    """Write into the cells of a figure's heatmap, light on dark and dark on light: plotly's choice is hard to read."""
-    look, (heatmap,) = look_of(theme), figure.traces  # fails if anything but a heatmap was drawn
+    """Write text into the cells of a figure's heatmap, light on dark cells and dark on light ones for legibility."""
+    look, (heatmap,) = look_of(theme), figure.traces  # fails if there is any other trace
     z = np.array(heatmap.z, dtype=np.float64)  # [row, column]
     low, high = heatmap.zmin or 0.0, heatmap.zmax or max(1e-12, float(z.max(initial=0)))
     light, dark = (look.paper, look.ink) if theme == "light" else (look.ink, look.paper)
@@ -227,7 +227,7 @@ def write_in_cells(figure: Figure, texts: Sequence[Sequence[str]], theme: Theme)
 
 
 def colour_bar(title: str, form: str = ".0%") -> dict[str, Any]:
-    """A narrow colour bar at the right."""
+    """Options of a narrow colour bar."""
     return {
         "title": {"text": title, "side": "right", "font": {"size": TEXT_SIZE - 1}},
         "tickformat": form,

@@ -14,7 +14,7 @@ from tn_lens.core.stored import Stored
 from tn_lens.neurons import SITES, SiteName
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-"""Markers of series, so that colour is never the only difference."""
+"""Markers of series, which differ not only in colour."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Look:
     series: tuple[str, ...]
 
     def site(self, site: SiteName) -> str:
-        """The colour of a site; a colour of the series for sites without a colour here."""
+        """The colour of a site; sites that the theme does not list use a colour of the series."""
         return self.sites.get(site) or self.series[list(SITES).index(site) % len(self.series)]
 
     def condition(self, name: str, place: int) -> str:
-        """The colour of a condition; the series' colour at a place for controls without a colour here."""
+        """The colour of a condition; controls that the theme does not list use the colour of the series at `place`."""
         return self.conditions.get(name) or self.series[place % len(self.series)]
 
     @property
@@ -77,7 +77,7 @@ def look_of(theme: Theme) -> Look:
 
 def plain(text: str) -> str:
     """Escape text for plotly, which interprets some HTML and fields in `%{...}` in every label."""
-    # a field would be replaced by data of the trace; its brace as an entity is text
+    # plotly would replace a field by data of the trace; with its brace as an entity it stays text
     return escape(" ".join(text.split()), quote=False).replace("%{", "%&#123;")
 
 

@@ -23,7 +23,8 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = WIDTH, scal
         scale: pixels of a .png per pixel of the figure.
 
     Raises:
-        BadInput: another file ending, a file that cannot be written, or an image where kaleido or Chrome is missing.
+        BadInput: the file ending is not supported, the file cannot be written, or an image is requested and kaleido or Chrome
+            is missing.
     """
     path = Path(path)
     ending = path.suffix.lower()

@@ -15,9 +15,9 @@ from tn_lens.neurons import SITES, Neuron, NeuronSet
 from tn_lens.selection.result import Selection
 
 MOST_CANDIDATES = 4000
-"""Number of points in a volcano plot: every found neuron, then the other candidates with the smallest p."""
+"""Maximum number of points in a volcano plot: found neurons first, then the other candidates with the smallest p."""
 SMALLEST_P = 1e-300
-"""Lower limit of p, where -log10 p ends."""
+"""Lower limit of p in plots of -log10 p."""
 SITE_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 """Markers by the order of `SITES`."""
 
@@ -29,8 +29,8 @@ def plot_sweep(
 
     Args:
         frame: columns t, p, n_candidates, n_found.
-        chosen: the pair (t, p) that a run used, which gets a frame.
-        title: title of the figure; by default the range.
+        chosen: the pair (t, p) that a run used, which is marked with a frame.
+        title: title of the figure; by default it gives the range.
         theme: "light" or "dark".
 
     Returns:
@@ -40,7 +40,7 @@ def plot_sweep(
         BadInput: a column is missing.
     """
     if missing := {"t", "p", "n_candidates", "n_found"} - set(frame.columns):
-        raise BadInput(f"plot_sweep needs what sweep(...) returns; the column {sorted(missing)[0]!r} is missing")
+        raise BadInput(f"plot_sweep needs the frame that sweep(...) returns; column {sorted(missing)[0]!r} is missing")
     look = look_of(theme)
     found, candidates = (frame.pivot(index="t", columns="p", values=name) for name in ("n_found", "n_candidates"))
     counts = found.to_numpy()  # [t, p]
@@ -74,16 +74,16 @@ def plot_candidates(selection: Selection, *, title: str | None = None, theme: Th
 
     Args:
         selection: the selection.
-        title: title of the figure; by default the number of candidates that passed.
+        title: title of the figure; by default it gives the number of candidates that passed.
         theme: "light" or "dark".
 
     Returns:
-        One point per candidate: filled if it was found; above the dashed line p is small enough after the correction.
+        One point per candidate, filled if it was found; candidates above the dashed line pass the test.
     """
     look = look_of(theme)
     figure = Figure()
     n = len(selection.candidates)
-    # found neurons first, then by p; where there are too many points, the last are not drawn
+    # found neurons first, then by p; if there are too many points, the last ones are not drawn
     order = np.argsort(np.where(selection.found, -np.inf, selection.p_value), kind="stable")
     shown = sorted(order[:MOST_CANDIDATES].tolist())
     for found in (False, True):  # found neurons are drawn last, on top of the others
@@ -95,7 +95,7 @@ def plot_candidates(selection: Selection, *, title: str | None = None, theme: Th
     if threshold is not None:
         figure.add_hline(y=-np.log10(max(threshold, SMALLEST_P)), line=look.dashed)
     if n:
-        # right of it a neuron supports the right answer
+        # to its right, a neuron supports the right answer
         figure.add_vline(x=0, line={"color": look.line, "width": 1.5})
     else:
         say_nothing_to_show(figure, say("figures.no_candidates"))
@@ -121,7 +121,7 @@ def plot_difference(
         scores: scores of the questions that the model answers right.
         neuron: the neuron.
         mistaken: scores of questions that it answers wrong.
-        title: title of the figure; by default the means.
+        title: title of the figure; by default it gives the means.
         theme: "light" or "dark".
 
     Returns:
@@ -178,7 +178,7 @@ def difference_of(scores: ScoreSource, neuron: Neuron) -> dict[str, float]:
 
 
 def _add_candidates(figure: Figure, selection: Selection, at: list[int], look: Look) -> None:
-    """Some candidates of one site that are all found or all not found."""
+    """Draw candidates of one site that were all found, or all not found."""
     site, is_found = selection.candidates[at[0]].site, bool(selection.found[at[0]])
     colour = look.site(site)
     figure.add_points(
@@ -201,7 +201,7 @@ def _add_candidates(figure: Figure, selection: Selection, at: list[int], look: L
 
 
 def _largest_passing_p(selection: Selection) -> float | None:
-    """The uncorrected p that separates found from not found candidates; None without a test, or if it is not known."""
+    """The uncorrected p that separates found from not found candidates; None without a test, or if it is unknown."""
     if selection.alpha is None or not len(selection.candidates):
         return None
     # the correction counts either the candidates or every neuron as tested

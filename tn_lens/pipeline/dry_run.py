@@ -1,4 +1,4 @@
-"""An estimate of what a run costs, before it is started."""
+"""An estimate of the cost of a run before it is started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tn_lens.questions.prompts import build_prompts
 from tn_lens.questions.question import QuestionSet
 
 N_PROBES = 16
-"""Prompts that are run to measure."""
+"""Number of prompts that are run for the measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,14 @@ class Plan:
     n_questions: int
     n_prompts: int
     longest_prompt: int
-    """Tokens."""
+    """Number of tokens of the longest prompt."""
     seconds: float
-    """Expected if every question passes the manipulation check."""
+    """Expected duration if every question passes the manipulation check."""
     memory: int
-    """Peak memory of this process (on CUDA of the device) so far, in bytes."""
+    """Memory of this process after the measurement (on CUDA the peak memory of the device), in bytes."""
 
     def summary(self) -> str:
-        """One sentence."""
+        """Summary in one sentence."""
         return say("run.plan", self)
 
 
@@ -51,7 +51,7 @@ def plan_run(
         model, parts.finding, order=settings.order or "random", seed=settings.seed, drop_long=drop_long
     )
     probe = prompts[:N_PROBES]
-    ask(model, probe)  # the first call sets things up, and is not measured
+    ask(model, probe)  # warm-up, which is not measured
     started = time.perf_counter()
     attribute(model, probe, **settings.of_attribution())
     per_attribution = (time.perf_counter() - started) / len(probe)

@@ -1,4 +1,4 @@
-"""Which questions neurons are found on, reported on, and tuned on."""
+"""The split of the questions into those for finding neurons, for reporting, and for tuning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tn_lens.core.settings import Settings
 from tn_lens.questions.question import QuestionSet
 
 TUNING_SHARE = 0.2
-"""Fraction of a set without parts that t is tuned on."""
+"""Fraction of the questions on which t is tuned, for sets without parts."""
 
 
 class Parts(NamedTuple):
@@ -20,17 +20,17 @@ class Parts(NamedTuple):
     reporting: QuestionSet
     tuning: QuestionSet
     is_held_out: bool
-    """Whether the questions to report on are others than those to find neurons on."""
+    """Whether the questions for reporting are not those for finding neurons."""
 
 
 def split_questions(questions: QuestionSet, settings: Settings) -> Parts:
     """The questions to find neurons on, those to report on, and those to tune t on.
 
-    The set's own parts if it has them, else the whole set for finding and reporting; with t = "auto" a fraction of it,
-    drawn with the seed, is for tuning only.
+    Uses the parts of the set if it has them, otherwise the whole set both for finding and for reporting. With t = "auto", a
+    fraction of such a set, drawn with the seed, is used for tuning only.
 
     Raises:
-        BadInput: there are too few questions to tune t on some of them.
+        BadInput: there are too few questions to set some of them aside for tuning.
     """
     if settings.format is not None:
         questions = questions.with_format(settings.format)
@@ -39,12 +39,12 @@ def split_questions(questions: QuestionSet, settings: Settings) -> Parts:
     if not is_held_out:
         finding = questions
     if settings.adaptive_threshold == "auto" and not tuning:
-        # a stream of its own: the seed draws other things as well
+        # a separate stream, since the seed is used for other draws as well
         shuffled = generator(settings.seed, 5).permutation(len(questions)).tolist()
         n_tuning = max(1, round(TUNING_SHARE * len(questions)))
         tuning, finding = (questions.select(sorted(part)) for part in (shuffled[:n_tuning], shuffled[n_tuning:]))
         is_held_out = False
         if not finding:
-            raise BadInput(f"{len(questions)} questions are too few to tune t on some of them; set t yourself")
+            raise BadInput(f"tuning t needs at least 2 questions, got {len(questions)}; add questions, or set t")
     finding = finding.sample(settings.limit, generator(settings.seed))
     return Parts(finding, reporting if is_held_out else finding, tuning, is_held_out)

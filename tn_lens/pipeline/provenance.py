@@ -1,4 +1,4 @@
-"""What a manifest says about the model and the machine."""
+"""The entries of a manifest that describe the model and the machine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def weights_digest(model: Model) -> str:
-    """SHA-256 over the sum and norm of every weight, which tells a model from an edited copy."""
+    """SHA-256 over the sum and norm of every weight, which distinguishes a model from an edited copy."""
     weights = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         # in float64, and printed with nine digits: devices add up in different orders
@@ -67,7 +67,7 @@ def weights_digest(model: Model) -> str:
 
 
 def threads_of(out: str | Path | None) -> int:
-    """Number of threads for a run: that of its folder if it was started before, else torch's own."""
+    """Number of threads for a run: that of its folder if it was started before, otherwise torch's own."""
     manifest = Path(out) / "manifest.json" if out is not None else None
     try:
         stored = read_manifest(manifest)["settings"].get("n_threads") if manifest and manifest.is_file() else None
@@ -78,7 +78,7 @@ def threads_of(out: str | Path | None) -> int:
 
 @contextmanager
 def fixed_threads(n: int) -> Iterator[None]:
-    """Let torch use `n` threads inside the `with`: sums differ in their last bits between numbers of threads."""
+    """Context manager that sets torch's number of threads, since it affects the last bits of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

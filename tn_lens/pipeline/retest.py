@@ -1,4 +1,4 @@
-"""The neurons of a run, or any set, on other question sets: tables 1 and 2 in one call."""
+"""Evaluation of the neurons of a run, or of any set, on other question sets: tables 1 and 2 in one call."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
     """Question sets by `NAME`, by `NAME=PATH` for a local copy, or by the path of a file.
 
     Args:
-        on: what to load; a set with parts gives its reporting part.
-        limit: maximum number of questions of each, drawn with the seed.
+        on: names or paths of the sets; of a set with parts, the reporting part is used.
+        limit: maximum number of questions of each set, drawn with the seed.
         seed: seed for that draw.
         options: options of `load_questions`, for the sets that have them.
 
     Raises:
-        BadInput: nothing to load, the same set twice, or see `load_questions`.
+        BadInput: nothing is given, or a set is given twice; see also `load_questions`.
     """
     if not on:
         raise BadInput("expected a question set; give one or several, as in --on truthfulqa triviaqa mmlu")
@@ -60,7 +60,7 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
         sets.append(questions.sample(limit, generator(seed, 10)))
     names = [questions.name for questions in sets]
     if len(set(names)) < len(names):
-        raise BadInput(f"each question set needs a name of its own; got {', '.join(names)}")
+        raise BadInput(f"question sets must have different names; got {', '.join(names)}")
     return sets
 
 
@@ -79,16 +79,16 @@ def retest(
 
     Args:
         model: the model.
-        neurons: the set.
-        sets: the questions.
-        out: a folder for one file per set, summary.json, and table1 and table2 as .md, .tex and .csv; None writes nothing.
+        neurons: the set of neurons.
+        sets: the question sets.
+        out: folder for one file per set, summary.json, and table1 and table2 as .md, .tex and .csv; None writes nothing.
         parts: for each question set by name, parts whose accuracies are reported separately.
         progress: show progress bars.
         threads: number of torch threads of every worker; torch's own by default.
         options: keyword arguments of `evaluate`.
 
     Raises:
-        BadInput: see `evaluate`; or the folder cannot be written.
+        BadInput: the folder cannot be written; see also `evaluate`.
     """
     check_model(model)
     neuron_space(model).check(neurons)
@@ -124,7 +124,7 @@ def _write(folder: RunFolder, evaluations: Sequence[Evaluation]) -> None:
 
 
 def run_of(path: str | Path) -> tuple[Provenance, NeuronSet]:
-    """Where a finished run comes from, and its neurons.
+    """The provenance of a finished run, and its neurons.
 
     Raises:
         BadInput: there is no run, it has no neurons yet, or they were altered.
@@ -143,21 +143,21 @@ def run_of(path: str | Path) -> tuple[Provenance, NeuronSet]:
 
 
 def load_noted(name: Any, **options: Any) -> Model:
-    """Load the model that a manifest names, without the network: a manifest may come from anybody.
+    """Load the model that a manifest names, without network access, since manifests are not trusted.
 
     Args:
-        name: from the manifest.
+        name: name of the model in the manifest.
         options: keyword arguments of `load_model`.
 
     Raises:
-        BadInput: it is a folder, or not in the hub's cache.
+        BadInput: the name is that of a folder, or the model is not in the hub's cache.
     """
     if name == "toy":
         return load_model(name, **options)
     if not isinstance(name, str) or Path(name).exists() or not HUB_ID.fullmatch(name):
         raise BadInput(
-            f"the run was made with the model in {str(name)!r:.200}, and folders that a manifest names are not opened; give it "
-            "with --model"
+            f"the run was made with the model in {str(name)!r:.200}, and folders that a manifest names are not opened; give the "
+            "model with --model"
         )
     online = constants.HF_HUB_OFFLINE
     # the hub library reads this at every call
@@ -166,32 +166,32 @@ def load_noted(name: Any, **options: Any) -> Model:
         return load_model(name, **options)
     except BadInput as error:
         raise BadInput(
-            f"the run was made with {name!r}, which is not in the hub's cache, and a manifest does not open the network; give "
-            f"it with --model {name}"
+            f"the run was made with {name!r}, which is not in the hub's cache, and models that a manifest names are not "
+            f"downloaded; give the model with --model {name}"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = online
 
 
 def check_same_model(model: Model, settings: Mapping[str, Any], path: Path) -> None:
-    """Refuse another model than the one in which a run's neurons were found.
+    """Check that the model is the one in which a run's neurons were found.
 
     Raises:
-        BadInput: name or weights differ.
+        BadInput: the name or the weights differ.
     """
     backend = backend_of(model)
     if backend.name != settings["model"]:
-        raise BadInput(f"the neurons of {path} were found in {settings['model']!r}, and this model is {backend.name!r}")
+        raise BadInput(f"the neurons of {path} were found in {settings['model']!r}, but this model is {backend.name!r}")
     # in another dtype, or by another backend, the same weights have another digest
     same = str(backend.dtype).removeprefix("torch.") == settings["dtype"] and backend.kind == settings.get("backend")
     if same and weights_digest(model) != settings["weights_sha256"]:
         raise BadInput(
-            f"the neurons of {path} were found in other weights than {backend.name!r} has now; run again to find its own"
+            f"the neurons of {path} were found with other weights of {backend.name!r}; run again to find those of this model"
         )
 
 
 def parts_of(path: Path, stored: Mapping[str, Any], questions: QuestionSet) -> dict[str, tuple[str, ...]]:
-    """The use of a set's questions in a run: half 1, half 2, dropped by the check, unseen. Empty for another set."""
+    """The use of a set's questions in a run: half 1, half 2, dropped by the check, unseen. Empty for any other set."""
     if stored["questions"] != questions.name or stored["questions_sha256"] != questions.digest:
         return {}
     settings = settings_of(stored)

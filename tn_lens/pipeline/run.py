@@ -1,4 +1,4 @@
-"""The whole paper in one call: the stages in order, and the run folder that keeps their results."""
+"""The paper's whole pipeline in one call: its stages in order, and the run folder that stores their results."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ def find_truth_neurons(
 ) -> TruthNeurons:
     """Find the truth neurons of a model, ablate them, and measure the effect (the paper's whole pipeline).
 
-    Started with torchrun, every worker makes this call, and they share the work.
+    Under torchrun, every worker makes this call, and the workers share the work.
 
     Args:
-        model: from `load_model`, or a HookedTransformer loaded without weight processing.
-        questions: from `load_questions`. If a set has parts (the toy), neurons are found on "find" and the conditions are
-            evaluated on "report"; otherwise the whole set serves both, as in the paper.
-        settings: for example `Settings(adaptive_threshold=0.02, order="both")`.
-        out: a run folder to write; it is resumed if it holds the same run.
-        overwrite: start over if the folder holds another run.
+        model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
+        questions: a set from `load_questions`. If it has parts (the toy), neurons are found on "find" and the conditions are
+            evaluated on "report"; otherwise the whole set is used for both, as in the paper.
+        settings: settings of the run, for example `Settings(adaptive_threshold=0.02, order="both")`.
+        out: run folder to write; the run is resumed if the folder contains the same run.
+        overwrite: start over if the folder contains another run.
         drop_long: leave out questions beyond the context window instead of raising.
         progress: show progress bars.
         threads: number of torch threads of every worker; by default that of the run folder, or torch's own.
         command: the command line that started the run, for the report.
 
     Raises:
-        BadInput: see the stages; nothing is left in the run folder before the model has answered a question right.
+        BadInput: see the stages. If the model answers no question right, the run folder is removed.
         WorkerLost: another worker has died or failed.
     """
     settings = check_arguments(model, questions, settings, out, threads)
@@ -93,7 +93,7 @@ def find_truth_neurons(
         # 4. ablate and evaluate (3.3)
         measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
         evaluation = run.stage("evaluation", evaluate, model, parts.reporting, selection.neurons, **measuring)
-        # 5. explain what was found
+        # 5. diagnose the neurons and make cards
         columns = scores.columns(selection.neurons)
         about = {"tested": selection.half_2, "label_means": scores.label_means(columns, selection.half_2)}
         about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed}
@@ -123,16 +123,16 @@ def find_truth_neurons(
 def check_arguments(
     model: Model, questions: QuestionSet, settings: Settings, out: str | Path | None, threads: int | None
 ) -> Settings:
-    """Refuse arguments that no run can be made with, and fill in the settings.
+    """Check the arguments, and fill in the settings.
 
     Raises:
-        BadInput: naming the argument.
+        BadInput: an argument is invalid.
     """
     check_model(model)
     if not isinstance(questions, QuestionSet):
         raise BadInput(f"expected a QuestionSet, got {questions!r:.60}; load one with load_questions(...)")
     if out is not None and not str(out).strip():
-        raise BadInput("the run folder's name is empty; give one like runs/mine")
+        raise BadInput("expected the path of a run folder, got an empty one; give a path such as runs/mine")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise BadInput(f"threads must be a positive integer; got {threads!r}")
     if out is None and workers().n_workers > 1:
@@ -142,14 +142,14 @@ def check_arguments(
 
 @contextmanager
 def started(out: str | Path | None, threads: int | None, progress: bool) -> Iterator[Run]:
-    """A run whose stages may be called; its folder is closed on leaving."""
+    """Context manager in which the stages of a run may be called; closes the run folder on exit."""
     run = Run(progress=progress and workers().is_first)
     with fixed_threads(threads or threads_of(out)), ExitStack() as run.resources, run:
         yield run
 
 
 def keep(run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrite: bool, **notes: Any) -> RunFolder:
-    """Open the run folder, or a temporary one, in which the run keeps its chunks, and note where the run comes from."""
+    """Open the run folder (or a temporary one), which stores the chunks, and record the origin of the run in it."""
     together = workers()
     together.agree(manifest, str(manifest["device"]))
     path = Path(run.resources.enter_context(tempfile.TemporaryDirectory())) / "run" if out is None else Path(out)
@@ -162,7 +162,7 @@ def keep(run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrit
 
 
 def sources(model: Model, questions: QuestionSet) -> dict[str, Any]:
-    """Where model and questions were loaded from."""
+    """The sources from which model and questions were loaded."""
     return {"model_source": vars(model).get("loaded_from"), "questions_source": questions.source}
 
 
@@ -177,9 +177,9 @@ def check_some_right(folder: RunFolder, model: Model, prompts: PromptSet) -> Man
         folder.workers.wait()
         folder.remove()
         raise BadInput(
-            f"no question is left after the manipulation check: the model answers none of the {check.n_asked} right"
+            f"no question passed the manipulation check: of {check.n_asked} asked, the model answers none right"
             f"{' in both orders' if check.is_swapped else ''} (answer mass {check.answer_mass:.2f}); "
-            "try a model that knows more, other questions, or order='random'"
+            "try a more capable model, other questions, or order='random'"
         )
     return check
 
@@ -197,10 +197,11 @@ def attribute_into(
 ) -> StoredScores:
     """Attribute the kept prompts chunk by chunk.
 
-    If memory runs out, the size of a pass that fitted serves all further chunks and `options`, and is noted in the manifest.
+    If memory runs out, the pass size that fitted is used for all further chunks, stored in `options`, and recorded in the
+    manifest.
     """
     chunks = check.prompts.chunks(PROMPTS_ATTRIBUTED)
-    # a resumed run goes on with the size that fitted before
+    # a resumed run continues with the size that fitted before
     noted = folder.noted(BACKED_OFF)
     size = PassSize(**noted) if noted else None
 
@@ -223,7 +224,7 @@ def attribute_into(
 
 
 def selection_table(scores: StoredScores, settings: Settings) -> SelectionTable:
-    """Counts and moments for every threshold and split that the run asks for, in two passes over the scores."""
+    """Counts and moments for every threshold and split that the run needs, in two passes over the scores."""
     is_tuned = settings.adaptive_threshold == "auto"
     ts: Sequence[Threshold] = THRESHOLDS if is_tuned else [settings.adaptive_threshold]  # pyright: ignore
     # the split of the run and those of the stability check
@@ -243,7 +244,7 @@ def again_with_every_order(table: SelectionTable, selection: Selection) -> float
 
 
 def notes_of(run: Run, model: Model, settings: Settings) -> tuple[str, ...]:
-    """What to read before believing the numbers: about the method, about memory, and the warnings of the stages."""
+    """The warnings of a run: about the method, about memory, and those of the stages."""
     assert run.folder is not None
     fitted = run.folder.noted(BACKED_OFF)
     first = Run()
@@ -272,9 +273,9 @@ def report_bytes(found: TruthNeurons) -> bytes:
 
 
 def rewrite_report(path: Path) -> None:
-    """Write the report of a run folder anew, with the evaluations on other question sets that it holds.
+    """Rewrite the report of a run folder, with the evaluations on other question sets that the folder contains.
 
     Raises:
-        BadInput: there is no finished run, or a file of it is damaged.
+        BadInput: there is no finished run, or one of its files is damaged.
     """
     RunFolder(path).write("report.html", report_bytes(load_run(path)))

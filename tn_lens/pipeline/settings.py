@@ -26,10 +26,10 @@ PAPER_THRESHOLDS: Mapping[str, float] = {model: row.t for model, row in PAPER.it
 
 
 def resolve_settings(model: Model, settings: Settings) -> Settings:
-    """Fill in what was not given: the model's recommended t and order, else t = 0.2 and "random"; memory and engine.
+    """Fill in unset settings: the model's recommended t and order, otherwise t = 0.2 and "random"; max_memory and engine.
 
     Raises:
-        BadInput: a value is out of range or unknown, before anything is computed.
+        BadInput: a value is out of range or unknown; raised before anything is computed.
     """
     if not isinstance(settings, Settings):
         raise BadInput(f"expected Settings, got {settings!r:.60}; write tn.Settings(order='both', ...)")
@@ -42,7 +42,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
     for name, hint in get_type_hints(Settings).items():
         words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
         if words and name != "adaptive_threshold" and getattr(settings, name) not in words:
-            raise BadInput(f"expected {name} {', '.join(map(repr, words))}; got {getattr(settings, name)!r}")
+            raise BadInput(f"{name} must be one of {', '.join(map(repr, words))}; got {getattr(settings, name)!r}")
     for registry, names in (
         (SITES, settings.sites),
         (CONTROLS, settings.controls),
@@ -75,12 +75,12 @@ def _check_numbers(settings: Settings) -> None:
 
 
 def rules_of(settings: Settings) -> Rules:
-    """The rules of selection among the settings."""
+    """The selection rules in the settings."""
     return Rules(**settings.of_selection())
 
 
 def recommended_settings(model: Model) -> dict[str, Any]:
-    """Settings that suit a model: t for the paper's six (table 3), t and the order for the toy, else nothing."""
+    """Recommended settings: t for the paper's six models (table 3), t and the order for the toy, none for others."""
     name = backend_of(model).name
     if name == "toy":
         content = resources.files("tn_lens.toy").joinpath("model/tn_lens.json").read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""All sentences, tables and pages about a result."""
+"""The report page of a run, and the templates of all pages and sentences."""

@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page that reads like a short paper; the same bytes for the same run."""
+"""A run as one self-contained HTML page, structured like a short paper; the same run gives the same bytes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ N_ROWS = 1000
 
 
 def write_report(found: TruthNeurons) -> str:
-    """The page of a run as text. It works offline, and names and texts of users are escaped.
+    """Return the page of a run as a string; it works offline, and all text from users is escaped.
 
     Args:
-        found: from `find_truth_neurons` or `load_run`; each of its cards is shown below its neuron's row.
+        found: result of `find_truth_neurons` or `load_run`; each of its cards is shown below its neuron's row.
     """
     evaluation, settings, worst = found.evaluation, found.provenance.settings, worst_gap(found.completeness)
     others = found.elsewhere
@@ -81,7 +81,7 @@ def write_report(found: TruthNeurons) -> str:
 
 
 def write_comparison(comparison: RunComparison) -> str:
-    """The page about several runs as text; see `write_report`."""
+    """Return the page that compares several runs as a string; see `write_report`."""
     figures = {
         "layers": comparison.plot_layers(),
         "overlap": comparison.plot_overlap(),
@@ -161,7 +161,7 @@ def python_call(found: TruthNeurons) -> str:
     stored, source = found.provenance.settings, found.provenance.model_source
     loading = [repr(source.get("model") or found.model_name)]
     loading += [f"{name}={source[name]!r}" for name in ("dtype", "revision", "backend") if source.get(name)]
-    # defaults that depend on the device or on the model's abilities are known from the manifest only
+    # the defaults of these settings depend on the device and on the model
     default = {f.name: f.default for f in fields(Settings)} | {"max_memory": default_memory(stored["device"])}
     default["engine"] = "shared_prefix"
     values = vars(settings_of(stored))
@@ -185,7 +185,7 @@ def in_dark(bare: Mapping[str, Any], figure: Figure) -> dict[str, Any]:
     dark = _recoloured(bare)
     heatmap, *others = figure.traces
     if heatmap.type == "heatmap" and others and others[0].type == "scatter":
-        # whether a cell needs light or dark text depends on its colour, so the text is drawn anew
+        # whether a cell needs light or dark text depends on its colour, so the colours of the text are computed again
         cells = Figure(data=[heatmap])
         write_in_cells(cells, np.reshape(others[0].text, np.shape(heatmap.z)).tolist(), "dark")
         dark["data"][1]["textfont"]["color"] = list(cells.traces[1].textfont.color)
@@ -215,7 +215,7 @@ def _colours(theme: Theme) -> list[str]:
 DARK: Mapping[str, str] = dict(zip(_colours("light"), _colours("dark"), strict=True))
 """Colour of the light theme -> the corresponding colour of the dark theme."""
 DARK_SCALES = {LOOKS["light"].scale: LOOKS["dark"].scale, LOOKS["light"].diverging: LOOKS["dark"].diverging}
-"""The same for colour scales."""
+"""Colour scale of the light theme -> the corresponding colour scale of the dark theme."""
 
 
 def _in_script(payload: Any) -> str:

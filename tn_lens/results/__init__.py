@@ -1,1 +1,1 @@
-"""What a run found, as objects: the result of a run, neuron cards, and several runs side by side."""
+"""Results as objects: the result of a run, neuron cards, and the comparison of several runs."""

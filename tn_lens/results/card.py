@@ -1,4 +1,4 @@
-"""A neuron card: what is known about one neuron, as text and as a piece of HTML."""
+"""A neuron card: a summary of one neuron, as text or HTML."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Card(Stored):
     n_beside: int | None
     """Other found neurons of the same layer and site; None without a selection."""
     statistics: Mapping[str, Any]
-    """The neuron's row of `Selection.to_frame(candidates=True)`; empty if it was no candidate."""
+    """The neuron's row of `Selection.to_frame(candidates=True)`; empty if it was not a candidate."""
     diagnosis: Mapping[str, Any]
     """Its row of `Diagnosis.to_frame()`; empty if it was not diagnosed."""
     supports: tuple[Example, ...]
@@ -82,13 +82,13 @@ class Card(Stored):
 
     def __post_init__(self) -> None:
         for name in ("statistics", "diagnosis"):
-            # JSON has no NaN, and None stands for it in files
+            # JSON has no NaN, so files contain None instead
             values = {key: float("nan") if value is None else value for key, value in getattr(self, name).items()}
             object.__setattr__(self, name, values)
 
     @property
     def verdict(self) -> Verdict | None:
-        """Whether it supports truth or the model's choice; None if it was not diagnosed."""
+        """The verdict of the diagnosis; None if the neuron was not diagnosed."""
         return self.diagnosis.get("verdict")
 
     @property
@@ -103,16 +103,16 @@ class Card(Stored):
 
     @property
     def turned(self) -> str:
-        """A sentence if its activation is negative, which exchanges promoted and demoted tokens; else empty."""
+        """A note if its mean activation is negative, which swaps promoted and demoted tokens; otherwise empty."""
         means = {name: activation.mean for name, activation in self.activations.items()}
-        # a neuron that is active by letter changes its sign between these groups
+        # an activation that depends on the letter can change its sign between these groups
         means = {name: mean for name, mean in means.items() if name.startswith("right answer")} or means
         below = [name for name, mean in means.items() if mean < 0]
         return say("card.turned", below, len(below) == len(means))
 
     @property
     def written(self) -> dict[str, tuple[Token, ...]]:
-        """The lists of tokens that are not empty, by their names."""
+        """The lists of tokens that are not empty, by name."""
         lists = {"promotes": self.promotes, "demotes": self.demotes, "labels": self.labels}
         return {name: tokens for name, tokens in lists.items() if tokens}
 
@@ -121,7 +121,7 @@ class Card(Stored):
         return say_each("card.facts", self, VERDICTS, CASES)
 
     def summary(self) -> str:
-        """Two or three sentences."""
+        """Summary in a few sentences."""
         return say("card.summary", self, self.facts())
 
     def to_text(self) -> str:
@@ -130,7 +130,7 @@ class Card(Stored):
         return "\n".join(line.rstrip() for line in text.split("\n"))
 
     def to_html(self) -> str:
-        """The card as a piece of HTML, with everything escaped; its colours are those of the page."""
+        """The card as an HTML fragment with all text escaped; it inherits the colours of the page."""
         template = environment("templates", is_html=True).get_template("card.html.j2")
         return template.render(card=self, visible=visible)
 

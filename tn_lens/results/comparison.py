@@ -1,4 +1,4 @@
-"""Several runs side by side: where their neurons lie, how alike that is, and the effect of ablating them (paper 3.3, 3.5)."""
+"""Comparison of several runs: the layers of their neurons, the overlap, and the effect of ablation (paper 3.3, 3.5)."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tn_lens.results.found import TruthNeurons, load_run
 from tn_lens.selection.significance import LEVEL
 
 COMPARED = ("share_threshold", "order", "method", "target", "correction")
-"""Settings that runs should share if their models are compared."""
+"""Settings that should be equal in all runs if their models are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RunComparison:
-    """The results of several runs, side by side."""
+    """The results of several runs, and measures of their overlap."""
 
     runs: Mapping[str, TruthNeurons]
-    """By unique names: the model, with the question set or the folder if the model is not enough."""
+    """Runs by unique names: the model, with the question set or the folder if needed to distinguish them."""
     overlap: Float[np.ndarray, "run run"]
     """Overlap of the fractions of found neurons over relative depth, computed for each site; 1 for equal distributions."""
     jaccard: Float[np.ndarray, "run run"]
@@ -48,7 +48,7 @@ class RunComparison:
 
     @property
     def noun(self) -> str:
-        """What the runs are called: "models" if each has a model of its own, else "runs"."""
+        """What the runs are called: "models" if each has a different model, otherwise "runs"."""
         return "models" if self.n_models == len(self.runs) else "runs"
 
     @property
@@ -86,7 +86,7 @@ class RunComparison:
     @property
     def by_third(self) -> dict[int, int]:
         """Third of the depth with most neurons -> number of runs; empty if a model is too shallow for thirds."""
-        # runs without neurons have no distribution, and count for no third
+        # runs without neurons have no distribution, and are not counted
         thirds = [thirds_of(run) for run in self.runs.values() if run.neurons]
         if any(np.isnan(shares).any() for shares in thirds):
             return {}
@@ -94,7 +94,7 @@ class RunComparison:
 
     @property
     def fullest(self) -> FullestPlace | None:
-        """The place in which most runs have most of their neurons; None if there is no common measure."""
+        """The place in which most runs have most of their neurons, see `fullest_place`; None if no run has any."""
         counts = [counts_of(run) for run in self.runs.values() if run.neurons]
         return fullest_place(counts) if counts else None
 
@@ -158,12 +158,12 @@ class RunComparison:
         return pd.concat([grouped, pd.DataFrame([mean_row(name, self.n_models, pairs)])], ignore_index=True)
 
     def sentences(self) -> list[str]:
-        """What the comparison shows, in sentences."""
+        """The results of the comparison, in sentences."""
         n_lower = sum(run.evaluation.welch_p < LEVEL for run in self.runs.values())
         mean = self.means().iloc[-1].to_dict() if self.has_one_set else None
         settings = [run.settings for run in self.runs.values()]
         differing = [name for name in COMPARED if len({getattr(s, name) for s in settings}) > 1]
-        # prose calls the share threshold p, like the paper
+        # the share threshold is called p in sentences, as in the paper
         differing = ["p" if name == "share_threshold" else name for name in differing]
         return say_each("comparison.sentences", self, n_lower, LEVEL, mean, differing)
 
@@ -185,13 +185,13 @@ def compare(runs: Sequence[TruthNeurons | str | Path]) -> RunComparison:
         runs: at least two results of `find_truth_neurons`, or run folders.
 
     Raises:
-        BadInput: fewer than two runs, or a folder holds no finished run.
+        BadInput: there are fewer than two runs, or a folder contains no finished run.
     """
     if len(runs) < 2:
         raise BadInput(f"compare needs at least two runs; got {len(runs)}")
     loaded = [run if isinstance(run, TruthNeurons) else load_run(run) for run in runs]
     spread = [spread_over_depth(run.neurons, run.selection.space.n_layers) for run in loaded]
-    # [run, run]; the same name in two models is not the same neuron
+    # [run, run]; equal names in different models do not denote the same neuron
     jaccard = [[a.neurons.jaccard(b.neurons) if _weights(a) == _weights(b) else np.nan for b in loaded] for a in loaded]
     return RunComparison(
         runs=dict(zip(names_of(loaded), loaded, strict=True)),

@@ -1,4 +1,4 @@
-"""The result of a run: what was found, whether it matters, and what to read before believing it."""
+"""The result of a run: the neurons that were found, the effect of ablating them, and warnings."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Provenance:
     command: tuple[str, ...] | None = None
     """The command line that started the run; None if it was started from Python."""
     model_source: Mapping[str, Any] = field(default_factory=dict)
-    """The arguments that the model was loaded with; empty if they are not known."""
+    """The arguments with which the model was loaded; empty if unknown."""
     questions_source: str | None = None
-    """Path of the file that the questions were read from; None for sets by name and those made in Python."""
+    """Path of the file that the questions were read from; None for built-in sets and sets made in Python."""
     backed_off: Mapping[str, int] | None = None
-    """Prompts and rows in a pass that fitted, if memory ran out."""
+    """Prompts and rows in the passes that fitted into memory, if memory ran out."""
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], name: str = "") -> Provenance:
@@ -64,7 +64,7 @@ class _Rest(Stored):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TruthNeurons:
-    """What a run found, and whether it matters."""
+    """The truth neurons that a run found, and the effect of ablating them."""
 
     model_name: str
     questions_name: str
@@ -74,9 +74,9 @@ class TruthNeurons:
     """For each site: mean |gap| and mean |change| of every layer; a gap of 0 is an exact integral."""
     selection: Selection
     evaluation: Evaluation
-    """The conditions on the reporting questions of the toy, on the whole set elsewhere (as in the paper)."""
+    """The evaluation on the reporting questions of a set that has them (the toy), otherwise on those used for finding."""
     is_held_out: bool
-    """Whether the evaluation's questions had no part in finding neurons."""
+    """Whether the questions of the evaluation were not used to find the neurons."""
     diagnosis: Diagnosis
     """Whether the neurons support truth, the model's choice, or the format."""
     stability: Stability
@@ -93,7 +93,7 @@ class TruthNeurons:
     others: tuple[Evaluation, ...] = ()
     """The same neurons on other question sets (`tn-lens evaluate RUN`)."""
     strangers: tuple[str, ...] = ()
-    """Question sets whose stored evaluation belongs to other neurons."""
+    """Question sets whose stored evaluation is one of other neurons."""
 
     @property
     def neurons(self) -> NeuronSet:
@@ -102,7 +102,7 @@ class TruthNeurons:
 
     @property
     def unseen(self) -> Evaluation | None:
-        """The conditions on the questions that selection and test did not use, if `evaluation` has others too."""
+        """The evaluation on the questions that neither selection nor test used; None if there are none, or no others."""
         used = {*self.selection.half_1, *self.selection.half_2}
         rest = [question for question in self.evaluation.prompts.groups if question not in used]
         return None if self.is_held_out or not rest else self.evaluation.only(rest)
@@ -118,7 +118,7 @@ class TruthNeurons:
         return worst_gap(self.completeness).share
 
     def warnings(self) -> list[str]:
-        """Everything to read before believing the result."""
+        """All warnings about the result."""
         return [*self.notes, *say_each("run.warnings", self, FEW), *self.evaluation.warnings()]
 
     def records(self) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ class TruthNeurons:
         return f"{type(self).__name__}: {self.summary()}"
 
     def summary(self) -> str:
-        """What was found and what its ablation does, in a few sentences."""
+        """The neurons that were found and the effect of ablating them, in a few sentences."""
         return say("run.summary", self)
 
     def _repr_html_(self) -> str:
@@ -150,7 +150,7 @@ class TruthNeurons:
         yield "cards.json", CardFile(cards=self.cards).to_bytes(".json")
         rest = _Rest(**{f.name: getattr(self, f.name) for f in fields(_Rest)})
         yield "result.json", rest.to_bytes(".json")
-        # last, so that a folder with this file holds all the others
+        # last, so that a folder with this file contains all the others
         yield "summary.json", dump_json(self._numbers())
 
     def _numbers(self) -> dict[str, Any]:
@@ -178,14 +178,14 @@ def load_run(path: str | Path) -> TruthNeurons:
     """Read a run folder: the object that `find_truth_neurons` returned, without the model.
 
     Raises:
-        BadInput: there is no run, it is not finished, or a file of it is damaged or of another version.
+        BadInput: there is no run, it is not finished, or one of its files is damaged or was written by another version.
     """
     path = Path(path)
     if not (path / "manifest.json").is_file():
         raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
     provenance = Provenance.of(read_manifest(path / "manifest.json"), path.resolve().name)
     settings = settings_of(provenance.settings)
-    # written last but the summary: without it the run is not finished
+    # written last except for the summary: without it the run is not finished
     rest = _Rest.load(path / "result.json")
     selection = Selection.load(path / "selection.json")
     # `tn-lens evaluate RUN` writes these
@@ -193,7 +193,7 @@ def load_run(path: str | Path) -> TruthNeurons:
     try:
         model_name, questions_name = provenance.settings["model"], provenance.settings["questions"]
     except KeyError as error:
-        raise BadInput(f"{path / 'manifest.json'} was written by another version ({error} is missing)") from error
+        raise BadInput(f"{path / 'manifest.json'} was written by another version (no {error}); run again") from error
     return TruthNeurons(
         model_name=model_name,
         questions_name=questions_name,

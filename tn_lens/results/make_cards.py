@@ -1,4 +1,4 @@
-"""Cards of some neurons: one pass over the scores, one over the prompts, and rows of the weights."""
+"""Make neuron cards, with one pass over the scores and one over the prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tn_lens.runs.context import map_chunks
 from tn_lens.selection.result import Selection
 
 N_CARDS = 50
-"""Number of neurons of a run that get a card."""
+"""Maximum number of neurons of a run that get a card."""
 
 
 def neuron_card(
@@ -38,7 +38,7 @@ def neuron_card(
         model: the model.
         neuron: the neuron, or its name, for example "mlp 3:17" or "attn 2.h1:5".
         scores: an `Attribution`, or the scores of a run folder.
-        check: the manipulation check before it, whose prompts are run once for the activations.
+        check: the manipulation check before the attribution; its prompts are run once to read the activations.
         about: selection, diagnosis, questions, n_examples and n_tokens of `make_cards`.
 
     Raises:
@@ -67,20 +67,20 @@ def make_cards(
     Args:
         model: the model.
         scores: an `Attribution`, or the scores of a run folder.
-        check: the manipulation check before it, whose prompts are run once for the activations.
-        neurons: by default the strongest 50 of the selection, strongest first.
-        selection: gives the statistics of candidates.
-        diagnosis: gives the verdicts.
+        check: the manipulation check before the attribution; its prompts are run once to read the activations.
+        neurons: neurons to make cards of; by default the strongest 50 of the selection, strongest first.
+        selection: selection with the statistics of candidates.
+        diagnosis: diagnosis with the verdicts.
         questions: the set that the prompts were built from, to show questions and answers; otherwise cards show prompts.
         n_examples: number of questions with the highest, and with the lowest, D.
         n_tokens: number of tokens with the highest, and with the lowest, direct logit attribution.
-        columns: D of the neurons, in the order of `neurons` (of `selection.neurons` by default), if it was read already.
+        columns: D of the neurons, in the order of `neurons` (of `selection.neurons` by default), if already read.
 
     Raises:
-        BadInput: neither neurons nor a selection, or neurons that the model does not have.
+        BadInput: neither neurons nor a selection are given, or the model does not have the neurons.
     """
     if neurons is None and selection is None:
-        raise BadInput("expected neurons to make cards of, or a selection, whose strongest are taken; got neither")
+        raise BadInput("expected neurons, or a selection, whose strongest neurons get a card; got neither")
     found = NeuronSet() if selection is None else selection.neurons
     given = list(found if neurons is None else dict.fromkeys(neurons))
     chosen = given if neurons is not None or selection is None else selection.by_strength[:N_CARDS]
@@ -122,7 +122,7 @@ def _activations(model: Model, prompts: PromptSet, neurons: Sequence[Neuron]) ->
 
 
 def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) -> Tensors:
-    """The same for one chunk of prompts, as "activations"."""
+    """The activations of one chunk of prompts, by the name "activations"."""
     space = neuron_space(model)
     activations = torch.zeros(len(prompts), len(neurons), dtype=torch.float64)
     places: dict[str, list[int]] = {}
@@ -137,7 +137,7 @@ def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) ->
             for place in places[hook.name]:
                 activations[list(layout.rows), place] = read[:, space.flat(neurons[place])]
 
-        # the common beginning of a group of prompts has no rows, and no last position
+        # the shared prefix of a group of prompts has no rows and no last position
         return [(name, keep) for name in places] if layout.rows else []
 
     for _ in prompt_logits(model, prompts, hooks=hooks):
@@ -149,7 +149,7 @@ def _groups(check: ManipulationCheck) -> dict[str, list[int]]:
     """Rows of the asked prompts by whether the model answers right, and by the position of the right answer."""
     answered = ["answered right" if is_right else "answered wrong" for is_right in check.right.tolist()]
     shown = [f"right answer at {LETTERS[prompt.right]}" for prompt in check.asked]
-    # if the right answer always stands at the same letter, that group would be all prompts
+    # if the right answer is always at the same letter, that group would contain all prompts
     groupings = [answered, shown] if len(set(shown)) > 1 else [answered]
     return {
         name: [row for row, group in enumerate(groups) if group == name]
@@ -172,7 +172,7 @@ def _direct_logits(
         return [{"promotes": (), "demotes": (), "labels": ()} for _ in neurons]
     labels = {prompt.label_ids for prompt in check.asked}
     label_ids = [i for ids in labels.pop() for i in ids] if len(labels) == 1 else []
-    # rows that only fill up the vocabulary must be in neither list
+    # ids that pad the vocabulary must not be in either list
     unknown = torch.tensor(unknown_tokens(model.tokenizer, logits.shape[1]), dtype=torch.long)
     n_tokens = min(n_tokens, (logits.shape[1] - len(unknown)) // 2)
     lists = []
@@ -191,7 +191,7 @@ def _direct_logits(
 
 
 def _texts(prompts: PromptSet, asked: PromptSet, questions: QuestionSet | None) -> list[dict[str, Any]]:
-    """For each question its id, category, text and answers; without the question set the text that the model read.
+    """For each question its id, category, text and answers; without the question set, the text of the prompt.
 
     Raises:
         BadInput: the prompts were built from another question set.
@@ -206,8 +206,8 @@ def _texts(prompts: PromptSet, asked: PromptSet, questions: QuestionSet | None) 
             continue
         if question not in by_id:
             raise BadInput(
-                f"the question set has no question {question!r}, to which a prompt belongs; give the same set to "
-                "build_prompts and here"
+                f"the question set has no question {question!r}, which a prompt was built from; give the "
+                "question set that was passed to build_prompts"
             )
         choices, answer = by_id[question].choices, by_id[question].answer
         wrong = tuple(choice for index, choice in enumerate(choices) if index != answer)

@@ -1,4 +1,4 @@
-"""Text that is safe to show: readable tokens, and questions without characters that act on their surroundings."""
+"""Text that is safe to display: readable tokens, and questions without control and direction characters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _visible(character: str, spaces: bool) -> str:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """A token as readable text, with visible white space, and as bytes if it is a part of a character."""
+    """A token as readable text, with visible white space, and as bytes if it is only a part of a character."""
     if tokenizer is None:
         return f"<{token}>"
     raw = str(tokenizer.convert_ids_to_tokens(token))
@@ -48,7 +48,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def unknown_tokens(tokenizer: Any, n_vocab: int) -> list[int]:
-    """Ids without a token, which only fill up the vocabulary."""
+    """Ids without a token, which pad the vocabulary."""
     if tokenizer is None:
         return []
     return [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(n_vocab)))) if token is None]

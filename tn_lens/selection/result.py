@@ -18,14 +18,14 @@ from tn_lens.neurons import Neuron, NeuronSet, NeuronSpace
 from tn_lens.selection.significance import half_width
 
 FEW = 20
-"""Number of questions in half 2 below which a test says little."""
+"""Number of questions in half 2 below which a test has too little power."""
 PLACE = ["site", "layer", "head", "index"]
-"""The columns that name a neuron."""
+"""Columns that identify a neuron."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How neurons are selected from counts and moments, but for the adaptive threshold and the split."""
+    """The settings of a selection other than the adaptive threshold and the split."""
 
     share_threshold: float | None = 0.4
     alpha: float | None = 0.05
@@ -53,9 +53,9 @@ class Selection(Stored):
     """Whether a candidate passed the test."""
     space: NeuronSpace
     half_1: tuple[str, ...]
-    """Ids of the questions that chose the candidates."""
+    """Ids of the questions from which the candidates were chosen."""
     half_2: tuple[str, ...]
-    """Ids of the questions that tested them."""
+    """Ids of the questions on which the candidates were tested."""
     adaptive_threshold: float | None
     """t, a fraction of the largest D."""
     share_threshold: float | None
@@ -65,11 +65,11 @@ class Selection(Stored):
     family: Family
     seed: int
     largest_share: float = float("nan")
-    """The largest fraction of half 1 in which any neuron is salient, candidate or not; NaN where it is not known."""
+    """The largest fraction of half 1 in which any neuron is salient, candidate or not; NaN if unknown."""
 
     @property
     def rules(self) -> Rules:
-        """The rules that it was made with, but for t and the split."""
+        """The settings of the selection other than t and the split."""
         return Rules(**{field.name: getattr(self, field.name) for field in fields(Rules)})
 
     @property
@@ -84,7 +84,7 @@ class Selection(Stored):
 
     @property
     def cohens_d(self) -> Float[np.ndarray, " candidate"]:
-        """Effect size: mean D over its standard deviation; NaN for a constant."""
+        """Effect size: mean D over its standard deviation; NaN if D is constant."""
         return np.divide(self.mean_difference, self.std, out=np.full_like(self.std, np.nan), where=self.std > 0)
 
     @property
@@ -106,7 +106,7 @@ class Selection(Stored):
         """One row per found neuron (or per candidate), strongest first; ci is the 95 % interval of mean D."""
         low, high = self.interval()
         places = pd.DataFrame([asdict(neuron) for neuron in self.candidates], columns=PLACE)
-        # neurons outside of attention have no head, which plain integers cannot say
+        # only attention neurons have a head, so the column has a nullable dtype
         frame = places.astype({"head": "Int64"}).assign(
             mean_difference=self.mean_difference,
             ci_low=low,
@@ -123,7 +123,7 @@ class Selection(Stored):
         return frame.reset_index(drop=True)
 
     def statistics(self) -> dict[Neuron, dict[str, Any]]:
-        """Every candidate's row of `to_frame(candidates=True)` without its place, strongest first."""
+        """Every candidate's row of `to_frame(candidates=True)` without the columns that identify it, strongest first."""
         frame = self.to_frame(candidates=True).drop(columns=PLACE)
         return {self.candidates[i]: row for i, row in zip(self._ranked(), frame.to_dict("records"), strict=True)}  # pyright: ignore[reportReturnType]
 
@@ -139,11 +139,11 @@ class Selection(Stored):
         return np.argsort(-self.mean_difference, kind="stable").tolist()
 
     def summary(self) -> str:
-        """One sentence."""
+        """Summary in one sentence."""
         return say("selection.summary", self)
 
     def nothing_found(self) -> str:
-        """If nothing was found, which filter stopped it and what to try, in two sentences; else empty."""
+        """If no neurons were found, the filter that excluded them and what to try instead; otherwise empty."""
         return say("selection.nothing_found", self, FEW)
 
     def _repr_html_(self) -> str:

@@ -22,19 +22,19 @@ def select_neurons(
 
     On the questions of half 1 a neuron is salient if D > t * max(D), the maximum over all layers of its site in that
     question (nowhere if the maximum is not positive). Candidates are salient in at least a fraction p of half 1. Their
-    mean D is then tested against 0 on half 2 alone, so that no neuron is tested on the questions that chose it.
+    mean D is then tested against 0 on half 2 only, so that no neuron is tested on the questions used to choose it.
 
     Args:
-        scores: an `Attribution`, or the scores of a run folder. Questions asked in several orders count by their mean D.
-        adaptive_threshold: t in (0, 1]; None asks only for D > 0.
-        share_threshold: p in (0, 1]; None asks only for one question in which the neuron is salient.
-        alpha: significance level in (0, 1); None skips the test and finds every candidate.
-        correction: for multiple comparisons.
-        family: what the correction counts.
+        scores: an `Attribution`, or the scores of a run folder. For questions asked in several orders, D is averaged.
+        adaptive_threshold: t in (0, 1]; None requires only D > 0.
+        share_threshold: p in (0, 1]; None requires only one question in which the neuron is salient.
+        alpha: significance level in (0, 1); None skips the test, so that every candidate is found.
+        correction: correction for multiple comparisons, see `adjust`.
+        family: tests that the correction counts: the `"candidates"`, or `"all"` neurons of the model.
         seed: seed for the split into halves, which is stratified by category.
 
     Raises:
-        BadInput: a threshold outside its range, or no scores.
+        BadInput: a threshold is out of range, or there are no scores.
     """
     rules = Rules(share_threshold=share_threshold, alpha=alpha, correction=correction, family=family)
     check_thresholds(adaptive_threshold, rules)

@@ -1,4 +1,4 @@
-"""Statistics: arrays in, arrays out. Float64 throughout; no torch, no model."""
+"""Statistical tests and moments of NumPy arrays, in float64."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Correction
 
 LEVEL = 0.05
-"""Significance level of the tests between conditions; an accuracy below it is marked with a star."""
+"""Significance level of the tests between conditions; accuracies whose p-value is below it are marked with a star."""
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of each column, gathered in one pass and mergeable."""
+    """Count, mean and sum of squared deviations of each column, computed in one pass and mergeable."""
 
     n: int
     mean: Float[Array, " column"]
@@ -28,12 +28,12 @@ class Moments:
 
     @classmethod
     def empty(cls, n_columns: int) -> Moments:
-        """No observations yet."""
+        """The moments of no observations."""
         return cls(0, np.zeros(n_columns), np.zeros(n_columns))
 
     @classmethod
     def of(cls, rows: Float[Array, "row column"]) -> Moments:
-        """The moments of some rows."""
+        """The moments of the given rows."""
         mean = rows.mean(0, dtype=np.float64)
         return cls(len(rows), mean, ((rows - mean) ** 2).sum(0))
 
@@ -47,7 +47,7 @@ class Moments:
         return type(self)(n, mean, self.m2 + other.m2 + delta**2 * self.n * other.n / n)
 
     def columns(self, chosen: Bool[Array, " column"]) -> Moments:
-        """The moments of some columns."""
+        """The moments of the chosen columns."""
         return type(self)(self.n, self.mean[chosen], self.m2[chosen])
 
     @property
@@ -59,7 +59,7 @@ class Moments:
 
 
 class TTest(NamedTuple):
-    """One test per column."""
+    """The results of one test per column."""
 
     statistic: Float[Array, " column"]
     p_value: Float[Array, " column"]
@@ -68,10 +68,10 @@ class TTest(NamedTuple):
 def one_sided_t_test(moments: Moments) -> TTest:
     """Student's t-test of each column's mean against 0, alternative "greater" (paper eq. 10).
 
-    Constant columns, and all columns with fewer than two observations, carry no evidence: t = 0, p = 1.
+    For constant columns, and for fewer than two observations, t = 0 and p = 1.
     """
     error = moments.standard_error
-    # rounding errors of a constant column must not pass for variance
+    # rounding errors of a constant column must not count as variance
     scale = np.abs(moments.mean) * np.finfo(np.float64).eps * 8
     usable = np.isfinite(error) & (error * np.sqrt(max(moments.n, 1)) > scale)
     statistic = np.divide(moments.mean, error, out=np.zeros_like(moments.mean), where=usable)
@@ -80,15 +80,15 @@ def one_sided_t_test(moments: Moments) -> TTest:
 
 
 def adjust(p_value: Float[Array, " test"], correction: Correction, n_tests: int | None = None) -> Float[Array, " test"]:
-    """Adjusted p-values, to be compared with alpha as they are.
+    """Adjusted p-values, to be compared directly with alpha.
 
     Args:
         p_value: uncorrected p-values of the tests that were made.
         correction: `"bonferroni"` (paper 2.2), `"holm"`, `"benjamini-hochberg"` or `"none"`.
-        n_tests: size of the family if it is larger than the number of tests made; the others count as p = 1.
+        n_tests: size of the family if it is larger than the number of p-values; the remaining tests count as p = 1.
 
     Raises:
-        BadInput: an unknown correction, or a family smaller than the tests made.
+        BadInput: the correction is unknown, or n_tests is smaller than the number of p-values.
     """
     n = len(p_value) if n_tests is None else n_tests
     if n < len(p_value):

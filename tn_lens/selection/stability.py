@@ -1,4 +1,4 @@
-"""Sensitivity to the thresholds and the split: other selections from the same scores, without the model."""
+"""Sensitivity of the selection to the thresholds and the split, from the same scores and without the model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tn_lens.selection.table import Rules, SelectionTable, Split, check_threshol
 
 T_GRID = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 P_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-"""Thresholds of a sweep; the paper's lie between 1 and 25 % (t), and at 40 % (p)."""
+"""Default thresholds of a sweep; the paper uses t from 1 to 25 %, and p = 40 %."""
 SPLIT_SEEDS = tuple(range(10))
-"""Seeds of the splits of a stability check."""
+"""Default seeds of the splits in a stability check."""
 
 
 def sweep(
@@ -34,13 +34,13 @@ def sweep(
     correction: Correction = "bonferroni",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Number of neurons found with every pair of thresholds, from two passes over the scores (paper A.3).
+    """Number of neurons found with each pair of thresholds, from two passes over the scores (paper A.3).
 
     Returns:
         One row per (t, p): t, p, n_candidates and n_found.
 
     Raises:
-        BadInput: a threshold outside (0, 1], or no scores.
+        BadInput: a threshold is outside (0, 1], or there are no scores.
     """
     rules = [Rules(share_threshold=p, alpha=alpha, correction=correction) for p in ps]
     pairs = list(product(ts, rules))
@@ -57,7 +57,7 @@ def sweep(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Stability(Stored):
-    """The same selection on several splits of the questions into halves."""
+    """The sets selected on several splits of the questions into halves, with the same settings."""
 
     seeds: tuple[int, ...]
     sets: tuple[NeuronSet, ...]
@@ -74,11 +74,11 @@ class Stability(Stored):
 
     @property
     def core(self) -> NeuronSet:
-        """The neurons that are found with every split."""
+        """Neurons that are found with every split."""
         return NeuronSet(set.intersection(*map(set, self.sets)))
 
     def summary(self) -> str:
-        """One sentence."""
+        """Summary in one sentence."""
         return say("selection.stability", self)
 
 
@@ -108,7 +108,7 @@ def stability(
 def stability_of(
     table: SelectionTable, adaptive_threshold: float | None, rules: Rules, seeds: Sequence[int] = SPLIT_SEEDS
 ) -> Stability:
-    """`stability` from counts and moments that are there already."""
+    """`stability` from existing counts and moments."""
     sets = tuple(table.select(adaptive_threshold, Split(seed), rules).neurons for seed in seeds)
     return Stability(seeds=tuple(seeds), sets=sets)
 
@@ -116,7 +116,8 @@ def stability_of(
 def found_again(once: NeuronSet, neurons: NeuronSet) -> float | None:
     """Fraction of the neurons found with one drawn order per question that are found again with every order.
 
-    A neuron that supports a letter can pass with one order and cannot pass with both. None if nothing is found with one.
+    A neuron that supports a letter can pass the test with one order, but not with every order. None if no neurons are found
+    with one order.
 
     Args:
         once: found with one order per question (`Split.drawn`).

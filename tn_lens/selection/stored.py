@@ -22,7 +22,7 @@ from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.runs.seals import is_sealed, read_manifest, sealed
 
 BACKED_OFF = "backed_off"
-"""Name of the prompts and rows in a pass that fitted, in a chunk during which memory ran out and in the manifest."""
+"""Key of the pass size that fitted after memory ran out, in chunks and in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class StoredScores(ScoreSource):
     space: NeuronSpace
     chunks: tuple[PromptSet, ...]
     keys: tuple[str, ...]
-    """Keys of the chunks, so that no other file is taken for one."""
+    """Expected keys of the chunks; files with other keys are rejected."""
 
     @classmethod
     def load(cls, path: str | Path) -> StoredScores:
-        """The scores of a finished or interrupted run, without its model.
+        """Load the scores of a finished or interrupted run, without its model.
 
         Raises:
             BadInput: there is no run, or its attribution has not finished.
@@ -49,7 +49,7 @@ class StoredScores(ScoreSource):
         try:
             index = json.loads((path / "prompts.json").read_text(encoding="utf-8"))
             if not is_sealed(index):
-                raise ValueError("the checksum does not fit")
+                raise ValueError("the checksum does not match")
             if index["run"] != manifest["fingerprint"]:
                 raise ValueError("it belongs to another run")
             chunks = tuple(map(PromptSet.from_plain, index["chunks"]))
@@ -57,11 +57,11 @@ class StoredScores(ScoreSource):
             return cls(RunFolder(path), space, chunks, tuple(index["keys"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
-                f"{path / 'prompts.json'} is missing or damaged, or another version wrote it; run the same command again"
+                f"{path / 'prompts.json'} is missing, damaged or written by another version; run the same command again"
             ) from error
 
     def save_index(self) -> None:
-        """Write prompts.json, which says what prompt each score belongs to, so that `load` needs no model."""
+        """Write prompts.json, which maps the scores to their prompts, so that `load` does not need the model."""
         index = {
             "run": self.folder.noted("fingerprint"),
             "space": asdict(self.space),
@@ -72,7 +72,7 @@ class StoredScores(ScoreSource):
 
     @property
     def prompts(self) -> PromptSet:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All prompts, without their tokens where the scores were loaded."""
+        """All prompts; without token ids if the scores were loaded from a folder."""
         return PromptSet(tuple(prompt for chunk in self.chunks for prompt in chunk))
 
     def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
@@ -86,7 +86,7 @@ class StoredScores(ScoreSource):
                 yield question, {site: _unpack(tensors, site, at) for site in self.space.sites}
 
     def at(self, neurons: Iterable[Neuron]) -> Float[Tensor, "prompt neuron"]:
-        """D of some neurons.
+        """D of the given neurons.
 
         Raises:
             BadInput: the model has no such neuron, or its site was not attributed.
@@ -94,7 +94,7 @@ class StoredScores(ScoreSource):
         return self.columns(neurons)["difference"].float()
 
     def columns(self, neurons: Iterable[Neuron]) -> dict[str, Float[Tensor, "prompt neuron"]]:
-        """D of some neurons as "difference", and if it was stored Attr_t as "right", in one pass and in float64."""
+        """D of the given neurons as "difference", and Attr_t as "right" if it was stored; one pass over the chunks, in float64."""
         neurons = list(neurons)
         names = {"difference": "", "right": ".right"}
         columns: dict[str, list[Tensor]] = {}
@@ -116,7 +116,7 @@ class StoredScores(ScoreSource):
         """Mean Attr_t and Attr_f over the prompts of some questions; None if Attr_t was not stored.
 
         Args:
-            columns: of some neurons, from `columns`.
+            columns: scores of the neurons, from the method `columns`.
             questions: ids of the questions.
         """
         # rows of the questions in each chunk
@@ -127,7 +127,7 @@ class StoredScores(ScoreSource):
 
         def mean(values: Float[Tensor, "prompt neuron"]) -> Float[np.ndarray, " neuron"]:
             parts = values.split(list(map(len, self.chunks)))
-            # chunk by chunk, and neuron by neuron within it: the order of a sum decides its last digits
+            # always summed chunk by chunk, since the order of summation affects the last digits
             sums = [part[at].T.contiguous().sum(-1).numpy() for part, at in zip(parts, rows, strict=True)]
             return sum(sums, start=np.zeros(values.shape[1])) / n_prompts
 
@@ -151,7 +151,7 @@ class StoredScores(ScoreSource):
         }
 
     def backed_off(self) -> PassSize | None:
-        """The smallest pass of any chunk during which memory ran out; None if it sufficed."""
+        """The smallest pass size of the chunks during which memory ran out; None if it never did."""
         sizes = []
         for index in range(len(self.chunks)):
             with self._open(index) as chunk:
@@ -160,22 +160,22 @@ class StoredScores(ScoreSource):
         return min(sizes, default=None)
 
     def _open(self, index: int) -> Any:
-        """A chunk of which only small tensors are read; the scores are neither read nor hashed."""
+        """Open a chunk to read only its small tensors; the scores are neither read nor hashed."""
         return safe_open(self.folder.chunk(SCORES, index), "pt")
 
     def _read(self, index: int) -> dict[str, Tensor]:
         stored = self.folder.read_chunk(SCORES, index)
         if stored is None or stored[0] != self.keys[index]:
-            raise BadInput(f"{self.folder.chunk(SCORES, index)} is missing or damaged; run again to compute it anew")
+            raise BadInput(f"{self.folder.chunk(SCORES, index)} is missing or damaged; run again to recompute it")
         return stored[1]
 
 
 def pack_scores(attribution: Attribution, backed_off: PassSize | None = None) -> dict[str, Tensor]:
-    """D in half precision, scaled per prompt and site, with gap and change, and the pass that fitted if memory ran out."""
+    """D in half precision, scaled per prompt and site, with gap and change, and the pass size that fitted if memory ran out."""
     tensors: dict[str, Tensor] = {}
     for suffix, scores in (("", attribution.difference), (".right", attribution.right or {})):
         for site, values in scores.items():
-            # half precision covers few orders of magnitude: the largest score becomes 1
+            # half precision covers few orders of magnitude, so scores are scaled to a maximum of 1
             scale = values.abs().amax((1, 2)).float().clamp(min=torch.finfo(torch.float32).tiny)  # [prompt]
             tensors[f"{site}{suffix}"] = (values.float() / scale[:, None, None]).half().contiguous()
             tensors[f"{site}{suffix}.scale"] = scale

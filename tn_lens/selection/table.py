@@ -1,7 +1,7 @@
-"""Counts and moments from which neurons are selected with any of several thresholds and splits (paper 2.2, 2.3).
+"""Counts and moments for selecting neurons with several thresholds and splits (paper 2.2, 2.3).
 
-Which neurons are salient in a question does not depend on the split into halves, so one pass over the scores counts for
-all splits and thresholds, and a second pass gathers the moments of all candidates.
+Which neurons are salient in a question does not depend on the split into halves, so one pass over the scores gives
+the counts of all splits and thresholds, and a second pass gives the moments of all candidates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Split:
 
     seed: int
     drawn: int | None = None
-    """A seed to count every question by one order, drawn at random, instead of the mean over its orders."""
+    """Seed for drawing one order of every question; None uses the mean over its orders."""
 
 
 class SelectionTable:
@@ -42,9 +42,9 @@ class SelectionTable:
 
     Args:
         scores: an `Attribution`, or the scores of a run folder.
-        ts: adaptive thresholds that will be asked for.
-        splits: splits that will be asked for.
-        share_threshold: the smallest share threshold that will be asked for.
+        ts: adaptive thresholds that `select` will be called with.
+        splits: splits that `select` will be called with.
+        share_threshold: the smallest share threshold that `select` will be called with.
 
     Raises:
         BadInput: there are no scores.
@@ -72,7 +72,7 @@ class SelectionTable:
             }
             for split, (half_1, _) in self.halves.items()
         }
-        """The candidates under the loosest thresholds, which include all others: flat places by site."""
+        """Flat indices, by site, of the candidates under the loosest thresholds, which include all other candidates."""
         self.moments = {split: Moments.empty(sum(map(len, at.values()))) for split, at in self.places.items()}
         self._gather(scores)
 
@@ -84,7 +84,7 @@ class SelectionTable:
         # [layer, neuron] -> [candidate of the loosest thresholds]
         flat = {site: counts[site].flatten()[at] for site, at in places.items()}
         chosen = {site: count >= least for site, count in flat.items()}
-        # columns are independent, so those of the candidates can be picked afterwards
+        # the columns are independent, so those of the candidates can be selected afterwards
         moments = self.moments[split].columns(np.concatenate([is_chosen.numpy() for is_chosen in chosen.values()]))
         test = one_sided_t_test(moments)
         n_tests = None if rules.family == "candidates" else self.space.n_neurons
@@ -110,11 +110,11 @@ class SelectionTable:
         )
 
     def _count(self, scores: ScoreSource, ts: Sequence[Threshold]) -> None:
-        """First pass: salience on the questions of half 1."""
+        """First pass: count the questions of half 1 in which each neuron is salient."""
         members = {split: set(half_1) for split, (half_1, _) in self.halves.items()}
         for question, variants in self._variants(scores):
             for drawn, difference in variants.items():
-                # the same salience serves all splits that have the question in half 1
+                # salience is computed once for all splits that have the question in half 1
                 splits = [s for s, half in members.items() if s.drawn == drawn and question in half]
                 for t in ts if splits else ():
                     is_salient = {site: salient(difference[site], t) for site in self.space.sites}
@@ -123,7 +123,7 @@ class SelectionTable:
                             count += is_salient[site]
 
     def _gather(self, scores: ScoreSource) -> None:
-        """Second pass: mean and spread of the candidates' D on the questions of half 2."""
+        """Second pass: moments of the candidates' D on the questions of half 2."""
         members = {split: set(half_2) for split, (_, half_2) in self.halves.items()}
         for question, variants in self._variants(scores):
             for split, half in members.items():
@@ -134,7 +134,7 @@ class SelectionTable:
                     self.moments[split] = self.moments[split].merge(observed)
 
     def _variants(self, scores: ScoreSource) -> Iterator[tuple[str, dict[int | None, Scores]]]:
-        """D of each question: the mean over its orders (None), and the order that each seed draws."""
+        """D of each question: the mean over its orders (key None), and D in the order that each seed draws (key: the seed)."""
         seeds = {split.drawn for split in self.halves}
         for question, orders in scores.each_question():
             drawn = {seed: drawn_order(question, orders, seed) for seed in seeds if seed is not None}
@@ -142,10 +142,10 @@ class SelectionTable:
 
 
 def check_thresholds(t: Threshold, rules: Rules) -> None:
-    """Refuse thresholds outside their range.
+    """Check that the thresholds are in range and that the family is known.
 
     Raises:
-        BadInput: naming the threshold, or the unknown family.
+        BadInput: a threshold is out of range, or the family is unknown.
     """
     for name, value in (("adaptive_threshold (t)", t), ("share_threshold (p)", rules.share_threshold)):
         if value is not None and not 0 < value <= 1:
@@ -157,7 +157,7 @@ def check_thresholds(t: Threshold, rules: Rules) -> None:
 
 
 def split_halves(categories: Mapping[str, str], seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Two halves of the questions, each with half of every category (Vul et al.; paper 2.3).
+    """Split the questions into halves, stratified by category (Vul et al.; paper 2.3).
 
     Raises:
         BadInput: there are no questions.
@@ -173,7 +173,7 @@ def split_halves(categories: Mapping[str, str], seed: int) -> tuple[tuple[str, .
         for category in sorted(by_category)
         for i in rng.permutation(len(by_category[category])).tolist()
     ]
-    # every second one, so that each category is halved; back in the order of the questions
+    # alternate questions, so that each category is halved; then restore the order of the questions
     halves = (set(shuffled[0::2]), set(shuffled[1::2]))
     half_1, half_2 = (tuple(question for question in categories if question in half) for half in halves)
     return half_1, half_2
@@ -188,5 +188,5 @@ def salient(difference: Float[Tensor, "layer neuron"], t: float | None) -> Bool[
 
 
 def least_count(share_threshold: float | None, n_questions: int) -> int:
-    """The smallest number of questions in which a candidate is salient."""
+    """Minimum number of questions in which a candidate must be salient."""
     return 1 if share_threshold is None else max(1, int(np.ceil(share_threshold * n_questions - 1e-9)))

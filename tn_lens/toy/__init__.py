@@ -1,1 +1,1 @@
-"""The embedded model's weights, and a model with planted truth neurons."""
+"""The weights of the embedded toy model, and a model with planted truth neurons."""

@@ -1,8 +1,9 @@
-"""A model whose truth neurons are known, because they were put there: ground truth for any method that looks for them.
+"""A model with planted truth neurons, which provide the ground truth for methods that search for them.
 
-No training: weights are written by hand into a residual stream with named dimensions and no norm. The last position reads
-whether the answer at A is the true one and pushes the labels apart; the neurons that carry this are the truth. Beside them
-stand traps, neurons that look like truth to a method that lacks one filter, and a background of small random neurons.
+The model is not trained: its weights are written by hand into a residual stream with named dimensions and without
+normalization. The last position reads whether the answer at A is the true one and separates the logits of the labels; the
+neurons involved are the truth neurons. The model also contains traps, neurons that a method without one of the filters
+mistakes for truth neurons, and a background of small random neurons.
 """
 
 from __future__ import annotations
@@ -27,35 +28,36 @@ AT_A, AT_B, LAST = 4, 7, N_TOKENS - 1
 LABELS = ((0, 1), (2, 3))
 """Token ids of A, a and B, b."""
 TRUE, FALSE, WORDS, CUES = range(4, 10), range(10, 16), range(16, 32), 32
-"""Answers that are true or false, words without meaning, and the first of the cues, one a category."""
+"""Token ids of true answers, of false answers, of words without meaning, and of the first cue (one cue per category)."""
 
 ONE, FLAG, SECOND, DECISION, TO_A, TO_B, AT_FIRST, AT_LAST, MISTAKEN, CATEGORY = range(10)
-"""Named dimensions: always 1; the answer is true; the same, written later; what was decided; the labels' logits; where the
-token stands; a category in which the model is mistaken; the first of the categories. The rest is nuisance."""
+"""Named dimensions: constant 1; whether the answer is true; a copy of it that is written later; the decision; the logits of
+the labels; the position of the token; a category in which the model is mistaken; the first of the categories. All other
+dimensions are nuisance dimensions."""
 
 N_CATEGORIES = 5
 N_NAMED = CATEGORY + N_CATEGORIES
 SHARPNESS = 7.0
-"""Of the attention to the answer at A."""
+"""Query and key weight of the attention to the answer at A."""
 OPEN = 2.0
-"""The input of a gate that is open; silu(2) = 1.76."""
+"""Input of an open gate; silu(2) = 1.76."""
 
 STRENGTHS = ((1, 0.34), (1, 0.30), (1, 0.26), (2, 0.32), (2, 0.24))
-"""Layer of each planted truth neuron, and the logit that it moves between A and B."""
+"""Layer of each planted MLP truth neuron, and its effect on the logit of A minus that of B."""
 BY_ATTENTION = 0.9
-"""The logit that the second attention neuron moves directly."""
+"""The direct effect of the second attention neuron on the logit of A minus that of B."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Planted:
-    """A model, prompts for it, and what a method should find."""
+    """A model, prompts for it, and the neurons that a method should and should not find."""
 
     model: Model
     prompts: PromptSet
     truth: NeuronSet
     """The neurons that support truth."""
     traps: Mapping[str, Neuron]
-    """Neurons that only look like it, by what gives them away."""
+    """Neurons that resemble truth neurons, by the kind of trap."""
     mistaken: frozenset[str]
     """Questions that the model answers wrong."""
 
@@ -74,36 +76,36 @@ def planted(
 ) -> Planted:
     """Plant truth neurons and one trap for every filter of the method.
 
-    The traps, and what keeps each of them out at the defaults:
+    The traps, and the filter that excludes each of them with the default arguments:
 
-    - `"letter"` supports A whatever is true: the held-out test.
-    - `"format"` supports both labels alike: the threshold t; with a low `label_logit` only a target that is normalised over
-      the labels.
-    - `"weak"` supports truth, but little: t.
-    - `"category"` supports truth in one category: the share p.
+    - `"letter"` supports A regardless of the truth: the held-out test.
+    - `"format"` supports both labels equally: the threshold t; with a low `label_logit` only a target that is normalized
+      over the labels.
+    - `"weak"` supports truth, but only weakly: t.
+    - `"category"` supports truth in one category: the share threshold p.
     - `"anti"` supports what is false: the manipulation check, p or the test.
-    - `"contrarian"` contradicts the model where it is mistaken: the manipulation check or p; from `mistaken = 0.5` on only
-      the check.
-    - `"elsewhere"` supports truth from another position: reading the last one only.
+    - `"contrarian"` contradicts the model where it is mistaken: the manipulation check or p; only the check if
+      `mistaken` is at least 0.5.
+    - `"elsewhere"` supports truth at another position: attribution at the last position only.
 
     Args:
-        seed: of the prompts and the background.
-        n_questions: one prompt each, the right answer at A in half of them.
-        mistaken: share of the questions that the model answers wrong, in a category of their own.
-        noise: standard deviation of what each background neuron leaks into the labels' logits.
-        label_logit: of the labels without the format neuron; 7 leaves it little to do, 4 leaves it much.
-        n_layers, d_model, d_mlp, d_head: sizes; what is planted takes 3 layers, 24 dimensions and 8 MLP neurons.
+        seed: seed for the prompts and the background.
+        n_questions: number of questions, with one prompt each; the right answer is at A in half of them.
+        mistaken: fraction of the questions that the model answers wrong; they form a separate category.
+        noise: standard deviation of the weights of the background neurons to the labels' logits.
+        label_logit: logit of the labels without the format neuron, whose effect is small at 7 and large at 4.
+        n_layers, d_model, d_mlp, d_head: sizes; the planted neurons need 3 layers, 22 dimensions and 8 MLP neurons.
 
     Raises:
-        BadInput: sizes too small to plant anything, or a share outside [0, 1].
+        BadInput: a size is too small, there is no question, or `mistaken` is outside [0, 1].
     """
     if n_layers < 3 or d_model < N_NAMED + 8 or d_mlp < 8 or d_head < 2:
         raise BadInput(
-            f"planting needs 3 layers, d_model {N_NAMED + 8}, d_mlp 8 and d_head 2; "
+            f"planted needs at least 3 layers, d_model {N_NAMED + 8}, d_mlp 8 and d_head 2; "
             f"got {n_layers}, {d_model}, {d_mlp} and {d_head}"
         )
     if n_questions < 1 or not 0 <= mistaken <= 1:
-        raise BadInput(f"expected a question and a share in [0, 1]; got {n_questions} and {mistaken}")
+        raise BadInput(f"expected n_questions of at least 1 and mistaken in [0, 1]; got {n_questions} and {mistaken}")
     model = _background(seed, noise, label_logit, n_layers, d_model, d_mlp, d_head)
     truth, traps = _plant(model)
     prompts = _ask(seed, n_questions, round(mistaken * n_questions))
@@ -119,7 +121,7 @@ def planted(
 def _background(
     seed: int, noise: float, label_logit: float, n_layers: int, d_model: int, d_mlp: int, d_head: int
 ) -> Model:
-    """Embeddings with named dimensions, and neurons that read and write nuisance."""
+    """A model with embeddings in the named dimensions, and neurons that read and write nuisance dimensions."""
     model = build_model(
         {
             "n_layers": n_layers,
@@ -149,7 +151,7 @@ def _background(
         matrix[..., N_NAMED:] = random(*shape[:-1], n_nuisance, scale=scale)
         return matrix
 
-    reading, writing = 0.9 * n_nuisance**-0.5, 0.7 * d_mlp**-0.5  # activations do not grow with the sizes
+    reading, writing = 0.9 * n_nuisance**-0.5, 0.7 * d_mlp**-0.5  # so that activations do not grow with the sizes
 
     with torch.no_grad():
         for parameter in model.parameters():
@@ -182,13 +184,13 @@ def _background(
 
 @torch.no_grad()
 def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
-    """Write the truth neurons and the traps over the first background neurons of their layers."""
+    """Overwrite the first background neurons of the layers with the truth neurons and the traps."""
     used = [0] * neuron_space(model).n_layers
 
     def neuron(
         layer: int, gate: int, reads: int, to_a: float, to_b: float, *, writes: int | None = None, sign: float = 1.0
     ) -> Neuron:
-        """An MLP neuron that moves the labels by so much when its gate is open and it reads 1."""
+        """An MLP neuron that adds `to_a` and `to_b` to the logits of the labels when its gate is open and it reads 1."""
         mlp: Any = model.blocks[layer].mlp
         index = used[layer]
         used[layer] += 1
@@ -203,7 +205,7 @@ def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
         return Neuron("mlp", layer, None, index)
 
     def head(layer: int, which: int, reads: int, writes: list[tuple[int, float]]) -> Neuron:
-        """An attention neuron that brings a dimension of the answer at A to the last position."""
+        """An attention neuron that moves a dimension of the answer at A to the last position."""
         attention: Any = model.blocks[layer].attn
         for weight in (attention.W_Q, attention.W_K):
             weight[which] = 0
@@ -231,7 +233,7 @@ def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
 
 
 def _ask(seed: int, n_questions: int, n_mistaken: int) -> PromptSet:
-    """Prompts whose right answer stands at A and at B in turn, within every category."""
+    """Prompts whose right answer is alternately at A and at B, within every category."""
     coins = generator(seed, 4)
     prompts = []
     for question in range(n_questions):

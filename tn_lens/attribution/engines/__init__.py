@@ -1,1 +1,1 @@
-"""Engines: two ways to run a model along the paths of integrated gradients, with equal scores."""
+"""Engines: two ways to run a model along the paths of integrated gradients, which give equal scores."""

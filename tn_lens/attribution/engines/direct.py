@@ -19,7 +19,7 @@ from tn_lens.questions.prompts import Prompt
 
 
 class Direct:
-    """One prompt, and copies of the whole prompt in which activations are replaced."""
+    """Engine that runs copies of one whole prompt in which activations are replaced."""
 
     def __init__(self, model: Model, prompt: Prompt, sites: Sequence[SiteName], positions: Positions) -> None:
         self.backend, self.prompts, self.positions = backend_of(model), [prompt], positions
@@ -51,7 +51,7 @@ class Direct:
     ) -> Float[Tensor, "1 row vocab"]:
         """Run one copy of the prompt per row and return its last logits."""
         columns = slice(None) if self.positions == "all" else slice(-1, None)
-        n_rows = sum(path.shape[1] for path in paths.values()) + bool(nudges)  # the nudges have a row of their own
+        n_rows = sum(path.shape[1] for path in paths.values()) + bool(nudges)  # the nudges have a separate row
         with self.backend.hooks(replacing(paths, nudges, lambda rows: (rows, columns))):
             # rows are the batch dimension: [row, vocab] -> [1, row, vocab]
             return self.backend.last_logits(self.tokens.expand(n_rows, -1))[None]

@@ -74,7 +74,7 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
 
 
 class SharedPrefix:
-    """Prompts of any length, and rows of one position each that replace their last position."""
+    """Engine for prompts of any length, whose rows are single positions that replace the last position of the prompt."""
 
     def __init__(self, model: Model, prompts: Sequence[Prompt], sites: Sequence[SiteName]) -> None:
         backend = backend_of(model)

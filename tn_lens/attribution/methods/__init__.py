@@ -1,4 +1,4 @@
-"""Attribution methods by name. Adding one is one file, or one call: `METHODS.register("name", Method(...))`."""
+"""Attribution methods by name; add one with `METHODS.register("name", Method(...))`."""
 
 from tn_lens.attribution.methods import integrated_gradients as integrated_gradients
 from tn_lens.attribution.methods.method import METHODS, BatchScores, Engine, Method, Place

@@ -1,12 +1,12 @@
-"""Integrated gradients: paths, gradients and weighted sums, for whichever engine runs the model (paper eq. 1-4).
+"""Integrated gradients: paths, gradients and weighted sums, independent of the engine (paper eq. 1-4).
 
 Equation 1 integrates the gradient of f along the straight path from the baseline n' to the activation n,
 
     Attr(n) = (n - n') * integral over alpha from 0 to 1 of  df(n' + alpha (n - n')) / dn,
 
-and equation 4 replaces the integral by a sum over nodes alpha_k with weights w_k (`QuadratureRule`). `integrate` takes the
-nodes of every site and layer in passes of many rows; `Paths` knows where a row lies, `read_targets` differentiates the targets
-with respect to the rows' final vectors, and `Sums` adds up the weighted gradients.
+and equation 4 replaces the integral by a sum over nodes alpha_k with weights w_k (`QuadratureRule`). `integrate`
+evaluates the nodes of every site and layer in passes of many rows: `Paths` computes the points on the paths, `read_targets`
+differentiates the targets with respect to the rows' final vectors, and `Sums` accumulates the weighted gradients.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tn_lens.questions.prompts import Prompt
 T = TypeVar("T")
 
 ROWS_UNEMBEDDED = 128
-"""Rows whose logits exist at a time: enough to fill the product with W_U, and the only rows that need memory by vocabulary."""
+"""Maximum number of rows whose logits exist at a time: enough for an efficient product with W_U, and a bound on its memory."""
 
 BASELINE = 0
-"""Place of alpha = 0 among the nodes of a `Paths`; node k of the rule has place k + 1."""
+"""Index of alpha = 0 among the nodes of a `Paths`; node k of the rule has index k + 1."""
 
 
 def integrate(
@@ -46,16 +46,16 @@ def integrate(
 ) -> BatchScores:
     """Integrate the gradients of every target for every layer of every site, one row for each (site, layer, node).
 
-    Each row interpolates one site of one layer and lets the rest of the network follow, so that all layers are attributed
-    at once without disturbing each other. Scaling every layer in the same row would overwrite the later layers and cut
-    the earlier ones off from all but their direct path.
+    Each row interpolates one site of one layer, and everything downstream is recomputed, so that all layers are attributed
+    in the same pass without affecting each other. Scaling every layer in the same row would overwrite the later layers
+    and leave only the direct path of the earlier ones.
 
     Args:
-        engine: prompts that were run once.
-        rule: nodes and weights.
+        engine: an engine that has run the prompts once.
+        rule: nodes and weights of the quadrature.
         targets: functions of the last logits.
-        baseline: where the paths begin.
-        n_rows: rows in one pass.
+        baseline: activations at which the paths begin, by site.
+        n_rows: number of rows in one pass.
     """
     paths = Paths(engine, rule, baseline)
     reached = [_values(target, engine.logits[:, None], engine.prompts)[:, 0] for target in targets]
@@ -73,9 +73,9 @@ def integrate(
 
 
 class Paths:
-    """The straight paths of all sites and layers, and the rows that lie on them.
+    """The straight-line paths of all sites and layers, and the rows on them.
 
-    A row is a place and a node, or None for the one row at the end of all paths (alpha = 1), which they share.
+    A row is a pair of a place and a node. All paths share a single row at their end (alpha = 1), which is None.
     """
 
     def __init__(
@@ -96,16 +96,17 @@ class Paths:
             self.start[site, layer], self.direction[site, layer] = carried[0, 0], carried[1:]
         self.nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])
         self.weight_at_end = float(rule.weights[rule.nodes == 1].sum())
-        # alpha = 1 is the prompt as it is: one row serves all places
+        # at alpha = 1 nothing is replaced: one row serves all places
         inner = [node for node in range(len(self.nodes)) if self.nodes[node] != 1]
         self.rows: list[tuple[Place, int] | None] = [(place, node) for place in self.places for node in inner]
         if self.weight_at_end:
             self.rows.insert(0, None)
 
     def points(self, rows: Sequence[tuple[Place, int] | None]) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
-        """The points of some rows by place [prompt, row, position, neuron], and the nudges of the row at the end.
+        """The points of the given rows by place [prompt, row, position, neuron], and the nudges of the row at alpha = 1.
 
-        Nudges are zeros to differentiate with respect to; there are none if the row at the end is not among the rows.
+        Nudges are zeros that are added to the activations of that row, to differentiate with respect to them; empty if the
+        row is not among the given ones.
         """
         points = {}
         for place, nodes in self.by_place(rows).items():
@@ -119,16 +120,16 @@ class Paths:
 
     @staticmethod
     def by_place(rows: Sequence[tuple[Place, int] | None]) -> dict[Place, list[int]]:
-        """The nodes of each place among some rows."""
+        """The nodes of each place among the given rows."""
         inner = [row for row in rows if row is not None]
         return {place: [node for _, node in group] for place, group in groupby(inner, key=lambda row: row[0])}
 
 
 class Sums:
-    """Equation 4 of one target, added up pass by pass.
+    """The sums of equation 4 for one target, accumulated pass by pass.
 
     Args:
-        paths: of all places.
+        paths: the paths of all places.
         reached: the target's value at the end of the paths.
     """
 
@@ -143,7 +144,7 @@ class Sums:
         values: Float[Tensor, "prompt row"],
         gradients: Sequence[Float[Tensor, "prompt _ position _"]],
     ) -> None:
-        """Add the rows of one pass: the target's values, and its gradients by place and then for the row at the end."""
+        """Add the rows of one pass: the target's values, and its gradients, by place and then for the row at alpha = 1."""
         paths, by_place = self.paths, self.paths.by_place(rows)
         has_end = rows[0] is None
         first = int(has_end)
@@ -174,7 +175,7 @@ def read_targets(
 ) -> list[tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row _"]]]:
     """Each target's values, and its gradient with respect to the rows' final vectors."""
     read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in targets]
-    # [prompt, row, vector], a part of the rows at a time
+    # [prompt, row, vector], in parts of at most ROWS_UNEMBEDDED rows over all prompts
     for part in final.detach().split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1):
         leaf = part.requires_grad_()
         with torch.enable_grad():
@@ -192,19 +193,19 @@ def replacing(
     where: Callable[[slice], tuple[slice, slice]],
     above: Container[Place] = (),
 ) -> list[Any]:
-    """Hooks that put each path into its own rows, and add the nudges to the first row.
+    """Hooks that write each path into its rows, and add the nudges to the first row.
 
     Args:
         paths: activations by place.
         nudges: added to the first row; empty if there is no such row.
-        where: rows -> indices over batch and position at which an engine keeps them.
+        where: maps rows to the batch and position indices at which the engine stores them.
         above: places whose rows begin above their layer and need no hook.
     """
 
     def setting(place: Place, rows: tuple[slice, slice], new: Tensor, add: bool) -> Any:
         def put(value: Tensor, hook: object) -> Tensor:
             value = value.clone()
-            # heads apart again where the hook point has them
+            # restore the head dimension if the hook point has one
             replacement = new.to(value.dtype).reshape(value[rows].shape)
             value[rows] = value[rows] + replacement if add else replacement
             return value

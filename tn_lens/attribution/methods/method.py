@@ -19,16 +19,16 @@ Place: TypeAlias = tuple[SiteName, int]
 
 @runtime_checkable
 class Engine(Protocol):
-    """Some prompts that were run once, ready to be run again with activations replaced."""
+    """Prompts that were run once and can be run again with activations replaced."""
 
     prompts: list[Prompt]
     own: dict[SiteName, Float[Tensor, "prompt layer position _"]]
     """The activations that are interpolated, in at least float32."""
     logits: Float[Tensor, "prompt vocab"]
-    """Last logits of the prompts as they are."""
+    """Logits at the last position of the prompts, without any replacement."""
 
     def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch _"]:
-        """Map an activation to the vector in which the engine interpolates at a place; the map is linear."""
+        """Map an activation linearly to the vector that the engine interpolates at a place."""
         ...
 
     def carry_back(self, place: Place, gradient: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch neuron"]:
@@ -43,22 +43,22 @@ class Engine(Protocol):
         """Run rows in which one site of one layer is replaced, in the order of `paths`.
 
         Args:
-            paths: replacements of each place, one row each.
-            nudges: added to the activations of one more row, the first, in which nothing is replaced; empty for no such row.
+            paths: replacements of each place, one for each row.
+            nudges: added to the activations of an additional first row, in which nothing is replaced; empty for none.
 
         Returns:
-            What `logits_of` turns into logits.
+            The final vectors of the rows, the input of `logits_of`.
         """
         ...
 
     def logits_of(self, final: Float[Tensor, "prompt row _"]) -> Float[Tensor, "prompt row vocab"]:
-        """Logits in at least float32, of all rows or of some."""
+        """Logits of all or some of the rows, in at least float32."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class BatchScores:
-    """Scores of some prompts, one entry for each target."""
+    """Scores of a batch of prompts, with one entry for each target."""
 
     scores: list[dict[SiteName, Float[Tensor, "prompt layer _"]]]
     change: list[dict[SiteName, Float[Tensor, "prompt layer"]]]
@@ -75,7 +75,7 @@ class Method:
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
     sees_edge: bool = False
-    """Whether nodes lie close enough to the baseline for post-norm models."""
+    """Whether some nodes lie close enough to the baseline for post-norm models."""
 
 
 METHODS: Registry[Method] = Registry("attribution method")

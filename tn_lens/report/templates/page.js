@@ -5,7 +5,7 @@
   const config = { displaylogo: false, responsive: true };
   const NARROW = 560, SMALL = 11, CUT = 22, MOST_TICKS = 7, LEGEND_ROW = 17;
 
-  // In a narrow window the plot needs the room of its colour bar, and of long names.
+  // In a narrow window, hide the colour bar and shorten long names to leave room for the plot.
   const slim = (figure) => {
     const { data, layout } = structuredClone(figure);
     for (const key of Object.keys(layout)) {
