@@ -70,7 +70,7 @@ class OpenAIChat:
         try:
             import httpx
         except ImportError as error:
-            raise BadInput("a chat server needs httpx; install it with pip install 'truth-neurons[scripts]'") from error
+            raise BadInput("a chat server needs httpx; install it with pip install httpx") from error
         key = self.api_key or os.environ.get("OPENAI_API_KEY", "")
         body = {
             "model": self.name,

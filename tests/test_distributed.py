@@ -93,7 +93,7 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
     done = torchrun(2, script, cwd=tmp_path)
     assert done.returncode != 0
     assert "error: worker 1 of 2" in done.stderr
-    assert "has died; run the same command again" in done.stderr
+    assert "has died or does not respond; run the same command again" in done.stderr
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert any(path.parent.name == "scores" for path in held)
     find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, command=COMMAND)
@@ -167,7 +167,10 @@ def test_a_silent_worker_is_dead_after_a_while(monkeypatch: pytest.MonkeyPatch) 
     first, second = pair()
     second.store.set("beat/1", "1")
     second.store.set("process/1", "node7 4711")
-    with pytest.raises(WorkerLost, match=r"worker 1 of 2 \(node7, process 4711\) has died; run the same command again"):
+    with pytest.raises(
+        WorkerLost,
+        match=r"worker 1 of 2 \(node7, process 4711\) has died or does not respond; run the same command again",
+    ):
         first.wait()
 
 

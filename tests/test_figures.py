@@ -336,7 +336,7 @@ def test_a_volcano_of_nothing_and_of_too_much(monkeypatch: pytest.MonkeyPatch) -
     selection = select_neurons(scores, adaptive_threshold=0.1, share_threshold=0.2)
     figure = figures.plot_candidates(selection)
     assert sum(len(trace.x) for trace in figure.data) == 5
-    assert f"{len(selection.candidates) - 5} weaker candidates" in figure.remark
+    assert f"{len(selection.candidates) - 5} further candidates" in figure.remark
     untested = figures.plot_candidates(select_neurons(scores, adaptive_threshold=0.1, share_threshold=0.2, alpha=None))
     assert all(trace.name.endswith(", found") for trace in untested.data)
 

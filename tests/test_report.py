@@ -495,7 +495,7 @@ def test_the_dark_figures_are_those_of_the_dark_theme(
         return lambda *args, **options: draw(*args, **options | {"theme": "dark"})
 
     replace_plots(monkeypatch, in_dark_theme)
-    monkeypatch.setattr(page_module, "page", lambda _, figures, **__: dark.update(figures))
+    monkeypatch.setattr(page_module, "page", lambda _, figures, **__: dark.update(figures) or "")
     write(result)
     others = {"elsewhere", "candidates", "completeness"} if kind == "report" else {"overlap"}
     assert set(dark) == set(shown) == others | {"layers", "accuracies", "change", "categories"}

@@ -6,8 +6,8 @@ from .questions.load import load_questions as load_questions
 from .questions.question import Question as Question
 from .questions.question import QuestionSet as QuestionSet
 from .questions.formats import PromptTemplate as PromptTemplate
-from .questions.prompts import Prompt as Prompt
-from .questions.prompts import PromptSet as PromptSet
+from .questions.prompt_set import Prompt as Prompt
+from .questions.prompt_set import PromptSet as PromptSet
 from .questions.prompts import build_prompt as build_prompt
 from .questions.prompts import build_prompts as build_prompts
 from .inference.answers import ask as ask

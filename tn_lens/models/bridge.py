@@ -56,7 +56,7 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
             f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge for it "
             f"({' '.join(str(error).split())[:200]}); use another model, or backend='hooked' if it supports this one"
         ) from error
-    if (_probe(model) - expected).abs().max() > TOLERANCE * expected.abs().max():
+    if not (_probe(model) - expected).abs().max() <= TOLERANCE * expected.abs().max():  # also if NaN
         raise BadInput(
             f"the logits of TransformerLens' bridge for {architecture} differ from those of Hugging Face's model; use "
             "another release of transformer-lens, or backend='hooked' if it supports this model"

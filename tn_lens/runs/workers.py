@@ -168,7 +168,7 @@ class Workers:
     def _lost(self, other: int) -> str:
         place = self._read(f"process/{other}").replace(" ", ", process ")
         return (
-            f"worker {other} of {self.n_workers} ({place or 'never seen'}) has died; run the same command again to "
+            f"worker {other} of {self.n_workers} ({place or 'never seen'}) has died or does not respond; run the same command again to "
             "continue"
         )
 
