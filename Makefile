@@ -9,11 +9,11 @@ demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
 
 test: .venv/test docs
-	.venv/bin/pytest -n 2 --dist loadgroup
+	.venv/bin/pytest -n 2
 
 # Run the tests on TransformerLens 4, which has only TransformerBridge, in a separate environment.
 test-tl4: .venv-tl4/test
-	.venv-tl4/bin/pytest -n 2 --dist loadgroup
+	.venv-tl4/bin/pytest -n 2
 
 # Format the code, fix what ruff can fix, and check the imports and the types.
 lint: .venv/test

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
+from xdist.scheduler import LoadScopeScheduling
 
 from scripts.train_toy import build_tokenizer
 from tn_lens import QuestionSet, Settings, TruthNeurons, find_truth_neurons, load_model, load_questions
@@ -148,6 +150,24 @@ def random_checkpoint(config: Any, seed: int = 0) -> PreTrainedModel:
                     torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 1.3 * parameter.shape[-1] ** -0.5)
                 )
     return model
+
+
+class SharedFixtureScheduling(LoadScopeScheduling):
+    """Let one worker run all tests of a file that share a fixture, so that the fixture is made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if _shares_fixtures(self.config.rootpath / file) else nodeid
+
+
+@cache
+def _shares_fixtures(file: Path) -> bool:
+    return 'scope="module"' in file.read_text(encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedFixtureScheduling:
+    return SharedFixtureScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

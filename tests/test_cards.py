@@ -246,7 +246,7 @@ def test_a_planted_neuron_shows_what_was_planted() -> None:
     assert "did not pass" in card.summary()
     weak = neuron_card(world.model, world.traps["weak"], scores, check, selection=selection)
     assert not weak.statistics
-    assert "no candidate" in weak.summary()
+    assert "neither found nor a candidate" in weak.summary()
     assert weak.verdict is None
 
 
@@ -374,7 +374,7 @@ def test_what_no_card_can_be_made_of(toy: Model, toy_questions: QuestionSet) -> 
         neuron_card(toy, "mlp 7:0", scores, check)
     with pytest.raises(ValueError, match="got neither"):
         make_cards(toy, scores, check)
-    with pytest.raises(ValueError, match="the same set"):
+    with pytest.raises(ValueError, match="that was passed to build_prompts"):
         neuron_card(toy, "mlp 1:0", scores, check, questions=toy_questions.select([0]))
     assert make_cards(toy, scores, check, neurons=[]) == ()
 

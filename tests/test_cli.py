@@ -273,7 +273,7 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     assert max(sizes) > 4
     assert json.loads((copy / "manifest.json").read_text())["backed_off"] == {"n_prompts": 4, "n_rows": 12}
     report = (copy / "report.html").read_text()
-    assert "Out of memory: continuing with 12 rows of 4 prompts" in report
+    assert "Out of memory: continuing with smaller passes (prompts: 4, rows: 12)" in report
     assert "Memory ran out during attribution, which continued with passes of 4 prompts and 12 rows" in on_one_line(
         report
     )
@@ -331,7 +331,7 @@ def test_selecting_needs_the_files_of_a_run(run: Callable, copy: Path, tmp_path:
     assert (code, "holds no run" in error) == (2, True)
     (copy / "prompts.json").write_text("{")
     code, _, error = run("select", copy)
-    assert (code, "is missing or damaged" in error) == (2, True)
+    assert (code, "is missing, damaged or written by another version" in error) == (2, True)
 
 
 def test_attr_t_may_be_stored_beside_d(run: Callable, finished: Finished, tmp_path: Path) -> None:
@@ -387,8 +387,8 @@ def test_edited_weights_are_another_model(copy: Path) -> None:
 
 
 WRONG_SETTINGS = (
-    ({"correction": "hope"}, "BadInput: expected correction"),
-    ({"order": "chaos"}, "BadInput: expected order"),
+    ({"correction": "hope"}, "BadInput: correction must be one of"),
+    ({"order": "chaos"}, "BadInput: order must be one of"),
     ({"n_steps": 2.5}, "BadInput: n_steps must be a positive integer; got 2.5"),
     ({"max_memory": 0}, "BadInput: max_memory must be a positive integer; got 0"),
     ({"adaptive_threshold": "0.2"}, "BadInput: adaptive_threshold (t) must be a number, or 'auto'; got '0.2'"),

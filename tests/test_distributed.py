@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +60,45 @@ def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) ->
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300, cwd=cwd)
 
 
+def forked(n_workers: int, script: str, cwd: Path) -> SimpleNamespace:
+    """The same job without torchrun: forks of a process that has imported all modules, so that they start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_distributed", *PRELOADED])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [(rank, n_workers, port, script, cwd) for rank in range(n_workers)]
+    processes = [context.Process(target=work, args=own) for own in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    stdout, stderr = ("".join((cwd / f"{name}{rank}").read_text() for rank in range(n_workers)) for name in NAMES)
+    return SimpleNamespace(returncode=max(abs(p.exitcode or 0) for p in processes), stdout=stdout, stderr=stderr)
+
+
+PRELOADED = ("tn_lens.cli.console", "tn_lens.pipeline.run", "tn_lens.pipeline.dry_run", "plotly.graph_objects")
+NAMES = ("stdout", "stderr")
+
+
+def work(rank: int, n_workers: int, port: int, script: str, cwd: Path) -> None:
+    """One worker of such a job, with the environment that torchrun would give it."""
+    places = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": n_workers,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(place) for name, place in places.items()})
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.chdir(cwd)
+    for descriptor, name in enumerate(NAMES, 1):
+        with Path(f"{name}{rank}").open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    exec(script, {"__name__": "job"})
+
+
 def few_of(questions: QuestionSet) -> QuestionSet:
     """The questions that the runs in this file use."""
     return replace(questions, questions=tuple(q for part, n in FEW for q in questions.part(part)[:n]))
@@ -75,7 +117,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: Q
 def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path, tmp_path: Path) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
     script.write_text(RUN.format(few=FEW, command=COMMAND, dies=None))
-    done = torchrun(n_workers, script, cwd=tmp_path)
+    done = torchrun(2, script, cwd=tmp_path) if n_workers == 2 else forked(n_workers, script.read_text(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report:") == done.stdout.count("│ unablated ") == 1, "only one worker prints"
     assert contents(out) == contents(alone)
@@ -102,9 +144,7 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
 
 
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
-    done = torchrun(
-        2, *["-m", "tn_lens", "run", "--model", "toy", "--questions", "toy", "--t", "7", "--out"], tmp_path / "run"
-    )
+    done = torchrun(2, "-m", "tn_lens", *COMMAND[1:], "--t", "7", cwd=tmp_path)  # its store outlives the workers
     assert done.returncode != 0
     assert done.stderr.count("error: adaptive_threshold (t) must lie in (0, 1]") == 1
     assert not done.stdout
@@ -112,8 +152,7 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
 
 
 def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:
-    script = tmp_path / "agree.py"
-    script.write_text(
+    script = (
         "import sys; from tn_lens.runs.workers import workers\n"
         "me = workers()\n"
         "me.agree({'model': 'toy', 'seed': 0}, 'cpu')\n"
@@ -122,7 +161,7 @@ def test_workers_of_different_settings_do_not_mix(tmp_path: Path) -> None:
         "except ValueError as error: print(f'{me.rank}: {error}')\n"
         "me.leave()\n"
     )
-    done = torchrun(2, script)
+    done = forked(2, script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("agreed") == 2
     for rank in (0, 1):

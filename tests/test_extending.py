@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import tn_lens as tn
+from tests.conftest import first_of_parts
 from tn_lens.attribution.methods import METHODS, BatchScores, Engine, Method
 from tn_lens.core.registry import Registry
 from tn_lens.evaluation.controls import CONTROLS, Control
@@ -23,6 +24,7 @@ from tn_lens.questions.formats import FORMATS
 from tn_lens.questions.registry import QUESTION_SETS
 from tn_lens.report.page import write_report
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
 SMALL: dict[str, Any] = {"limit": 80, "n_repetitions": 2, "order": "both"}
 
 
@@ -38,6 +40,12 @@ def registered() -> Iterator[Callable[[Registry, str, Any], None]]:
     yield register
     for registry, name in added:
         del registry[name]
+
+
+@pytest.fixture(scope="session")
+def toy_questions() -> tn.QuestionSet:
+    """So few of the toy's questions that a run takes seconds."""
+    return first_of_parts(tn.load_questions("toy"), find=80, report=24)
 
 
 def run(model: Any, questions: tn.QuestionSet, folder: Path, **settings: Any) -> tn.TruthNeurons:

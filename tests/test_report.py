@@ -465,7 +465,7 @@ def test_a_long_list_is_cut_and_counted(
     monkeypatch.setattr("tn_lens.report.page.N_ROWS", 3)
     monkeypatch.setattr(page_module, "figures_of", lambda _: drawn)
     seen = text_of(write_report(loaded))
-    assert f"The strongest 3; {len(loaded.neurons) - 3} more are in neurons.json." in seen
+    assert f"Only the strongest 3 are shown; {len(loaded.neurons) - 3} more are in neurons.json." in seen
 
 
 def replace_plots(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, Callable[..., Any]], Any]) -> None:

@@ -97,7 +97,7 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         ([], "expected a run folder, or --neurons"),
         (["RUN", "--neurons", "x.json"], "got both"),
         (["RUN", "--model", "toy"], "expected a question set"),
-        (["RUN", "--model", "toy", "--on", "nothing"], "no question set 'nothing'"),
+        (["RUN", "--model", "toy", "--on", "nothing"], "unknown question set 'nothing'"),
         (["RUN", "--model", "toy", "--on", "toy", "toy"], "must have different names"),
         (["RUN", "--model", "toy", "--on", "toy", "--limit", "0"], "limit must be a positive integer; got 0"),
         (["RUN", "--model", "toy", "--on", "toy", "--conditions", "unablated"], "'ablated' is missing"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -58,6 +58,9 @@ class PromptSet(Sequence[Prompt]):
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
 
     @classmethod
     def of(cls, prompts: Prompt | Sequence[Prompt]) -> PromptSet:
