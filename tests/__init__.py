@@ -1,0 +1,1 @@
+from tests.typecheck import typechecker as typechecker

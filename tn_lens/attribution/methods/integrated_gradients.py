@@ -202,23 +202,22 @@ def replacing(
         above: places whose rows begin above their layer and need no hook.
     """
 
-    def setting(place: Place, rows: tuple[slice, slice], new: Tensor, add: bool) -> Any:
-        def put(value: Tensor, hook: object) -> Tensor:
-            value = value.clone()
-            # restore the head dimension if the hook point has one
-            replacement = new.to(value.dtype).reshape(value[rows].shape)
-            value[rows] = value[rows] + replacement if add else replacement
-            return value
-
-        return hook_name(*place), put
-
-    hooks = [setting(place, where(slice(1)), nudge, add=True) for place, nudge in nudges.items()]
+    hooks = [(hook_name(*p), partial(_put, rows=where(slice(1)), new=new, add=True)) for p, new in nudges.items()]
     first = 1 if nudges else 0
     for place, path in paths.items():
         if place not in above:
-            hooks.append(setting(place, where(slice(first, first + path.shape[1])), path, add=False))
+            rows = where(slice(first, first + path.shape[1]))
+            hooks.append((hook_name(*place), partial(_put, rows=rows, new=path, add=False)))
         first += path.shape[1]
     return hooks
+
+
+def _put(value: Tensor, hook: object, *, rows: tuple[slice, slice], new: Tensor, add: bool) -> Tensor:
+    value = value.clone()
+    # restore the head dimension if the hook point has one
+    new = new.to(value.dtype).reshape(value[rows].shape)
+    value[rows] = value[rows] + new if add else new
+    return value
 
 
 def _values(
