@@ -189,7 +189,8 @@ def intervention_called(name: str, seed: int = 0) -> Intervention:
         return kind(**arguments)
     except TypeError as error:
         raise BadInput(
-            f"the intervention {name!r} needs an argument ({error}); pass an Intervention object to evaluate"
+            f"the intervention {name!r} needs an argument ({error}); pass one to tn.evaluate, such as "
+            f"{kind.__name__}(...), or run `tn-lens evaluate` with --mode {name}"
         ) from error
 
 
