@@ -30,8 +30,8 @@ TABLE = ROOT / "docs" / "bad_input.md"
 
 HEAD = """# Error messages for invalid input
 
-Every message states what was expected, what was found, and what to do. The command line prints it after `error:` and exits with
-code 2; in Python, `BadInput` is raised, which is a `ValueError`. No file is written. `DIR` is a placeholder for a folder. Every row
+A message states what was expected and what was found, and in most cases what to do. The command line prints it after `error:` and exits with
+code 2; in Python, `BadInput` is raised, which is a `ValueError`. No results are written. `DIR` is a placeholder for a folder. Every row
 is tested (`tests/test_bad_input.py`, which also writes this page), and `make fuzz` tests random inputs that are not in the table.
 
 """
@@ -93,12 +93,12 @@ CASES = [
     option("--treshold", "0.2"),
     Case("`tn-lens run`", "no `--out`", RUN),
     Case("`tn-lens run`", "no `--model`", ("run", "--questions", "toy", "--out", "DIR/run")),
-    Case("`tn-lens run`", "`--out` with a name too long", (*RUN, "--out", "DIR/" + "x" * 300)),
+    Case("`tn-lens run`", "`--out` with a name that is too long", (*RUN, "--out", "DIR/" + "x" * 300)),
     Case("`tn-lens run`", "`--out` is a file", (*RUN, "--out", "DIR/thesis.txt"), (("thesis.txt", "precious"),)),
     Case("`tn-lens run`", "`--out` holds other files", (*RUN, "--out", "DIR"), (("thesis.txt", "precious"),)),
     Case("`tn-lens run`", "`--out` holds another manifest", (*RUN, "--out", "DIR"), (("manifest.json", '{"a": 1}'),)),
     Case("`tn-lens run`", "a damaged manifest", (*RUN, "--out", "DIR"), (("manifest.json", '{"settings": {'),)),
-    Case("`tn-lens run`", "a model that is no name", ("run", "--model", "a b c", *RUN[3:], "--out", "DIR/run")),
+    Case("`tn-lens run`", "an invalid model name", ("run", "--model", "a b c", *RUN[3:], "--out", "DIR/run")),
     Case(
         "`tn-lens run`", "a model folder without config.json", ("run", "--model", "DIR", *RUN[3:], "--out", "DIR/run")
     ),
@@ -117,10 +117,10 @@ CASES = [
     Case("`tn-lens run`", "an unknown question set", (*RUN[:4], "riddles", "--out", "DIR/run")),
     file("an unknown kind of file", "own.txt", "question,right,wrong\n"),
     file("an empty file", "own.csv", ""),
-    file("a header alone", "own.csv", "question,right,wrong\n"),
+    file("only a header", "own.csv", "question,right,wrong\n"),
     file("no column `wrong`", "own.csv", "question,right\nQ?,Yes\n"),
     file("other column names", "own.csv", "frage,right,wrong\nQ?,Yes,No\n"),
-    file("a comma without quotes", "own.csv", "question,right,wrong\nWell, who barks?,dog,cup\n"),
+    file("an unquoted comma", "own.csv", "question,right,wrong\nWell, who barks?,dog,cup\n"),
     file("an empty question", "own.csv", "question,right,wrong\n ,Yes,No\n"),
     file("an empty answer", "own.csv", "question,right,wrong\nQ?,Yes,\n"),
     file("equal answers", "own.csv", "question,right,wrong\nQ?,Yes,Yes\n"),
@@ -129,20 +129,20 @@ CASES = [
     file("UTF-16", "own.csv", "question,right,wrong\nQ?,Yes,No\n".encode("utf-16")),
     file("a field of more than 131,072 characters", "own.csv", f"question,right,wrong\n{'x' * 140_000},Yes,No\n"),
     file("words that the tokenizer does not know", "own.csv", "question,right,wrong\nKtoz?,Tak,Nie\n"),
-    file("a line that is no JSON", "own.jsonl", "{not json}\n"),
-    file("a line that is no object", "own.jsonl", "[1]\n"),
-    file("a question that is no text", "own.jsonl", '{"question": {"a": 1}, "right": "a", "wrong": "b"}\n'),
-    file("an answer beyond the choices", "own.jsonl", '{"question": "Q?", "choices": ["a", "b"], "answer": 2}\n'),
+    file("a line that is not JSON", "own.jsonl", "{not json}\n"),
+    file("a line that is not an object", "own.jsonl", "[1]\n"),
+    file("a question that is not text", "own.jsonl", '{"question": {"a": 1}, "right": "a", "wrong": "b"}\n'),
+    file("an answer index out of range", "own.jsonl", '{"question": "Q?", "choices": ["a", "b"], "answer": 2}\n'),
     file("an unknown answer letter", "own.jsonl", '{"question": "Q?", "choices": ["a", "b"], "answer": "Z"}\n'),
     file("a single choice", "own.jsonl", '{"question": "Q?", "choices": ["a"], "answer": 0}\n'),
     file("half of an emoji", "own.jsonl", '{"question": "\\ud83d?", "right": "a", "wrong": "b"}\n'),
-    Case("`tn-lens select`", "no run there", ("select", "DIR")),
+    Case("`tn-lens select`", "a folder without a run", ("select", "DIR")),
     Case("`tn-lens select`", "a damaged manifest", ("select", "DIR"), (("manifest.json", "[]"),)),
     Case("`tn-lens evaluate`", "neither a run nor neurons", ("evaluate", "--on", "toy")),
-    Case("`tn-lens evaluate`", "no run there", ("evaluate", "DIR", "--on", "toy")),
+    Case("`tn-lens evaluate`", "a folder without a run", ("evaluate", "DIR", "--on", "toy")),
     Case(
         "`tn-lens evaluate`",
-        "no such neurons",
+        "a missing neuron file",
         ("evaluate", "--neurons", "DIR/no.json", "--on", "toy", "--model", "toy"),
     ),
     Case(

@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: P
     for manifest in ('{"name": "an extension"}', '{"settings": null}', "[1]", "{"):
         (tmp_path / "mine" / "manifest.json").write_text(manifest)
         code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
-        assert (code, "is damaged or not a manifest of tn_lens" in error) == (2, True)
+        assert (code, "is damaged or is not a tn_lens manifest" in error) == (2, True)
     (tmp_path / "mine" / "manifest.json").unlink()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     code, _, error = run(*TOY, "--out", tmp_path / "mine" / "thesis.txt", *FAST)

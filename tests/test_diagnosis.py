@@ -104,7 +104,7 @@ def test_on_the_toy_the_conditions_are_those_of_the_dropped_questions(toy: Model
     assert found.evaluation.n_questions == len(dropped) > 5
     assert found.evaluation.to_dict() == again.to_dict()
     assert [str(n) for n in neurons] == found.to_frame()["neuron"].tolist()
-    assert "answers wrong in at least one order" in found.summary()
+    assert "answers incorrectly in at least one order" in found.summary()
 
 
 def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_questions: QuestionSet) -> None:

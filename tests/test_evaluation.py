@@ -210,7 +210,7 @@ def test_a_model_that_always_says_a_is_called_lopsided(toy: Model, monkeypatch: 
     check = manipulation_check(toy, [prompt(i, i % 2) for i in range(20)])
     assert check.questions == list(map(str, range(0, 20, 2)))
     assert check.right_at_a_after == 1
-    assert "lopsided" in check.summary()
+    assert "unbalanced" in check.summary()
 
 
 @pytest.fixture(scope="module")

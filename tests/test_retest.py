@@ -105,7 +105,7 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
             ["RUN", "--model", "toy", "--on", "toy", "--mode", "scale"],
             "--mode scale needs a factor; give one with --factor",
         ),
-        (["RUN", "--model", "toy", "--on", "toy", "--factor", "2"], "--mode zero has no factor; leave out --factor"),
+        (["RUN", "--model", "toy", "--on", "toy", "--factor", "2"], "--mode zero takes no factor; omit --factor"),
         (["RUN", "--model", "toy", "--on", "toy", "--text", "nothing.txt"], "cannot read 'nothing.txt'"),
         (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "pass the folder with test/"),
         (["nowhere", "--model", "toy", "--on", "toy"], "holds no run"),

@@ -157,7 +157,7 @@ def _targets(target: Target | TargetName, separate: bool) -> list[Target]:
     if isinstance(target, str):
         if target not in TARGETS:
             raise BadInput(
-                f"unknown target {target!r}: expected {', '.join(TARGETS)}, or a function of the last logits"
+                f"unknown target {target!r}: expected {', '.join(TARGETS)}, or a function of the logits at the last position"
             )
         target = TARGETS[target]
     targets: list[Target] = [right_probability, wrong_probability] if separate else []

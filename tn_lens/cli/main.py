@@ -176,7 +176,7 @@ def main() -> None:
         code = app(_spread_lists(sys.argv[1:]), standalone_mode=False) or 0
         _leave()
     except (BadInput, WorkerLost, USAGE_ERROR) as error:
-        text = " ".join(getattr(error, "format_message", lambda: str(error))().split())
+        text = " ".join(getattr(error, "format_message", lambda: str(error))().replace("Value error, ", "").split())
         message = f"error: {text}" if text else ""  # without arguments the help has been shown already
         code = 1 if isinstance(error, WorkerLost) else 2
     except (KeyboardInterrupt, typer.Abort):

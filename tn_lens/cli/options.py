@@ -95,7 +95,7 @@ def _bytes(gib: float | None) -> int | None:
     if gib is None:
         return None
     if not 0 < gib < math.inf:
-        raise BadInput(f"expected more than 0 GiB for '--max-memory', got {gib:g}")
+        raise BadInput(f"--max-memory must be greater than 0 GiB; got {gib:g}")
     return max(1, round(gib * GIB))
 
 

@@ -52,7 +52,7 @@ def intervention_of(mode: str, **options: Any) -> Intervention:
     kind = INTERVENTIONS[mode]
     names = {field.name for field in fields(kind)}
     if ("factor" in names) != (options["factor"] is not None):
-        problem = "needs a factor; give one with --factor" if "factor" in names else "has no factor; leave out --factor"
+        problem = "needs a factor; give one with --factor" if "factor" in names else "takes no factor; omit --factor"
         raise BadInput(f"--mode {mode} {problem}")
     return kind(**{name: value for name, value in options.items() if name in names})
 

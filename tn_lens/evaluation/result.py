@@ -43,7 +43,7 @@ class Evaluation(Stored):
     neurons: NeuronSet
     """The found neurons."""
     probabilities: Mapping[str, Float[np.ndarray, "draw prompt choice"]]
-    """f of each shown choice under each condition, in [0, 1]."""
+    """Answer probability f of each shown choice under each condition, in [0, 1]."""
     seed: int
     model_name: str = ""
     intervention: str = "zero-ablated"
@@ -134,7 +134,7 @@ class Evaluation(Stored):
         return float(np.median(self._changes()))
 
     def compare(self, condition: str = "ablated", other: str = "unablated") -> Comparison:
-        """Order-averaged accuracy under one condition minus that under another, with the question as the unit.
+        """Accuracy under one condition minus that under another, with the question as the unit; see `Comparison`.
 
         Raises:
             BadInput: a condition was not run.
@@ -192,7 +192,7 @@ class Evaluation(Stored):
         return shown
 
     def by_part(self, parts: Mapping[str, Collection[str]] | None = None) -> pd.DataFrame:
-        """The conditions on parts of the questions, for example `{"half 1": selection.half_1, ...}`; omits empty parts."""
+        """The rows of `to_frame` for parts of the questions, such as `{"half 1": selection.half_1, ...}`; empty parts are omitted."""
         rows = []
         for name, questions in (parts or self.parts or {}).items():
             part = self.only(questions)
@@ -251,11 +251,11 @@ class Evaluation(Stored):
         }
 
     def table1(self, *others: Evaluation) -> Table:
-        """Table 1 of the paper, with its numbers for its models; one row per evaluation, all on the same questions."""
+        """Table 1 of the paper, with the paper's numbers for its six models; all evaluations are on the same question set."""
         return table1([self, *others])
 
     def table2(self, *others: Evaluation) -> Table:
-        """Table 2 of the paper, with its numbers for its models; one row per model and question set."""
+        """Table 2 of the paper, with the paper's numbers for its six models; one row per model and question set."""
         return table2([self, *others])
 
     @property
@@ -280,11 +280,11 @@ class Evaluation(Stored):
         return len(self.prompts[0].label_ids) == 2 and self.conditions["ablated"].accuracy < 0.5 - BELOW_CHANCE
 
     def explain(self) -> list[str]:
-        """Sentences on the parts of the decrease (content, letter bias, answer mass) and the comparison with every control."""
+        """Sentences on the parts of the decrease (content, letter bias, answer mass), every comparison, and the loss on plain text."""
         return say_each("evaluation.explain", self)
 
     def warnings(self) -> list[str]:
-        """One sentence for each explanation of the change in accuracy other than truth."""
+        """Reasons not to interpret the change in accuracy as a loss of truth, one sentence each."""
         return say_each("evaluation.warnings", self)
 
     def summary(self) -> str:

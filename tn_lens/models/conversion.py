@@ -1,8 +1,8 @@
 """Convert Hugging Face checkpoints to HookedTransformers.
 
 `HookedTransformer.from_pretrained` supports a fixed list of names. For the families of the paper's six models this
-module converts the Hugging Face configuration instead, so that every checkpoint of the family can be loaded, including
-fine-tuned and local ones. The weights keep the memory order of the checkpoint.
+module converts the Hugging Face configuration instead, so that other checkpoints of these families can be loaded as
+well, including fine-tuned and local ones. The weights keep the memory order of the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
     "MistralForCausalLM": convert_mistral_weights,
     "Olmo2ForCausalLM": convert_olmo2_weights,
 }
-"""TransformerLens' weight converters, by the architectures that are loaded from their Hugging Face configuration."""
+"""TransformerLens' weight converters by architecture, for models that are loaded from their Hugging Face configuration."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu"}
-"""TransformerLens' names of activation functions, by Hugging Face's names."""
+"""TransformerLens' names for activation functions, keyed by Hugging Face's names."""
 
 
 def load(checkpoint: Checkpoint) -> HookedTransformer:
@@ -68,7 +68,7 @@ def load(checkpoint: Checkpoint) -> HookedTransformer:
 
 
 def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
-    """Convert the configuration of a Llama, Qwen2, Mistral or OLMo-2 checkpoint to TransformerLens'.
+    """Convert the Hugging Face configuration of a Llama, Qwen2, Mistral or OLMo-2 checkpoint.
 
     Raises:
         BadInput: an option that HookedTransformer does not support. The message names it.
@@ -133,9 +133,9 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
 
 @torch.no_grad()
 def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture: str) -> dict[str, Tensor]:
-    """The checkpoint's weights by TransformerLens' names, as views wherever possible.
+    """The checkpoint's weights under TransformerLens' names, as views wherever possible.
 
-    Some converters set the attention biases to zero (`attention_bias` in Llama and OLMo-2). They are added here.
+    Some converters set all attention biases to zero (`attention_bias` in Llama and OLMo-2). The checkpoint's are copied here.
     """
     weights = CONVERTERS[architecture](hf_model, config)
     for index, layer in enumerate(hf_model.model.layers):

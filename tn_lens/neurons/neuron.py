@@ -164,7 +164,7 @@ class NeuronSet(Set[Neuron]):
             entries = payload["neurons"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
-                f"expected a JSON file with a list 'neurons' at {path}, got {type(error).__name__}: {error}"
+                f"expected a JSON file with a 'neurons' list at {path}, got {type(error).__name__}: {error}"
             ) from None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise BadInput(f"expected a list of neurons under 'neurons' in {path}, got {str(entries)[:60]}")

@@ -48,7 +48,7 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
         BadInput: nothing is given, or a set is given twice; see also `load_questions`.
     """
     if not on:
-        raise BadInput("expected a question set; give one or several, as in --on truthfulqa triviaqa mmlu")
+        raise BadInput("expected a question set; give one or more, as in --on truthfulqa triviaqa mmlu")
     if limit is not None and limit < 1:
         raise BadInput(f"limit must be a positive integer; got {limit}")
     sets: list[QuestionSet] = []

@@ -32,7 +32,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
         BadInput: a value is out of range or unknown; raised before anything is computed.
     """
     if not isinstance(settings, Settings):
-        raise BadInput(f"expected Settings, got {settings!r:.60}; write tn.Settings(order='both', ...)")
+        raise BadInput(f"expected Settings, got {settings!r:.60}; pass tn.Settings(order='both', ...)")
     memory = default_memory(backend_of(model).device.type)
     known = {f.name: f.default for f in fields(Settings)}
     known |= {"adaptive_threshold": 0.2, "order": "random", "max_memory": memory, **recommended_settings(model)}
@@ -52,7 +52,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
             registry[name]  # raises for unknown names
     if settings.separate and settings.target != "probability_difference":
         raise BadInput(
-            f"separate stores Attr_t beside D, which only the target probability_difference has; got {settings.target!r}"
+            f"separate stores Attr_t as well as D, which requires the target probability_difference; got {settings.target!r}"
         )
     intervention_called(settings.intervention)
     METHODS[settings.method].check(settings.n_steps)

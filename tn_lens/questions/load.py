@@ -62,7 +62,7 @@ def load_questions(
         raise BadInput(f"the file {name!r} does not exist; give the path of an existing .csv or .jsonl file")
     if not path.is_file():
         names = ", ".join(QUESTION_SETS)
-        raise BadInput(f"unknown question set {name!r}: expected {names}, or the path of a .csv or .jsonl file")
+        raise BadInput(f"unknown question set {name!r}: expected {names}, or the path to a .csv or .jsonl file")
     if not is_table:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
     questions = parse_questions(READERS[path.suffix.lower()](path), columns or {}, name)

@@ -182,7 +182,7 @@ def load_run(path: str | Path) -> TruthNeurons:
     """
     path = Path(path)
     if not (path / "manifest.json").is_file():
-        raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
+        raise BadInput(f"{path} does not contain a run; expected a folder written by `tn-lens run --out`")
     provenance = Provenance.of(read_manifest(path / "manifest.json"), path.resolve().name)
     settings = settings_of(provenance.settings)
     # written last except for the summary: without it the run is not finished

@@ -71,7 +71,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             return manifest
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         pass
-    raise BadInput(f"{path} is damaged or not a manifest of tn_lens; use another folder, or remove the file")
+    raise BadInput(f"{path} is damaged or is not a tn_lens manifest; use another folder, or remove the file")
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

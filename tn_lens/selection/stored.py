@@ -44,7 +44,7 @@ class StoredScores(ScoreSource):
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
-            raise BadInput(f"{path} holds no run; expected a folder that `tn-lens run --out` wrote")
+            raise BadInput(f"{path} does not contain a run; expected a folder written by `tn-lens run --out`")
         manifest = read_manifest(path / "manifest.json")
         try:
             index = json.loads((path / "prompts.json").read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ class SelectionTable:
             for t in ts
         }
         self._count(scores, ts)
-        # a neuron that is salient at a high threshold is salient at a lower one, so these candidates include all
+        # a neuron that is salient at a high threshold is salient at a lower one, so these candidates include all others
         loosest = min(ts, key=lambda t: 0 if t is None else t)
         self.places = {
             split: {
@@ -142,14 +142,14 @@ class SelectionTable:
 
 
 def check_thresholds(t: Threshold, rules: Rules) -> None:
-    """Check that the thresholds are in range and that the family is known.
+    """Check that the thresholds are in range and that the family of tests is known.
 
     Raises:
         BadInput: a threshold is out of range, or the family is unknown.
     """
     for name, value in (("adaptive_threshold (t)", t), ("share_threshold (p)", rules.share_threshold)):
         if value is not None and not 0 < value <= 1:
-            raise BadInput(f"{name} must lie in (0, 1], a fraction and not a percentage; got {value}")
+            raise BadInput(f"{name} must be a fraction in (0, 1], not a percentage; got {value}")
     if rules.alpha is not None and not 0 < rules.alpha < 1:
         raise BadInput(f"alpha must lie in (0, 1); got {rules.alpha}")
     if rules.family not in ("candidates", "all"):

@@ -1,4 +1,4 @@
-"""What an attribution method is: a function from a prepared engine to scores."""
+"""The interface of attribution methods, which compute scores with a prepared engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Engine(Protocol):
 
     prompts: list[Prompt]
     own: dict[SiteName, Float[Tensor, "prompt layer position _"]]
-    """The activations that are interpolated, in at least float32."""
+    """The activations at the attributed positions, in at least float32."""
     logits: Float[Tensor, "prompt vocab"]
     """Logits at the last position of the prompts, without any replacement."""
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
         ...
 
     def carry_back(self, place: Place, gradient: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch neuron"]:
-        """Map a gradient of that vector back to the gradient of the activation: the transpose of `carry`."""
+        """Map a gradient with respect to that vector to one with respect to the activation: the transpose of `carry`."""
         ...
 
     def run(
@@ -40,11 +40,11 @@ class Engine(Protocol):
         paths: Mapping[Place, Float[Tensor, "prompt _ position _"]],
         nudges: Mapping[Place, Float[Tensor, "prompt 1 position _"]],
     ) -> Float[Tensor, "prompt row _"]:
-        """Run rows in which one site of one layer is replaced, in the order of `paths`.
+        """Run rows, each with one site of one layer replaced, in the order of `paths`.
 
         Args:
             paths: replacements of each place, one for each row.
-            nudges: added to the activations of an additional first row, in which nothing is replaced; empty for none.
+            nudges: added to the activations of an additional first row, in which nothing is replaced. Empty: no such row.
 
         Returns:
             The final vectors of the rows, the input of `logits_of`.
@@ -75,7 +75,7 @@ class Method:
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
     sees_edge: bool = False
-    """Whether some nodes lie close enough to the baseline for post-norm models."""
+    """Whether some nodes lie close enough to the baseline for the scores of post-norm models to be accurate."""
 
 
 METHODS: Registry[Method] = Registry("attribution method")
