@@ -105,14 +105,14 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
     [
         (["run", "--model", "no/such place", "--questions", "toy", "--out", "X"], "neither a folder nor a hub id"),
         (["run", "--model", "toy", "--questions", "riddles", "--out", "X"], "unknown question set 'riddles'"),
-        ([*TOY, "--out", "X", "--t", "0"], "adaptive_threshold (t) must lie in (0, 1]"),
-        ([*TOY, "--out", "X", "--t", "20"], "a fraction and not a percentage"),
-        ([*TOY, "--out", "X", "--p", "1.5"], "share_threshold (p) must lie in (0, 1]"),
+        ([*TOY, "--out", "X", "--t", "0"], "adaptive_threshold (t) must be a fraction in (0, 1]"),
+        ([*TOY, "--out", "X", "--t", "20"], "not a percentage"),
+        ([*TOY, "--out", "X", "--p", "1.5"], "share_threshold (p) must be a fraction in (0, 1]"),
         ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in (0, 1)"),
         ([*TOY, "--out", "X", "--limit", "0"], "limit must be a positive integer"),
         ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be a positive integer"),
-        ([*TOY, "--out", "X", "--max-memory", "0"], "expected more than 0 GiB for '--max-memory', got 0"),
-        ([*TOY, "--out", "X", "--max-memory", "nan"], "expected more than 0 GiB"),
+        ([*TOY, "--out", "X", "--max-memory", "0"], "--max-memory must be greater than 0 GiB; got 0"),
+        ([*TOY, "--out", "X", "--max-memory", "nan"], "--max-memory must be greater than 0 GiB"),
         ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a positive integer"),
         ([*TOY, "--out", "X", "--device", "cuda:9"], "device 'cuda:9' is not available"),
         ([*TOY, "--out", "X", "--dtype", "int3"], "expected dtype"),
@@ -313,7 +313,7 @@ def test_selecting_again_needs_no_model(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--t", "20"], "fraction and not a percentage"),
+        (["--t", "20"], "not a percentage"),
         (["--splits", "1"], "needs at least 2"),
         (["--alpha", "0"], "alpha must lie in (0, 1)"),
         (["--out", "/nowhere/at/all.json"], "a folder that exists"),
@@ -328,7 +328,7 @@ def test_bad_input_to_select(arguments: list[str], said: str, run: Callable, fin
 
 def test_selecting_needs_the_files_of_a_run(run: Callable, copy: Path, tmp_path: Path) -> None:
     code, _, error = run("select", tmp_path, "--t", "0.1")
-    assert (code, "holds no run" in error) == (2, True)
+    assert (code, "does not contain a run" in error) == (2, True)
     (copy / "prompts.json").write_text("{")
     code, _, error = run("select", copy)
     assert (code, "is missing, damaged or written by another version" in error) == (2, True)
@@ -350,7 +350,7 @@ def test_attr_t_may_be_stored_beside_d(run: Callable, finished: Finished, tmp_pa
         assert one["attr_right"] == pytest.approx(other["attr_right"], rel=0.01, abs=1e-5)
         assert one["attr_wrong"] == pytest.approx(other["attr_wrong"], rel=0.01, abs=1e-5)
     code, _, error = run(*TOY, "--out", tmp_path / "x", *FAST, "--separate", "--target", "log_ratio")
-    assert (code, "only the target probability_difference has" in error) == (2, True)
+    assert (code, "requires the target probability_difference" in error) == (2, True)
 
 
 def test_t_is_tuned_on_separate_questions(run: Callable, tmp_path: Path) -> None:

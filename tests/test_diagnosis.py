@@ -60,7 +60,7 @@ def test_the_four_cases_follow_the_signs_of_both_labels(world: Planted) -> None:
     assert case == {str(signed): 3, str(form): 1, str(anti): 2}
     four = replace(found, right=-np.ones(3), wrong=-np.ones(3))
     assert four.case.tolist() == [4, 4, 4]
-    assert "1 of 3 neurons raises both labels" in found.summary()
+    assert "1 of 3 neurons raises the probabilities of both" in found.summary()
     assert set(CASES) == {1, 2, 3, 4}
 
 
@@ -80,7 +80,7 @@ def test_nothing_found_and_nothing_wrong_are_said(tmp_path: Path) -> None:
     sure = planted(seed=2, mistaken=0.0)
     found = diagnosed(sure, list(sure.truth))
     assert found.verdicts == ["unclear"] * 7
-    assert "too few of the questions wrong" in found.summary()
+    assert "too few wrong answers to distinguish" in found.summary()
     found.save(tmp_path / "found.safetensors")
     assert_frame_equal(Diagnosis.load(tmp_path / "found.safetensors").to_frame(), found.to_frame())
     assert "nothing to diagnose" in diagnosed(sure, []).summary()
@@ -118,7 +118,7 @@ def test_a_rise_that_random_neurons_make_too_is_no_help(toy: Model, toy_question
     wrong[np.arange(len(right)), right], sure[np.arange(len(right)), right] = 0.1, 0.9
     known = diagnosed_as(made, neurons)
     no_more, more = (
-        "no evidence that it raises accuracy there more than with random",
+        "no evidence that ablation raises accuracy there more than ablating random",
         "more than ablating random neurons does, as expected",
     )
     for others, said, unsaid in ((sure, no_more, more), (wrong, more, no_more)):

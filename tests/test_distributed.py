@@ -146,7 +146,7 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "tn_lens", *COMMAND[1:], "--t", "7", cwd=tmp_path)  # its store outlives the workers
     assert done.returncode != 0
-    assert done.stderr.count("error: adaptive_threshold (t) must lie in (0, 1]") == 1
+    assert done.stderr.count("error: adaptive_threshold (t) must be a fraction in (0, 1]") == 1
     assert not done.stdout
     assert not (tmp_path / "run").exists()
 

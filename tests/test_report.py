@@ -170,7 +170,7 @@ def test_a_run_reads_back_as_it_was(finished: tuple[TruthNeurons, Path], loaded:
 
 
 def test_what_is_no_run_or_damaged_is_refused(finished: tuple[TruthNeurons, Path], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="holds no run"):
+    with pytest.raises(BadInput, match="does not contain a run"):
         load_run(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(finished[1], copy)
@@ -829,9 +829,9 @@ def test_bad_input_of_the_pages(
     for arguments, said in (
         (["compare", finished[1], "--out", tmp_path / "a.html"], "at least two runs"),
         (["compare", finished[1], finished[1], "--out", tmp_path / "a.html"], "given twice"),
-        (["compare", finished[1], tmp_path, "--out", tmp_path / "a.html"], "holds no run"),
+        (["compare", finished[1], tmp_path, "--out", tmp_path / "a.html"], "does not contain a run"),
         (["compare", finished[1], tmp_path, "--out", tmp_path], "expected an .html file"),
-        (["report", tmp_path], "holds no run"),
+        (["report", tmp_path], "does not contain a run"),
     ):
         code, _, error = run(*arguments)
         assert (code, said in error) == (2, True), error

@@ -118,7 +118,7 @@ def test_a_sweep_is_every_selection(scores: Attribution) -> None:
     assert np.array(figure.data[0].text).tolist() == table["n_found"].unstack().to_numpy().tolist()
     with pytest.raises(ValueError, match="'n_found' is missing"):
         plot_sweep(table.reset_index().drop(columns="n_found"))
-    with pytest.raises(ValueError, match="fraction and not a percentage"):
+    with pytest.raises(ValueError, match="not a percentage"):
         sweep(scores, ts=(20.0,))
 
 

@@ -108,7 +108,7 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
         (["RUN", "--model", "toy", "--on", "toy", "--factor", "2"], "--mode zero takes no factor; omit --factor"),
         (["RUN", "--model", "toy", "--on", "toy", "--text", "nothing.txt"], "cannot read 'nothing.txt'"),
         (["RUN", "--model", "toy", "--on", "mmlu=nowhere"], "pass the folder with test/"),
-        (["nowhere", "--model", "toy", "--on", "toy"], "holds no run"),
+        (["nowhere", "--model", "toy", "--on", "toy"], "does not contain a run"),
     ],
 )
 def test_bad_input_to_evaluate(arguments: list[str], said: str, whole: Path, run: Callable, tmp_path: Path) -> None:

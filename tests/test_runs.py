@@ -450,7 +450,7 @@ def test_a_loaded_run_is_the_one_that_was_returned(
 
 
 def test_a_run_that_is_not_finished_or_damaged_is_not_loaded(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="does not contain a run"):
         load_run(tmp_path)
     for name in ("result.json", "evaluation.safetensors", "check.safetensors", "cards.json"):
         folder = tmp_path / name
