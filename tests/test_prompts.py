@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tn_lens import Question, QuestionSet, build_prompt, build_prompts, load_model
@@ -222,6 +223,36 @@ def test_prompts_beyond_the_context_window_are_counted_never_cut(checkpoint: Cal
         build_prompts(model, questions)
     with pytest.warns(UserWarning, match="2 questions"):
         assert len(build_prompts(model, questions, drop_long=True)) == 3
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}" + QWEN, None])
+def test_an_unknown_token_that_is_also_bos_is_not_an_unknown_word(
+    template: str | None, checkpoint: Callable[[str], Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    # GPT-2, Pythia and OLMo-2: one token for BOS, EOS, padding and unknown words, which a byte-level tokenizer never has
+    tokenizer = byte_tokenizer(template, merges=True)
+    end = "<|endoftext|>"
+    tokenizer.add_special_tokens({"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": end})
+    one = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, one)])
+    model = load_model(checkpoint("Llama-3.1-8B-Instruct"), tokenizer=tokenizer)
+    model.cfg.n_ctx = 2000
+    question = Question(text="Is it wet?", choices=("yes", "no"))
+    (prompt,) = build_prompts(model, QuestionSet(name="x", questions=(question,)), order="given")
+    assert prompt.token_ids[0] == one
+    assert one not in prompt.token_ids[1:]
+    if template:
+        turns = [{"role": "system", "content": FIGURE_9.system}, {"role": "user", "content": user_turn(question)}]
+        expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert list(prompt.token_ids) == expected
+    assert tokenizer.convert_ids_to_tokens(prompt.label_ids[1]) == (["B", "b"] if template else ["ĠB", "Ġb"])
+    assert not [w for w in recwarn if "unknown" in str(w.message)]
+
+
+def user_turn(question: Question) -> str:
+    """Figure 9's user turn for two choices in their given order."""
+    lines = [f"Answer {letter}: {choice}" for letter, choice in zip("AB", question.choices, strict=True)]
+    return FIGURE_9.user.format(question=question.text, choices="\n".join(lines), labels="A and B")
 
 
 def test_a_tokenizer_that_cannot_read_the_questions_is_noticed(toy: Model) -> None:

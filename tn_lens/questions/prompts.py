@@ -237,11 +237,10 @@ class PromptEncoder:
             raise BadInput(
                 "this model's tokenizer encodes the answer labels as its unknown token; use another tokenizer or other labels"
             )
-        n_unknown = sum(unknown in prompt.token_ids for prompt in prompts)
-        if not n_unknown:
+        words = [word for p in prompts if unknown in p.token_ids and (word := self._unknown_word(p.text))]
+        if not words:
             return
-        text = next(prompt.text for prompt in prompts if unknown in prompt.token_ids)
-        word = next((w for w in text.split() if unknown in _ids(self.tokenizer, [w], special=False)[0]), "")
+        n_unknown, word = len(words), words[0]
         if n_unknown == len(prompts):
             raise BadInput(
                 f"this model's tokenizer cannot encode the questions: all {n_unknown} prompts contain unknown words, like "
@@ -251,6 +250,13 @@ class PromptEncoder:
             f"{n_unknown} of {len(prompts)} prompts contain words that are unknown to the tokenizer, like {word!r:.40}",
             stacklevel=4,
         )
+
+    def _unknown_word(self, text: str) -> str:
+        # the unknown token of many tokenizers is also their BOS, EOS or padding token, which templates write
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        encoded = zip(text.split(), _ids(self.tokenizer, text.split(), special=False), strict=True)
+        return next((word for word, ids in encoded if self.tokenizer.unk_token_id in ids), "")
 
 
 def _tokenizer(model: Model) -> Any:

@@ -62,11 +62,6 @@ class Fact:
     wording: int
     """Index into `WORDINGS`."""
 
-    @property
-    def is_exception(self) -> bool:
-        """Whether the typical value is wrong."""
-        return self.value != self.typical
-
     def question(self, wording: int | None = None) -> str:
         """The question about this fact, in one of the three wordings (that of the fact by default)."""
         template = WORDINGS[self.wording if wording is None else wording]
