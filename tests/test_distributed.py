@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import contents
+from tests.conftest import contents, first_of_parts
 from tn_lens import QuestionSet, Settings, find_truth_neurons
 from tn_lens.core.errors import WorkerLost
 from tn_lens.models import Model
@@ -28,7 +27,7 @@ from tn_lens.runs.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 SMALL = Settings(limit=80, n_steps=2, n_repetitions=2, order="both")
-FEW = ("find", 80), ("report", 16)
+FEW = {"find": 80, "report": 16}
 
 RUN = """
 import os, signal, sys
@@ -37,7 +36,7 @@ from tn_lens import cli
 from tn_lens.questions import load
 from tn_lens.runs.folder import RunFolder
 toy = load.load_questions("toy")
-few = tuple(question for part, n in {few!r} for question in toy.part(part)[:n])
+few = tuple(question for part, n in {few!r}.items() for question in toy.part(part)[:n])
 load.load_questions = lambda name: replace(toy, questions=few)
 real = RunFolder.write_chunk
 def write(self, name, index, *rest):
@@ -73,6 +72,7 @@ def forked(n_workers: int, script: str, cwd: Path) -> SimpleNamespace:
         process.start()
     for process in processes:
         process.join(300)
+        assert process.exitcode is not None, "a worker did not end"
     stdout, stderr = ("".join((cwd / f"{name}{rank}").read_text() for rank in range(n_workers)) for name in NAMES)
     return SimpleNamespace(returncode=max(abs(p.exitcode or 0) for p in processes), stdout=stdout, stderr=stderr)
 
@@ -99,16 +99,11 @@ def work(rank: int, n_workers: int, port: int, script: str, cwd: Path) -> None:
     exec(script, {"__name__": "job"})
 
 
-def few_of(questions: QuestionSet) -> QuestionSet:
-    """The questions that the runs in this file use."""
-    return replace(questions, questions=tuple(q for part, n in FEW for q in questions.part(part)[:n]))
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> Path:
     """Folder of a run with one worker."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, threads=1, command=COMMAND)
+    find_truth_neurons(toy, first_of_parts(toy_questions, **FEW), SMALL, out=out, threads=1, command=COMMAND)
     assert len(list((out / "scores").iterdir())) > 1
     return out
 
@@ -138,7 +133,7 @@ def test_a_killed_worker_is_named_and_one_worker_goes_on(
     assert "has died or does not respond; run the same command again" in done.stderr
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert any(path.parent.name == "scores" for path in held)
-    find_truth_neurons(toy, few_of(toy_questions), SMALL, out=out, command=COMMAND)
+    find_truth_neurons(toy, first_of_parts(toy_questions, **FEW), SMALL, out=out, command=COMMAND)
     assert contents(out) == contents(alone), "a run of two workers resumes on one"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
 

@@ -818,7 +818,7 @@ def test_the_page_about_several_runs_in_a_browser(comparison_page: Path, chrome:
                 "(f => [f.querySelector('.modebar').getBoundingClientRect().bottom,"
                 " f.querySelector('.nsewdrag').getBoundingClientRect().top])(document.querySelector('[data-figure=overlap]'))"
             )
-            assert bar <= plot, "the buttons stand above the cells"
+            assert bar <= plot, "the buttons are above the cells"
         assert chrome.complaints() == []
         assert chrome.requests() == [out.as_uri()]
 

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ class NeuronSet(Set[Neuron]):
 
     def __init__(self, neurons: Iterable[Neuron] = ()) -> None:
         # sorted once, so that iteration, digests and files do not depend on hashing
-        self._neurons = tuple(sorted(set(neurons), key=attrgetter("site", "layer", "head", "index")))
+        self._neurons = tuple(sorted(set(neurons)))
         self._members = frozenset(self._neurons)
 
     def __contains__(self, neuron: object) -> bool:

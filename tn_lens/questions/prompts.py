@@ -237,10 +237,14 @@ class PromptEncoder:
             raise BadInput(
                 "this model's tokenizer encodes the answer labels as its unknown token; use another tokenizer or other labels"
             )
-        words = [word for p in prompts if unknown in p.token_ids and (word := self._unknown_word(p.text))]
-        if not words:
+        # the unknown token is often also the BOS, EOS or padding token, which the template or the tokenizer writes
+        token, n_added = self.tokenizer.unk_token, _ids(self.tokenizer, [""], special=not self.chat)[0].count(unknown)
+        texts = [p.text for p in prompts if p.token_ids.count(unknown) > n_added + p.text.count(token)]
+        if not texts:
             return
-        n_unknown, word = len(words), words[0]
+        n_unknown, words = len(texts), [word for word in texts[0].split() if token not in word]
+        encoded = zip(words, _ids(self.tokenizer, words, special=False), strict=True)
+        word = next((word for word, ids in encoded if unknown in ids), "")
         if n_unknown == len(prompts):
             raise BadInput(
                 f"this model's tokenizer cannot encode the questions: all {n_unknown} prompts contain unknown words, like "
@@ -250,13 +254,6 @@ class PromptEncoder:
             f"{n_unknown} of {len(prompts)} prompts contain words that are unknown to the tokenizer, like {word!r:.40}",
             stacklevel=4,
         )
-
-    def _unknown_word(self, text: str) -> str:
-        # the unknown token of many tokenizers is also their BOS, EOS or padding token, which templates write
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, " ")
-        encoded = zip(text.split(), _ids(self.tokenizer, text.split(), special=False), strict=True)
-        return next((word for word, ids in encoded if self.tokenizer.unk_token_id in ids), "")
 
 
 def _tokenizer(model: Model) -> Any:
