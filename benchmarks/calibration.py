@@ -53,7 +53,7 @@ N_PLANTED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ToyScores:
-    """The scores of the embedded model, and the questions that it answers right or wrong in both orders."""
+    """The scores of the embedded model, and the questions that it answers correctly or incorrectly in both orders."""
 
     scores: Attribution
     """D with one row per question, the mean over its orders; without categories."""

@@ -1,7 +1,7 @@
 """Diagnosis of the found neurons: their scores where the model is wrong, and the scores of both labels separately.
 
 The manipulation check keeps the questions on which the right answer is what the model chose, so a neuron that supports
-whichever answer is chosen passes every later filter. Questions that the model answers wrong distinguish the two: a truth
+whichever answer is chosen passes every later filter. Questions that the model answers incorrectly distinguish the two: a truth
 neuron still supports the right answer, a choice neuron the wrong one.
 """
 

@@ -115,12 +115,12 @@ def plot_difference(
     title: str | None = None,
     theme: Theme = "light",
 ) -> Figure:
-    """The distribution of one neuron's D over questions that the model answers right, and over those it answers wrong.
+    """The distribution of one neuron's D over questions that the model answers correctly, and over those it answers incorrectly.
 
     Args:
-        scores: scores of the questions that the model answers right.
+        scores: scores of the questions that the model answers correctly.
         neuron: the neuron.
-        mistaken: scores of questions that it answers wrong.
+        mistaken: scores of questions that it answers incorrectly.
         title: title of the figure; by default it gives the means.
         theme: "light" or "dark".
 

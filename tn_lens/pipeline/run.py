@@ -68,7 +68,7 @@ def find_truth_neurons(
         command: the command line that started the run, for the report.
 
     Raises:
-        BadInput: see the stages. If the model answers no question right, the run folder is removed.
+        BadInput: see the stages. If the model answers no question correctly, the run folder is removed.
         WorkerLost: another worker has died or failed.
     """
     settings = check_arguments(model, questions, settings, out, threads)
@@ -170,14 +170,14 @@ def check_some_right(folder: RunFolder, model: Model, prompts: PromptSet) -> Man
     """The manipulation check of a run.
 
     Raises:
-        BadInput: the model answers no question right; the folder is removed.
+        BadInput: the model answers no question correctly; the folder is removed.
     """
     check = manipulation_check(model, prompts)
     if not check.prompts:
         folder.workers.wait()
         folder.remove()
         raise BadInput(
-            f"no question passed the manipulation check: of {check.n_asked} asked, the model answers none right"
+            f"no question passed the manipulation check: of {check.n_asked} asked, the model answers none correctly"
             f"{' in both orders' if check.is_swapped else ''} (answer mass {check.answer_mass:.2f}); "
             "try a more capable model, other questions, or order='random'"
         )

@@ -67,12 +67,12 @@ class Card(Stored):
     opposes: tuple[Example, ...]
     """The questions with its lowest D, lowest first."""
     n_questions: int
-    """Number of questions with scores, which the model answers right."""
+    """Number of questions with scores, which the model answers correctly."""
     share_positive: float
     """Fraction of these with D > 0, in [0, 1]."""
     activations: Mapping[str, Activation]
     """At the last position of the prompt, whose logits are the answer; zero-ablation removes it. By group of prompts: those
-    that the model answers right, those that it answers wrong, and those whose right answer is shown at A, at B and so on."""
+    that the model answers correctly, those that it answers incorrectly, and those whose right answer is shown at A, at B and so on."""
     promotes: tuple[Token, ...]
     """The tokens with the highest direct logit attribution, without later layers (see `Backend.direct_logits`)."""
     demotes: tuple[Token, ...]

@@ -146,7 +146,7 @@ def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) ->
 
 
 def _groups(check: ManipulationCheck) -> dict[str, list[int]]:
-    """Rows of the asked prompts by whether the model answers right, and by the position of the right answer."""
+    """Rows of the asked prompts by whether the model answers correctly, and by the position of the right answer."""
     answered = ["answered right" if is_right else "answered wrong" for is_right in check.right.tolist()]
     shown = [f"right answer at {LETTERS[prompt.right]}" for prompt in check.asked]
     # if the right answer is always at the same letter, that group would contain all prompts

@@ -59,7 +59,7 @@ class Planted:
     traps: Mapping[str, Neuron]
     """Neurons that resemble truth neurons, by the kind of trap."""
     mistaken: frozenset[str]
-    """Questions that the model answers wrong."""
+    """Questions that the model answers incorrectly."""
 
 
 def planted(
@@ -91,7 +91,7 @@ def planted(
     Args:
         seed: seed for the prompts and the background.
         n_questions: number of questions, with one prompt each; the right answer is at A in half of them.
-        mistaken: fraction of the questions that the model answers wrong; they form a separate category.
+        mistaken: fraction of the questions that the model answers incorrectly; they form a separate category.
         noise: standard deviation of the weights of the background neurons to the labels' logits.
         label_logit: logit of the labels without the format neuron, whose effect is small at 7 and large at 4.
         n_layers, d_model, d_mlp, d_head: sizes; the planted neurons need 3 layers, 22 dimensions and 8 MLP neurons.
