@@ -20,6 +20,7 @@ from tn_lens.core.options import NEURON_SITES, BaselineName, EngineName, Positio
 from tn_lens.core.settings import default_memory
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSpace, SiteName
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
@@ -31,6 +32,7 @@ BATCH_SIZE = 64
 """Default number of rows (copies of the prompt) in one pass of the direct engine."""
 
 
+@isolated
 def attribute(
     model: Model,
     prompts: Sequence[Prompt] | Prompt,

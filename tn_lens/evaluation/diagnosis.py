@@ -25,6 +25,7 @@ from tn_lens.evaluation.evaluate import evaluate
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Model
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import Neuron, NeuronSet
 from tn_lens.questions.prompts import PromptSet
 from tn_lens.questions.question import QuestionSet
@@ -131,6 +132,7 @@ class Diagnosis(Stored):
         return say("diagnosis.explain", self)
 
 
+@isolated
 def diagnose(
     model: Model,
     neurons: NeuronSet,

@@ -12,6 +12,7 @@ from tn_lens.core.options import Where
 from tn_lens.evaluation.evaluate import evaluate
 from tn_lens.inference.interventions import Scale
 from tn_lens.models import Model
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.context import in_stage, track
@@ -19,6 +20,7 @@ from tn_lens.runs.context import in_stage, track
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
+@isolated
 def dose_response(
     model: Model,
     questions: QuestionSet,

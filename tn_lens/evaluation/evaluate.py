@@ -22,6 +22,7 @@ from tn_lens.inference.answers import ZERO, Asking, ask_each
 from tn_lens.inference.interventions import Intervention, Mean, intervention_called
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, neuron_space
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet, usual_sites
 from tn_lens.questions.prompts import PromptSet, build_prompts, stream_of
 from tn_lens.questions.question import QuestionSet
@@ -31,6 +32,7 @@ from tn_lens.runs.context import in_stage, map_chunks
 ALL_CONDITIONS: tuple[Condition, ...] = ("unablated", "random", "random_matched", "top_activation", "ablated")
 
 
+@isolated
 def evaluate(
     model: Model,
     questions: QuestionSet,

@@ -13,6 +13,7 @@ from tn_lens.inference.answers import NO_NEURONS, ZERO
 from tn_lens.inference.forward import Layout, pad_right
 from tn_lens.inference.interventions import Intervention, intervention_hooks
 from tn_lens.models import Model, backend_of
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.toy_world import facts
 
@@ -27,6 +28,7 @@ Text: TypeAlias = str | tuple[str, str]
 """A text, or a pair of a prefix and the continuation on which the loss is computed."""
 
 
+@isolated
 @torch.no_grad()
 def text_loss(
     model: Model, texts: Sequence[Text], *, neurons: NeuronSet = NO_NEURONS, intervention: Intervention = ZERO

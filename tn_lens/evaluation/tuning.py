@@ -17,6 +17,7 @@ from tn_lens.evaluation.comparison import LETTER_SHIFT, MASS_KEPT
 from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.inference.answers import Asking, ask_each
 from tn_lens.models import Model
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.prompts import PromptSet, build_prompts
 from tn_lens.questions.question import QuestionSet
@@ -74,6 +75,7 @@ class Tuning(Stored):
         return say("selection.tuning", self)
 
 
+@isolated
 def tune_threshold(
     model: Model,
     scores: ScoreSource,

@@ -14,6 +14,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.inference.forward import MAX_TOKENS, prompt_logits
 from tn_lens.inference.interventions import Intervention, Zero, intervention_hooks
 from tn_lens.models import Model, backend_of
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
@@ -23,6 +24,7 @@ NO_NEURONS = NeuronSet()
 ZERO = Zero()
 
 
+@isolated
 @torch.no_grad()
 def ask(
     model: Model,

@@ -17,6 +17,7 @@ from tn_lens.core.sentences import say
 from tn_lens.core.stored import Stored
 from tn_lens.inference.answers import Asking, ask_each
 from tn_lens.models import Model
+from tn_lens.models.isolation import isolated
 from tn_lens.questions.prompts import Prompt, PromptSet
 
 LOPSIDED = 0.15
@@ -146,6 +147,7 @@ class ManipulationCheck(Stored):
         )
 
 
+@isolated
 def manipulation_check(model: Model, prompts: Sequence[Prompt]) -> ManipulationCheck:
     """Ask every prompt, and keep the questions that are answered correctly in all of their prompts (paper 2.3).
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from tn_lens.core.options import NEURON_SITES, Where
 from tn_lens.inference.forward import Layout, prompt_logits
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import SiteName, hook_name
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 
 
+@isolated
 @torch.no_grad()
 def mean_activations(
     model: Model,

@@ -20,6 +20,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.models import Model, backend_of, choose_backend, make_model, official_name
 from tn_lens.models.backend import Checkpoint
+from tn_lens.models.isolation import default_modes
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -33,6 +34,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """A model's id on the hub, with or without an organisation."""
 
 
+@default_modes()
 def load_model(
     name_or_folder: str | Path,
     *,

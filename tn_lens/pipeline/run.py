@@ -18,6 +18,7 @@ from tn_lens.evaluation.tuning import THRESHOLDS, tune_threshold
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model
+from tn_lens.models.isolation import isolated
 from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.provenance import describe, fixed_threads, threads_of
 from tn_lens.pipeline.settings import resolve_settings, rules_of
@@ -39,6 +40,7 @@ from tn_lens.selection.table import SelectionTable, Split, Threshold
 DEFAULTS = Settings()
 
 
+@isolated
 def find_truth_neurons(
     model: Model,
     questions: QuestionSet,

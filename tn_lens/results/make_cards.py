@@ -16,6 +16,7 @@ from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.inference.forward import Layout, prompt_logits
 from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
+from tn_lens.models.isolation import isolated
 from tn_lens.neurons import Neuron, NeuronSet, hook_name
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.questions.question import LETTERS, Question, QuestionSet
@@ -29,6 +30,7 @@ N_CARDS = 50
 """Maximum number of neurons of a run that get a card."""
 
 
+@isolated
 def neuron_card(
     model: Model, neuron: Neuron | str, scores: ScoreSource, check: ManipulationCheck, **about: Any
 ) -> Card:
@@ -49,6 +51,7 @@ def neuron_card(
     return card
 
 
+@isolated
 def make_cards(
     model: Model,
     scores: ScoreSource,
