@@ -25,12 +25,12 @@ from tn_lens import (
     neuron_card,
     select_neurons,
 )
+from tn_lens.core.tokens import token_text, visible
 from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, backend_of, build_model
 from tn_lens.questions.toy import binary
 from tn_lens.results.card import Card, load_cards
 from tn_lens.results.make_cards import make_cards
-from tn_lens.results.tokens import token_text, visible
 from tn_lens.selection.stored import StoredScores
 from tn_lens.toy.plant import planted
 
@@ -429,7 +429,9 @@ def test_show_needs_a_finished_run(of_toy: Any, run: Run, tmp_path: Path) -> Non
 
 def test_a_run_that_finds_nothing_has_no_cards(toy: Model, tmp_path: Path, run: Run) -> None:
     few = binary().part("find").select(range(5))
-    found = find_truth_neurons(toy, few, Settings(n_steps=1, n_repetitions=1), out=tmp_path / "run", progress=False)
+    found = find_truth_neurons(
+        toy, few, Settings(n_steps=1, n_repetitions=1), out=tmp_path / "run", force=True, progress=False
+    )
     assert not found.neurons
     assert found.cards == load_cards(tmp_path / "run") == ()
     code, said, _ = run("show", tmp_path / "run")

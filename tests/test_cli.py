@@ -443,22 +443,15 @@ def test_a_dry_run_estimates_the_cost_and_writes_nothing(run: Callable, tmp_path
 def test_a_real_checkpoint_that_knows_nothing_ends_well(run: Callable, tmp_path: Path, shared: Path) -> None:
     out = tmp_path / "run"
     model, questions = shared / "models" / "tinystories-656k", shared / "data" / "TruthfulQA.csv"
-    code, text, error = run(
-        "run",
-        "--model",
-        model,
-        "--questions",
-        questions,
-        "--out",
-        out,
-        "--limit",
-        30,
-        "--n-steps",
-        4,
-        "--repetitions",
-        2,
-    )
+    command = ("run", "--model", model, "--questions", questions, "--out", out)
+    options = ("--limit", 30, "--n-steps", 4, "--repetitions", 2)
+    code, text, error = run(*command, *options)
+    assert code == 2
+    assert re.search(r"the answers have only 2\.\d % of the probability.*does not answer with A or B.*--force", error)
+    code, text, error = run(*command, *options, "--force")
     assert code == 0, error
+    assert "The manipulation check kept" in text
+    assert "Most probable next tokens: " in text
     summary = json.loads((out / "summary.json").read_text())
     assert summary["n_layers"] == 2
     assert summary["t"] == 0.2

@@ -181,7 +181,14 @@ def test_batches_are_cut_rather_than_padded() -> None:
 
 
 def prompt(question: int, right: int) -> Prompt:
-    return Prompt(token_ids=(1,), label_ids=((2,), (3,)), right=right, question=str(question), order=(right, 1 - right))
+    return Prompt(
+        token_ids=(1,),
+        label_ids=((2,), (3,)),
+        right=right,
+        question=str(question),
+        order=(right, 1 - right),
+        labels=("A", "B"),
+    )
 
 
 def test_right_is_strictly_more_probable() -> None:

@@ -20,7 +20,7 @@ from tn_lens.questions.toy_world import facts
 LLAMA_3 = (
     "{{ bos_token }}<|system|>Today Date: {{ date_string if date_string is defined else strftime_now('%d %b %Y') }}\n\n"
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 QWEN = (
@@ -29,7 +29,7 @@ QWEN = (
 )
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}[INST] {{ m.content }}[/INST]{% endfor %}"
+    "{% endif %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
 
 
@@ -131,34 +131,121 @@ def test_plain_text_ends_so_that_labels_are_single_tokens(chatting: Callable[...
     model = chatting(None, merges=False)  # " A" is then a space and an A
     (prompt,) = build_prompts(model, ONE, order="given")
     assert prompt.text.endswith("\nAnswer: ")
-    assert prompt.label_ids[0][0] == model.tokenizer.get_vocab()["A"]
+    vocabulary = model.tokenizer.get_vocab()
+    assert prompt.token_ids[-1] == vocabulary["Ġ"]
+    assert prompt.label_ids == ((vocabulary["A"], vocabulary["a"]), (vocabulary["B"], vocabulary["b"]))
 
 
-def test_a_label_of_two_tokens_is_refused_with_its_ids(chatting: Callable[..., Model]) -> None:
+def test_the_beginning_that_answers_share_belongs_to_the_prompt(chatting: Callable[..., Model]) -> None:
     model = chatting(None, merges=False)
-    ids = model.tokenizer(" A", add_special_tokens=False)["input_ids"]
-    with pytest.raises(ValueError, match=r"must be one token.*but is 2") as raised:
-        build_prompt(model, "Answer:", right=" A", wrong=" B")
-    assert str(ids) in str(raised.value)
-    words = QuestionSet(
-        name="words",
-        questions=ONE.questions,
-        template=PromptTemplate(user="{question}", choice="", chat=False, labels="choices"),
-    )
-    with pytest.raises(ValueError, match=r"'\sParis' must be one token after this prompt, but is 6"):
-        build_prompts(model, words, order="given")
+    vocabulary = model.tokenizer.get_vocab()
+    prompt = build_prompt(model, "It is", right=" in Rome", wrong=" in Paris")
+    assert model.tokenizer.decode(list(prompt.token_ids)) == "It is in "
+    assert prompt.label_ids == ((vocabulary["R"],), (vocabulary["P"],))
+    completion = ONE.with_format("completion")
+    (prompt,) = build_prompts(model, completion, order="both")
+    assert prompt.text == "What is the capital of France? "
+    assert prompt.label_ids == ((vocabulary["P"],), (vocabulary["R"],))
+    assert prompt.labels == ()
 
 
-def test_a_prompt_that_is_no_prefix_is_refused(chatting: Callable[..., Model]) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        (" New York", " New York City", "' New York' is the beginning of the other answers"),
+        (" New York", [" New Delhi", " Newark", " Paris"], "begin with the same token"),
+        (" red", " red", "are the same"),
+    ],
+)
+def test_answers_that_no_token_distinguishes_are_refused_by_name(
+    right: str, wrong: str | list[str], said: str, chatting: Callable[..., Model]
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_prompt(chatting(None), "The city of", right=right, wrong=wrong)
+
+
+def test_an_answer_that_merges_with_the_end_of_plain_text_replaces_it(chatting: Callable[..., Model]) -> None:
     model = chatting(None, merges=True)
     vocabulary = model.tokenizer.get_vocab()
-    with pytest.raises(ValueError, match="merges with the end of the prompt") as raised:
-        build_prompt(model, "The answer is ", right="A", wrong="B")
-    assert str(vocabulary["ĠA"]) in str(raised.value)
+    prompt = build_prompt(model, "The answer is ", right="A", wrong="B")
+    assert prompt.label_ids == ((vocabulary["ĠA"],), (vocabulary["ĠB"],))
+    assert prompt.token_ids == tuple(model.tokenizer("The answer is", add_special_tokens=False)["input_ids"])
+
+
+def test_solved_examples_are_not_asked(chatting: Callable[..., Model]) -> None:
+    questions = tuple(Question(text=f"Is {n} even?", choices=("yes", "no"), answer=n % 2) for n in range(6))
+    asked = QuestionSet(name="even", questions=questions).with_format("letters", n_shots=2, prefill="It is")
+    assert len(asked) == 4
+    assert not {q.text for q in asked.examples} & {q.text for q in asked}
+    first, second = asked.examples
+    for template in (None, QWEN):
+        model = chatting(template, merges=True)
+        prompts = build_prompts(model, asked, order="both")
+        assert len(prompts) == 8
+        text = prompts[0].text
+        assert text.index(first.text) < text.index(second.text) < text.index(asked[0].text)
+        # the right answers of the examples are at A and at B
+        assert [text[i + len("It is ")] for i in range(len(text)) if text.startswith("It is ", i)] == ["A", "B"]
+        assert text.endswith("It is")
+        vocabulary = model.tokenizer.get_vocab()
+        assert prompts[0].label_ids[0] == (vocabulary["ĠA"], vocabulary["Ġa"])
+        assert model.tokenizer.decode(list(prompts[0].token_ids)[prompts[0].start :]).lstrip().startswith(asked[0].text)
+    reordered = QuestionSet(name="even", questions=questions[::-1]).with_format("letters", n_shots=2)
+    assert reordered.examples == asked.examples
+    with pytest.raises(ValueError, match="n_shots must be an integer from 0 to 5"):
+        asked[:0].with_format(n_shots=1) if not asked else QuestionSet(name="x", questions=questions).with_format(
+            n_shots=6
+        )
+
+
+def test_statements_are_true_or_false(chatting: Callable[..., Model]) -> None:
+    model = chatting(None, merges=False)
+    (true, false) = build_prompts(model, ONE.with_format("statement"), order="both")
+    assert true.text.startswith('The answer to the question "What is the capital of France?" is "Paris".\nIs this')
+    assert false.text.startswith('The answer to the question "What is the capital of France?" is "Rome".\nIs this')
+    assert true.labels == false.labels == ("True", "False")
+    assert (true.right, false.right) == (0, 1)
+    assert (true.order, false.order) == ((0, 1), (1, 0))
+    four = Question(text="The capital of France is", choices=("Rome", "Paris", "Oslo", "Bonn"), answer=1)
+    (true, false) = build_prompts(
+        model, QuestionSet(name="four", questions=(four,)).with_format("statement"), order="both"
+    )
+    assert true.text.startswith("The capital of France is Paris.\n")
+    assert any(false.text.startswith(f"The capital of France is {wrong}.\n") for wrong in ("Rome", "Oslo", "Bonn"))
+    (given,) = build_prompts(model, QuestionSet(name="four", questions=(four,)).with_format("statement"), order="given")
+    assert given.right == 1
+
+
+def test_other_symbols(chatting: Callable[..., Model]) -> None:
+    model = chatting(QWEN, merges=True)
+    (prompt,) = build_prompts(model, ONE.with_format(symbols="12"), order="given")
+    assert "associated with index 1 and 2." in prompt.text
+    assert "Answer 1: Paris\nAnswer 2: Rome" in prompt.text
+    vocabulary = model.tokenizer.get_vocab()
+    assert prompt.label_ids == ((vocabulary["1"],), (vocabulary["2"],))
+    assert prompt.labels == ("1", "2")
+    many = QuestionSet(name="x", questions=(Question(text="Which?", choices=tuple(map(str, range(27)))),))
+    with pytest.raises(ValueError, match="has 27 choices, but the format has 26 symbols"):
+        build_prompts(model, many)
+    with pytest.raises(ValueError, match="at least two different symbols"):
+        ONE.with_format(symbols="AA")
+
+
+def test_a_set_is_asked_only_in_its_formats() -> None:
+    with pytest.raises(ValueError, match=r"toy can only be asked in the format 'letters'; got 'completion'"):
+        binary().with_format("completion")
+    assert binary().with_format("letters").template == binary().template
+
+
+def test_braces_of_a_template_are_text(chatting: Callable[..., Model]) -> None:
+    template = PromptTemplate(user='Answer as {"answer": "A"}.\n{question}\n{choices}', chat=False, cue='\n{"answer":')
+    (prompt,) = build_prompts(chatting(None), replace(ONE, template=template), order="given")
+    assert prompt.text.startswith('Answer as {"answer": "A"}.\nWhat is')
+    assert prompt.text.rstrip().endswith('{"answer":')
 
 
 def test_a_date_that_cannot_be_pinned_is_noticed(chatting: Callable[..., Model]) -> None:
-    template = QWEN.replace("assistant\n", "assistant {{ strftime_now('%Y') }}\n")
+    template = "{{ strftime_now('%Y') }}" + QWEN
     with pytest.warns(UserWarning, match="today's date"):
         build_prompts(chatting(template), ONE)
 
@@ -211,7 +298,7 @@ def test_free_prompts(toy: Model) -> None:
     prompt = build_prompt(toy, f"Question : {fact.question()} Answer :", right=f" {fact.value}", wrong=" dragon")
     assert toy.tokenizer.decode(list(prompt.label_ids[0])).strip() == fact.value
     assert prompt.right == 0
-    with pytest.raises(ValueError, match="same token"):
+    with pytest.raises(ValueError, match="are the same"):
         build_prompt(toy, "Question :", right=" red", wrong=" red")
 
 

@@ -417,7 +417,12 @@ def test_a_run_that_finds_nothing_has_a_report(toy: Model, tmp_path: Path) -> No
 
 def test_two_questions_are_too_few_and_the_report_says_so(toy: Model, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    find_truth_neurons(toy, binary(), replace(FAST, limit=2, n_steps=2, n_repetitions=1), out=out, progress=False)
+    settings = replace(FAST, limit=2, n_steps=2, n_repetitions=1)
+    with pytest.raises(
+        ValueError, match=r"only [12] of 2 questions passed the manipulation check.*ask more questions; --force"
+    ):
+        find_truth_neurons(toy, binary(), settings, out=out, progress=False)
+    find_truth_neurons(toy, binary(), settings, out=out, force=True, progress=False)
     seen = text_of((out / "report.html").read_text())
     assert re.search(
         r"only [12] questions? passed the check, so half 2 has (1|none), and the test needs at least two", seen

@@ -60,16 +60,19 @@ def _conditions_table(found: TruthNeurons) -> Table:
         caption=say("evaluation.welch_legend", evaluation.welch_p),
         caption_justify="left",
     )
-    for heading in ("accuracy (%)", "order-averaged (%)", "answer mass", 'fraction of "A"'):
+    first = evaluation.first_label
+    # completions have no order and no labels
+    labelled = ["order-averaged (%)", f'fraction of "{first}"'] if first else []
+    for heading in ("accuracy (%)", *labelled[:1], "answer mass", *labelled[1:]):
         table.add_column(heading, justify="right")
     for name, result in evaluation.conditions.items():
         star = " *" if name == "ablated" and evaluation.welch_p < LEVEL else ""
         table.add_row(
             condition_label(name, evaluation.intervention),
             f"{100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f}{star}",
-            f"{100 * result.order_averaged_accuracy:.2f}",
+            *([f"{100 * result.order_averaged_accuracy:.2f}"] if first else []),
             f"{result.answer_mass:.3f}",
-            f"{result.share_a:.2f}",
+            *([f"{result.share_a:.2f}"] if first else []),
         )
     return table
 

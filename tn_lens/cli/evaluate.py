@@ -24,7 +24,7 @@ Conditions: TypeAlias = Annotated[
 ]
 
 
-@options.with_settings("n_repetitions", "seed", "limit")
+@options.with_settings("n_repetitions", "seed", "limit", "format", "n_shots", "symbols", "prefill", "template_kwargs")
 def evaluate(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="Run folder whose neurons to evaluate.")
@@ -46,7 +46,6 @@ def evaluate(
         Literal["both", "drawn"],
         typer.Option(help="Ask each draw of a control in every order, or only in the order drawn, which is faster."),
     ] = "both",
-    n_shots: Annotated[int, typer.Option(help="Number of solved examples before each question of MMLU.")] = 0,
     wrong_answers: Annotated[Path | None, typer.Option(help="File of wrong answers for TriviaQA's own files.")] = None,
     strict: Annotated[bool, typer.Option(help="Leave out wrong answers of TriviaQA that contain a right one.")] = False,
     text: Annotated[
@@ -79,8 +78,10 @@ def evaluate(
         raise BadInput("expected a model; give one with --model")
     limit, seed = settings.pop("limit"), settings["seed"]
     intervention = retest.intervention_of(mode, factor=factor, positions=positions, seed=seed)
-    reading = {"n_shots": n_shots, "wrong_answers": wrong_answers, "strict": strict}
-    sets = load_sets(on or [], limit=limit, seed=seed, **reading)
+    names = ("n_shots", "symbols", "prefill", "template_kwargs")
+    asked_as = {"name": settings.pop("format"), **{name: settings.pop(name) for name in names}}
+    reading = {"n_shots": asked_as["n_shots"], "wrong_answers": wrong_answers, "strict": strict}
+    sets = load_sets(on or [], limit=limit, seed=seed, asked_as=asked_as, **reading)
     loading = {"dtype": dtype, "device": workers().device(device), "revision": revision, "backend": backend}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, **loading)
     parts = {}

@@ -57,6 +57,9 @@ def run(
     backend: options.Backend = None,
     threads: options.Threads = None,
     drop_long: options.DropLong = False,
+    force: Annotated[
+        bool, typer.Option(help="Continue even if the manipulation check keeps too few questions.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Start over if the folder contains another run.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print an estimate of the cost, and exit.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -73,10 +76,13 @@ def run(
     from tn_lens.pipeline.dry_run import plan_run
     from tn_lens.pipeline.run import find_truth_neurons
     from tn_lens.questions.load import load_questions
+    from tn_lens.questions.registry import options_of
     from tn_lens.runs.workers import workers
 
     hf_logging.disable_progress_bar()
-    asked, settings = load_questions(questions), Settings(**given)
+    # MMLU has examples of its own, for every subject
+    shots = {"n_shots": given.pop("n_shots")} if "n_shots" in options_of(questions) else {}
+    asked, settings = load_questions(questions, **shots), Settings(**given)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
     loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
@@ -85,7 +91,7 @@ def run(
             typer.echo(plan_run(loaded, asked, settings, drop_long=drop_long).summary())
         return
     keeping: dict[str, Any] = {"out": out, "overwrite": overwrite, "command": ["tn-lens", *sys.argv[1:]]}
-    found = find_truth_neurons(loaded, asked, settings, drop_long=drop_long, threads=threads, **keeping)
+    found = find_truth_neurons(loaded, asked, settings, drop_long=drop_long, force=force, threads=threads, **keeping)
     if together.is_first:
         print_run(found, out)
 

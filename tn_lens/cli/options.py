@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
@@ -99,8 +100,28 @@ def _bytes(gib: float | None) -> int | None:
     return max(1, round(gib * GIB))
 
 
+def _variables(given: Sequence[str] | None) -> dict[str, Any] | None:
+    """Parse NAME=VALUE pairs, with values in JSON or as plain text, and JSON objects."""
+    variables: dict[str, Any] = {}
+    for text in given or ():
+        name, is_pair, value = text.partition("=")
+        try:
+            if text.lstrip().startswith("{"):
+                variables |= json.loads(text)
+                continue
+            variables[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            if not is_pair or not name or text.lstrip().startswith("{"):
+                raise BadInput(
+                    f"expected NAME=VALUE or a JSON object for --template-kwargs, got {text!r}; for example enable_thinking=true"
+                ) from error
+            variables[name] = value
+    return variables or None
+
+
 CONVERTED: Mapping[str, tuple[Any, Callable[..., Any]]] = {
     "adaptive_threshold": (str | None, _threshold),
     "max_memory": (float | None, _bytes),
+    "template_kwargs": (list[str] | None, _variables),
 }
 """Settings whose command-line option has a different type: that type, and the conversion."""

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 (`_option` returns a dataclass field)
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,7 +61,18 @@ class Settings:
     correction: Correction = _option("bonferroni", "Correction for multiple comparisons.")
     family: Family = _option("candidates", "Family of tests that the correction covers.")
     order: Order | None = _option(None, "Order of the choices. Default: random; both for the toy model.")
-    format: str | None = _option(None, "Name of a prompt format. Default: the format of the question set.")
+    format: str | None = _option(
+        None,
+        "Prompt format: letters, completion, statement, or the name of another. Default: that of the question set.",
+    )
+    n_shots: int = _option(0, "Number of solved examples before each question, taken from the question set.")
+    """Number of questions that are shown with their answers before every question, and are not asked themselves."""
+    symbols: Sequence[str] = _option((), "Symbols of the choices instead of A, B, ...")
+    prefill: str = _option("", "Beginning of the answer, which the model continues.")
+    template_kwargs: Mapping[str, Any] | None = _option(
+        None, "Variables of the chat template, NAME=VALUE or one JSON object. Default: enable_thinking=false."
+    )
+    """Variables of the chat template, in addition to `enable_thinking=False`."""
     n_steps: int = _option(20, "Number of interpolation steps m.")
     """Number of interpolation steps m (paper eq. 4)."""
     method: str = _option("riemann_right", "Attribution method; use 'graded' for post-norm models.")
@@ -89,6 +100,11 @@ class Settings:
         """Keyword arguments of `attribute`, without `baseline` (whose mean is computed from prompts) and `separate`."""
         names = ("n_steps", "method", "positions", "sites", "target", "engine", "max_memory")
         return {name: getattr(self, name) for name in names}
+
+    def of_format(self) -> dict[str, Any]:
+        """Arguments of `QuestionSet.with_format`."""
+        names = ("n_shots", "symbols", "prefill", "template_kwargs")
+        return {"name": self.format, **{name: getattr(self, name) for name in names}}
 
     def of_selection(self) -> dict[str, Any]:
         """Keyword arguments of `select_neurons`, without the threshold t and the seed."""

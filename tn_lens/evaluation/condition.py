@@ -100,8 +100,8 @@ class ConditionResult:
 
     @property
     def share_a(self) -> float:
-        """Fraction of the answers that choose the first label, which depends on letter bias."""
-        return float(self.shares[0])
+        """Fraction of the answers that choose the first label, which depends on letter bias; NaN for answers without labels."""
+        return float(self.shares[0]) if self.prompts.labels else float("nan")
 
     @cached_property
     def by_choice(self) -> list[tuple[Float[np.ndarray, "draw choice"], int]]:

@@ -89,6 +89,16 @@ class Evaluation(Stored):
         return self.prompts.n_orders
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the positions, such as A and B; empty if the answers are the choices themselves."""
+        return self.prompts.labels
+
+    @property
+    def first_label(self) -> str:
+        """The label of the first position; empty if the answers are the choices themselves."""
+        return next(iter(self.labels), "")
+
+    @property
     def categories(self) -> list[str]:
         """The category of every question."""
         return list(self.prompts.categories.values())
@@ -260,13 +270,14 @@ class Evaluation(Stored):
 
     @property
     def follows_instruction(self) -> bool:
-        """Whether the unablated model puts nearly all of its probability on the labels."""
-        return not self.conditions["unablated"].answer_mass < MASS_KEPT
+        """Whether the unablated model puts most of its probability on the labels; not expected of completions."""
+        return not self.labels or not self.conditions["unablated"].answer_mass < FOLLOWED
 
     @property
     def loses_instruction(self) -> bool:
-        """Whether the ablated model puts too little of its probability on the labels to count as following the instruction."""
-        return self.conditions["ablated"].answer_mass < MASS_KEPT
+        """Whether ablation lowers the answer mass by so much that the model may no longer follow the instruction."""
+        before, after = (self.conditions[name].answer_mass for name in ("unablated", "ablated"))
+        return after < (MASS_KEPT if self.labels else FOLLOWED) * before
 
     @property
     def shifts_letters(self) -> bool:

@@ -102,7 +102,7 @@ def tune_threshold(
         rules: share threshold, level, correction and family of `select_neurons`; its defaults by default.
         seed: seed for the split into halves.
         least_mass: minimum answer mass, as a fraction of that of the unablated model.
-        letter_shift: maximum change in the fraction of "A".
+        letter_shift: maximum change in the fraction of the first label, usually "A".
         drop_long: leave out questions beyond the context window instead of raising.
         table: counts and moments for `THRESHOLDS`, if they have been computed already.
 
@@ -122,7 +122,8 @@ def tune_threshold(
         neurons = table.select(t, split, rules).neurons
         effect = effect_of(neurons)
         mass_kept = effect.answer_mass >= least_mass * min(1.0, unablated.answer_mass)
-        holds = mass_kept and abs(effect.share_a - unablated.share_a) <= letter_shift
+        # NaN, for answers without labels, is no shift
+        holds = mass_kept and not abs(effect.share_a - unablated.share_a) > letter_shift
         return TuningStep(t=t, n_found=len(neurons), holds=holds, **asdict(effect))
 
     steps = [step(START)]
@@ -136,7 +137,7 @@ def tune_threshold(
     if not allowed:
         raise BadInput(
             "no threshold keeps instruction following intact: at each one the answer mass falls below "
-            f'{least_mass:.2f} times that of the unablated model, or the fraction of "A" changes too much; set t yourself'
+            f"{least_mass:.2f} times that of the unablated model, or the fraction of {prompts.labels[:1] or 'a label'} changes too much; set t yourself"
         )
     best = min(allowed, key=lambda s: (s.order_averaged_accuracy, -s.t))
     return Tuning(t=best.t, steps=tuple(steps), unablated=unablated, n_questions=len(prompts.groups))
@@ -161,7 +162,7 @@ def _effects(model: Model, prompts: PromptSet) -> Callable[[NeuronSet], Effect]:
             order_averaged_accuracy=result.order_averaged_accuracy,
             # over every order of the questions, not only over the one that counts as asked
             answer_mass=float(after.sum(-1).mean()),
-            share_a=float((after.argmax(-1) == 0).mean()),
+            share_a=float((after.argmax(-1) == 0).mean()) if prompts.labels else float("nan"),
         )
 
     return effect_of

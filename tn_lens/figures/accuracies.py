@@ -136,12 +136,11 @@ def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> N
         marker={"color": colour},
         error_x={"type": "data", "array": stds, "color": look.ink, "thickness": 1.4, "width": 4},
         customdata=[
-            [bar.whose, std, percent(result.order_averaged_accuracy, 2), result.share_a, result.answer_mass]
+            [bar.whose, std, _hover_labels(bar), result.answer_mass]
             for bar, result, std in zip(bars, results, stds, strict=True)
         ],
         hovertemplate=f"%{{customdata[0]}}<br>{label}: %{{x:.2f}} ± %{{customdata[1]:.2f}} %<br>"
-        "order-averaged %{customdata[2]}<br>fraction of “A” %{customdata[3]:.2f}, answer mass "
-        "%{customdata[4]:.3f}<extra></extra>",
+        "%{customdata[2]}answer mass %{customdata[3]:.3f}<extra></extra>",
     )
     figure.add_text(
         x=[104] * len(bars),  # right of the longest possible bar
@@ -154,6 +153,14 @@ def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> N
         size=TEXT_SIZE - 2,
         color=look.ink if bars[0].condition == "ablated" else look.soft,
     )
+
+
+def _hover_labels(bar: Bar) -> str:
+    """The part of a bar's hover text about labels and orders; empty for answers without labels."""
+    if not bar.evaluation.labels:
+        return ""
+    average, first = percent(bar.result.order_averaged_accuracy, 2), plain(bar.evaluation.first_label)
+    return f"order-averaged {average}<br>fraction of “{first}” {bar.result.share_a:.2f}, "
 
 
 def _add_repetitions(figure: Figure, bars: Sequence[Bar], look: Look) -> None:

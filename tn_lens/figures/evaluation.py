@@ -194,9 +194,9 @@ def plot_dose_response(frame: pd.DataFrame, *, title: str | None = None, theme: 
                 mode="lines+markers",
                 line={"color": look.conditions[colour], "dash": dash, "width": width},
                 marker={"symbol": symbol, "size": size},
-                customdata=[[record["answer_mass"], record["share_a"]] for record in drawn],
+                customdata=[[record["answer_mass"], _first_label(record["share_a"])] for record in drawn],
                 hovertemplate=f"{name}{suffix}<br>scaled by %{{x:g}}: %{{y:.1f}} %<br>answer mass "
-                "%{customdata[0]:.3f}, fraction of “A” %{customdata[1]:.2f}<extra></extra>",
+                "%{customdata[0]:.3f}%{customdata[1]}<extra></extra>",
             )
     figure.add_vline(x=1, line=look.dashed)  # the unchanged model
     values = frame[list(lines)].to_numpy()  # [row, column]
@@ -207,3 +207,8 @@ def plot_dose_response(frame: pd.DataFrame, *, title: str | None = None, theme: 
     figure.update_yaxes(title_text="accuracy (%)", range=limits, zeroline=False)
     sentences = say_each("figures.dose_response", is_averaged, *ends)
     return finish(figure, sentences, title, theme, height=320, legend=True, top=22 if is_averaged else 0)
+
+
+def _first_label(share: float) -> str:
+    """The fraction of the first label in hover texts; empty for answers without labels."""
+    return "" if share != share else f", fraction of the first label {share:.2f}"

@@ -13,15 +13,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tn_lens.core.errors import BadInput
-from tn_lens.core.sentences import say
+from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored
+from tn_lens.core.tokens import token_text
 from tn_lens.inference.answers import Asking, ask_each
+from tn_lens.inference.forward import prompt_logits
 from tn_lens.models import Model
 from tn_lens.models.isolation import isolated
 from tn_lens.questions.prompts import Prompt, PromptSet
+from tn_lens.runs.chunks import Tensors, chunk_key
+from tn_lens.runs.context import map_chunks
 
 LOPSIDED = 0.15
 """Maximum distance from chance of the fraction of right answers at A before the check is reported as lopsided."""
+LITTLE_MASS = 0.1
+"""Answer mass below which the model answers with something else than a label."""
+LITTLE_COMPLETION_MASS = 0.01
+"""The same for completions, which compete with every other continuation."""
+MOST_PROBED = 64
+"""Maximum number of prompts over which the next-token probabilities are averaged."""
+N_NEXT = 5
+"""Number of next tokens that a check lists."""
 CALIBRATION_BINS = 5
 
 
@@ -33,6 +45,8 @@ class ManipulationCheck(Stored):
     """All prompts."""
     probabilities: Float[Tensor, "prompt choice"]
     """Answer probability f of each shown choice, in [0, 1]."""
+    next_tokens: tuple[tuple[str, float], ...] = ()
+    """The most probable next tokens as readable text, and their mean probability over at most 64 prompts, highest first."""
 
     @cached_property
     def right(self) -> Bool[Tensor, " prompt"]:
@@ -84,6 +98,38 @@ class ManipulationCheck(Stored):
         return float(self.probabilities.sum(-1).mean())
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the positions, such as A and B; empty if the answers are the choices themselves."""
+        return self.asked.labels
+
+    @property
+    def first_label(self) -> str:
+        """The label of the first position; empty if the answers are the choices themselves."""
+        return next(iter(self.labels), "")
+
+    @property
+    def has_little_mass(self) -> bool:
+        """Whether the answers have so little probability that the model hardly gives any of them."""
+        return self.answer_mass < (LITTLE_MASS if self.labels else LITTLE_COMPLETION_MASS)
+
+    @cached_property
+    def failures(self) -> dict[str, int]:
+        """Number of questions that failed, by reason.
+
+        mass: the answers have too little probability; position: the right label is chosen in some orders and not in others;
+        content: a wrong answer is chosen in every order.
+        """
+        least = LITTLE_MASS if self.labels else LITTLE_COMPLETION_MASS
+        mass = self.probabilities.sum(-1)
+        counts = {"mass": 0, "position": 0, "content": 0}
+        for question in self.dropped:
+            rows = self.asked.groups[question]
+            at = slice(rows.start, rows.stop)
+            some_right = bool(self.right[at].any())
+            counts["mass" if mass[at].mean() < least else "position" if some_right else "content"] += 1
+        return counts
+
+    @property
     def says_a(self) -> float:
         """Fraction of all prompts in which the model chooses the first label."""
         return float((self.probabilities.argmax(-1) == 0).double().mean())
@@ -102,11 +148,16 @@ class ManipulationCheck(Stored):
     def is_lopsided(self) -> bool:
         """Whether the check kept far more, or far fewer, right answers at A than expected by chance."""
         expected = sum(1 / p.n_choices for p in self.prompts) / max(len(self.prompts), 1)
-        return bool(self.prompts) and abs(self.right_at_a_after - expected) > LOPSIDED
+        # the position of a completion has no label
+        return bool(self.prompts and self.labels) and abs(self.right_at_a_after - expected) > LOPSIDED
 
     def summary(self) -> str:
         """Summary in one or two sentences."""
         return say("check.summary", self)
+
+    def explain(self) -> list[str]:
+        """How many questions passed, why others failed, and what the model would say instead, in sentences."""
+        return say_each("check.explain", self)
 
     def calibration(self, n_bins: int = CALIBRATION_BINS) -> pd.DataFrame:
         """Accuracy by confidence, which is the probability of the chosen label divided by that of all labels.
@@ -164,7 +215,25 @@ def manipulation_check(model: Model, prompts: Sequence[Prompt]) -> ManipulationC
     if not prompts:
         raise BadInput("expected at least one prompt, got none; check that the question set is not empty")
     (probabilities,) = ask_each(model, [Asking(prompts=prompts)])
-    return ManipulationCheck(asked=prompts, probabilities=probabilities)
+    return ManipulationCheck(asked=prompts, probabilities=probabilities, next_tokens=_next_tokens(model, prompts))
+
+
+def _next_tokens(model: Model, prompts: PromptSet) -> tuple[tuple[str, float], ...]:
+    """See `ManipulationCheck.next_tokens`."""
+    probed = prompts[:MOST_PROBED]
+
+    def compute(_: int) -> Tensors:
+        total = 0.0
+        with torch.no_grad():
+            for _rows, logits in prompt_logits(model, probed):
+                total = total + logits.softmax(-1).sum(0)  # [row, vocab] -> [vocab]
+        assert isinstance(total, Tensor)
+        highest = (total / len(probed)).topk(min(N_NEXT, len(total)))
+        return {"ids": highest.indices.cpu(), "probabilities": highest.values.cpu()}
+
+    (chunk,) = map_chunks("next_tokens", [chunk_key("next tokens", probed)], compute)
+    pairs = zip(chunk["ids"].tolist(), chunk["probabilities"].tolist(), strict=True)
+    return tuple((token_text(model.tokenizer, token), probability) for token, probability in pairs)
 
 
 def is_right(probabilities: Float[Tensor, "prompt choice"], prompts: Sequence[Prompt]) -> Bool[Tensor, " prompt"]:

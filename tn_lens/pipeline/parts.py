@@ -32,8 +32,7 @@ def split_questions(questions: QuestionSet, settings: Settings) -> Parts:
     Raises:
         BadInput: there are too few questions to set some of them aside for tuning.
     """
-    if settings.format is not None:
-        questions = questions.with_format(settings.format)
+    questions = questions.with_format(**settings.of_format())
     finding, reporting, tuning = (questions.part(name) for name in ("find", "report", "tune"))
     is_held_out = bool(finding) and bool(reporting)
     if not is_held_out:

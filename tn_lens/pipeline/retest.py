@@ -35,13 +35,21 @@ Parts = Mapping[str, Sequence[str]]
 """Name of a part -> ids of its questions."""
 
 
-def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **options: Any) -> list[QuestionSet]:
+def load_sets(
+    on: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    asked_as: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[QuestionSet]:
     """Question sets by `NAME`, by `NAME=PATH` for a local copy, or by the path of a file.
 
     Args:
         on: names or paths of the sets; of a set with parts, the reporting part is used.
         limit: maximum number of questions of each set, drawn with the seed.
         seed: seed for that draw.
+        asked_as: arguments of `QuestionSet.with_format`, by default the format of each set.
         options: options of `load_questions`, for the sets that have them.
 
     Raises:
@@ -57,6 +65,9 @@ def load_sets(on: Sequence[str], *, limit: int | None = None, seed: int = 0, **o
         known = {key: value for key, value in options.items() if key in options_of(name)}
         questions = load_questions(name, source=source or None, **known)
         questions = questions.part("report") or questions
+        # sets with examples of their own do not take them from their questions
+        shots = {"n_shots": 0} if "n_shots" in known else {}
+        questions = questions.with_format(**{**(asked_as or {}), **shots})
         sets.append(questions.sample(limit, generator(seed, 10)))
     names = [questions.name for questions in sets]
     if len(set(names)) < len(names):

@@ -11,6 +11,7 @@ from typing import Any
 from tn_lens.attribution.attribute import attribute, back_off_warning, post_norm_warning, space_of
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
 from tn_lens.evaluation.diagnosis import diagnose
 from tn_lens.evaluation.evaluate import evaluate
@@ -38,6 +39,8 @@ from tn_lens.selection.stored import BACKED_OFF, StoredScores, pack_scores
 from tn_lens.selection.table import SelectionTable, Split, Threshold
 
 DEFAULTS = Settings()
+LEAST_KEPT = 6
+"""Minimum number of questions that pass the manipulation check: three in each half, so that a test is possible."""
 
 
 @isolated
@@ -49,6 +52,7 @@ def find_truth_neurons(
     out: str | Path | None = None,
     overwrite: bool = False,
     drop_long: bool = False,
+    force: bool = False,
     progress: bool = True,
     threads: int | None = None,
     command: Sequence[str] | None = None,
@@ -65,12 +69,14 @@ def find_truth_neurons(
         out: run folder to write; the run is resumed if the folder contains the same run.
         overwrite: start over if the folder contains another run.
         drop_long: leave out questions beyond the context window instead of raising.
-        progress: show progress bars.
+        force: continue even if the manipulation check keeps too few questions, or the answers have too little probability.
+        progress: show progress bars, and print the result of the manipulation check as soon as it is known.
         threads: number of torch threads of every worker; by default that of the run folder, or torch's own.
         command: the command line that started the run, for the report.
 
     Raises:
-        BadInput: see the stages. If the model answers no question correctly, the run folder is removed.
+        BadInput: see the stages. If the manipulation check stops the run, the message names the likely cause. If the model
+            answers no question correctly, the run folder is removed.
         WorkerLost: another worker has died or failed.
     """
     settings = check_arguments(model, questions, settings, out, threads)
@@ -80,7 +86,8 @@ def find_truth_neurons(
         prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)  # 1. ask (paper 2.2, 2.3)
         manifest = describe(model, questions, settings, prompts[0].text)
         folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
-        check = run.stage("check", check_some_right, folder, model, prompts)
+        check = run.stage("check", checked, folder, model, prompts, force=force)
+        run.tell(check.explain())
         # 2. attribute (2.1, 2.2)
         options = run.stage("baseline", attribution_options, model, check, settings)
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
@@ -168,21 +175,20 @@ def sources(model: Model, questions: QuestionSet) -> dict[str, Any]:
     return {"model_source": vars(model).get("loaded_from"), "questions_source": questions.source}
 
 
-def check_some_right(folder: RunFolder, model: Model, prompts: PromptSet) -> ManipulationCheck:
+def checked(folder: RunFolder, model: Model, prompts: PromptSet, *, force: bool) -> ManipulationCheck:
     """The manipulation check of a run.
 
     Raises:
-        BadInput: the model answers no question correctly; the folder is removed.
+        BadInput: the model answers no question correctly (the folder is removed); or, unless `force` is set, too few for
+            the test, or the answers have too little probability.
     """
     check = manipulation_check(model, prompts)
     if not check.prompts:
         folder.workers.wait()
         folder.remove()
-        raise BadInput(
-            f"no question passed the manipulation check: of {check.n_asked} asked, the model answers none correctly"
-            f"{' in both orders' if check.is_swapped else ''} (answer mass {check.answer_mass:.2f}); "
-            "try a more capable model, other questions, or order='random'"
-        )
+        raise BadInput(say("check.stop", check, LEAST_KEPT))
+    if not force and (check.has_little_mass or check.n_kept < LEAST_KEPT):
+        raise BadInput(say("check.stop", check, LEAST_KEPT))
     return check
 
 

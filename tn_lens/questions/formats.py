@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from tn_lens.core.registry import Registry
+
+Kind = Literal["letters", "completion", "statement"]
+"""How the model answers: with the letter of a choice, with the choice itself, or with True or False."""
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+VERDICTS = ("True", "False")
+PLACEHOLDER = re.compile(r"\{(question|choices|labels|context|label|choice)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +23,7 @@ class PromptTemplate:
 
     user: str
     """The user turn, with the placeholders `{question}` and `{choices}` and, optionally, `{labels}` ("A and B") and
-    `{context}`."""
+    `{context}`. Other braces are plain text."""
     choice: str = "Answer {label}: {choice}"
     """The line for one choice; empty if the choices are not listed."""
     separator: str = "\n"
@@ -22,11 +31,20 @@ class PromptTemplate:
     system: str | None = None
     """The system turn."""
     cue: str = "\nAnswer:"
-    """The end of the prompt for models without a chat template, to which a space and the label are usually appended."""
+    """The end of the prompt for models without a chat template; a space and the answer follow."""
     chat: bool = True
     """Whether to use the chat template of a model that has one."""
-    labels: Literal["letters", "choices"] = "letters"
-    """Whether the model answers with a letter or with the choice itself."""
+    kind: Kind = "letters"
+    """What the model answers with: the symbol of a choice; the choice itself; or a verdict, True or False, on a statement. A
+    question whose choices are True and False is a statement already; others are asked as statements about one choice."""
+    symbols: tuple[str, ...] = tuple(LETTERS)
+    """The symbols of the choices in a format of kind "letters"."""
+    prefill: str = ""
+    """The beginning of the answer, which the model continues."""
+    shot_separator: str = "\n\n"
+    """The text between solved examples, for models without a chat template."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, in addition to `enable_thinking=False`."""
 
 
 FORMATS: Registry[PromptTemplate] = Registry("prompt format")
@@ -41,4 +59,30 @@ FIGURE_9 = PromptTemplate(
     ),
 )
 """The prompt in figure 9 of the paper."""
+FORMATS.register("letters", FIGURE_9)
 FORMATS.register("figure_9", FIGURE_9)
+
+COMPLETION = PromptTemplate(user="{question}", choice="", cue="", chat=False, kind="completion", shot_separator="\n")
+"""Plain text that the choices continue: "The capital of Egypt is", with " Cairo" and " Athens"."""
+FORMATS.register("completion", COMPLETION)
+
+STATEMENT = PromptTemplate(
+    user="{question}\nIs this statement true or false? Please reply with only True or False.",
+    choice="",
+    kind="statement",
+)
+"""A statement that is judged True or False."""
+FORMATS.register("statement", STATEMENT)
+
+
+def fill(text: str, **values: str) -> str:
+    """Replace the placeholders for which there is a value, and leave all other braces as they are."""
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), text)
+
+
+def statement_about(text: str, choice: str) -> str:
+    """The statement that a choice is the answer to a question, or that it continues a text."""
+    if text.rstrip().endswith("?"):
+        return f'The answer to the question "{text.strip()}" is "{choice}".'
+    end = "" if choice.rstrip().endswith((".", "!", "?")) else "."
+    return f"{text.rstrip()} {choice.strip()}{end}"

@@ -9,7 +9,8 @@ from typing import Any
 
 from tn_lens.core.errors import BadInput
 from tn_lens.questions.files import READERS, Rows
-from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.formats import LETTERS
+from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.registry import QUESTION_SETS, Source, options_of
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {

@@ -15,8 +15,8 @@ from typing import Any
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import count
 from tn_lens.questions.files import load_from_hub, read_csv
-from tn_lens.questions.formats import FORMATS, PromptTemplate
-from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.formats import FORMATS, LETTERS, PromptTemplate
+from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.registry import QUESTION_SETS, Source, single
 
 HUB = "cais/mmlu"
@@ -64,7 +64,9 @@ def load_mmlu(source: Source = None, *, n_shots: int = 0) -> QuestionSet:
         context = _context(subject, examples) if n_shots else ""
         questions += [replace(question, context=context) for question in rows]
     name = f"mmlu_{n_shots}_shots" if n_shots else "mmlu"
-    return QuestionSet(name=name, questions=tuple(questions), template=FIGURE_8, fixed_order=True)
+    return QuestionSet(
+        name=name, questions=tuple(questions), template=FIGURE_8, fixed_order=True, formats=("letters", "statement")
+    )
 
 
 def _read(source: str | Path | None, split: str) -> dict[str, list[Question]]:

@@ -29,6 +29,8 @@ class Prompt:
     """The rendered prompt."""
     start: int = field(default=0, repr=False)
     """Position of the first token of the question itself, after the instruction and examples."""
+    labels: tuple[str, ...] = ()
+    """The labels that the positions have in every prompt, such as A and B; empty if the answers are the choices themselves."""
 
     @property
     def n_choices(self) -> int:
@@ -102,6 +104,11 @@ class PromptSet(Sequence[Prompt]):
         """The largest number of choices shown in any prompt."""
         return max((prompt.n_choices for prompt in self.prompts), default=0)
 
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the positions, such as A and B; empty if the answers are the choices themselves."""
+        return max((prompt.labels for prompt in self.prompts), key=len, default=())
+
     def only(self, questions: Iterable[str]) -> PromptSet:
         """The prompts of these questions, in the order of the set."""
         wanted = set(questions)
@@ -119,7 +126,7 @@ class PromptSet(Sequence[Prompt]):
 
     def to_plain(self) -> list[list[Any]]:
         """The representation in stored results, without tokens and text."""
-        return [[p.question, p.category, p.right, p.order, p.n_choices] for p in self.prompts]
+        return [[p.question, p.category, p.right, p.order, p.n_choices, p.labels] for p in self.prompts]
 
     @classmethod
     def from_plain(cls, rows: Iterable[Sequence[Any]]) -> PromptSet:
@@ -132,8 +139,9 @@ class PromptSet(Sequence[Prompt]):
                 question=question,
                 order=tuple(order),
                 category=category,
+                labels=tuple(labels[0]) if labels else (),
             )
-            for question, category, right, order, n_choices in rows
+            for question, category, right, order, n_choices, *labels in rows
         ]
         return cls(tuple(prompts))
 

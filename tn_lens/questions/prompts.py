@@ -1,37 +1,28 @@
-"""Prompts: token ids, the ids of the labels, and the order of the choices (paper 2.2, appendix A.2)."""
+"""Prompts: rendered text, token ids, the ids of the labels, and the order of the choices (paper 2.2, appendix A.2)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
-
-from jinja2 import TemplateError
+from typing import Any, NamedTuple
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Order
 from tn_lens.core.seeds import generator
 from tn_lens.core.sentences import plural
 from tn_lens.models import Model, backend_of
-from tn_lens.questions.formats import FIGURE_9, PromptTemplate
+from tn_lens.questions.chat import ChatTemplate, Turn, check_thinking, is_thinking
+from tn_lens.questions.formats import FIGURE_9, VERDICTS, PromptTemplate, fill, statement_about
+from tn_lens.questions.labels import TAIL, Ending, PromptTokenizer
 from tn_lens.questions.prompt_set import Prompt, PromptSet, stream_of
-from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.toy import LETTERED
 
-TEMPLATE_DATE = "26 Jul 2024"
-"""The date for chat templates that print the current date, so that prompts do not change from day to day."""
 
-PLAIN_ENDS = (("", " "), (" ", ""), ("\n", ""))
-"""Possible ends of a plain-text prompt and beginnings of a label: "Answer:" and " A" for most tokenizers; some tokenizers
-merge the colon and the space."""
-
-TAIL = 24
-"""Number of characters at the end of a prompt that may influence how the following label is tokenized."""
-
-
-def random_order(question: Question, seed: int) -> tuple[int, ...]:
-    """A random order of a question's choices, which depends only on the seed and the question's id."""
-    return tuple(generator(seed, stream_of(question.id)).permutation(len(question.choices)).tolist())
+def random_order(question: Question, seed: int, n: int | None = None) -> tuple[int, ...]:
+    """A random order of a question's `n` choices, which depends only on the seed and the question's id."""
+    n = len(question.choices) if n is None else n
+    return tuple(generator(seed, stream_of(question.id)).permutation(n).tolist())
 
 
 def rotations(n: int) -> list[tuple[int, ...]]:
@@ -51,10 +42,11 @@ def build_prompts(
 
     Args:
         model: model with the tokenizer and chat template to use; without a chat template, prompts are plain text.
-        questions: questions to ask.
+        questions: questions to ask, in the format of their template; see `QuestionSet.with_format`.
         order: `"random"` draws one order per question from the seed and the question's id, as the paper does; `"both"`
             asks each question in every rotation of its choices, which gives two prompts for two choices; `"given"`
-            keeps the question's own order.
+            keeps the question's own order. In the format "statement", the two orders of a question are a true and a false
+            statement. Completions show no choices and have one order.
         seed: seed for the random order.
         drop_long: leave out questions with prompts longer than the context window, with a warning instead of an error.
 
@@ -62,30 +54,40 @@ def build_prompts(
         The prompts, grouped by question.
 
     Raises:
-        BadInput: a label is not a single token after its prompt, or prompts are longer than the context window.
+        BadInput: the tokens of a prompt do not distinguish its answers, the chat template leaves out a part of it, or prompts
+            are longer than the context window.
     """
-    encoder = PromptEncoder(model, questions.template)
-    requests: list[tuple[Question, tuple[int, ...]]] = []
-    for question in questions:
-        every = rotations(len(question.choices))
-        match order:
-            case "both":
-                # without letters there is no position to balance
-                chosen = every if questions.template.labels == "letters" else every[:1]
-            case "random":
-                chosen = [random_order(question, seed)]
-            case "given":
-                chosen = every[:1]
-            case _:
-                raise BadInput(f"expected order 'random', 'both' or 'given', got {order!r}")
-        requests += [(question, each) for each in chosen]
+    encoder = PromptEncoder(model, questions)
+    requests = [
+        (question, each) for question in questions for each in _orders(question, questions.template, order, seed)
+    ]
     return _fit_context(encoder.encode(requests), backend_of(model).n_ctx, drop_long)
+
+
+def _orders(question: Question, template: PromptTemplate, order: Order, seed: int) -> list[tuple[int, ...]]:
+    # a statement about a choice has two orders of the verdicts: true and false statements
+    is_about_choice = template.kind == "statement" and not question.is_statement
+    n = 2 if is_about_choice else len(question.choices)
+    # labels that name the choices themselves have no position to balance
+    has_positions = template.kind == "letters" or is_about_choice
+    match order:
+        case "both":
+            return rotations(n) if has_positions else rotations(n)[:1]
+        case "random":
+            return [random_order(question, seed, n)]
+        case "given":
+            # the statement about the first choice
+            return [(1, 0) if is_about_choice and question.answer else rotations(n)[0]]
+        case _:
+            raise BadInput(f"expected order 'random', 'both' or 'given', got {order!r}")
 
 
 def build_prompt(
     model: Model, text: str, *, right: str, wrong: str | Sequence[str], question: str | None = None
 ) -> Prompt:
     """Encode a free-form prompt: `build_prompt(model, "The capital of France is", right=" Paris", wrong=" Rome")`.
+
+    The beginning that all continuations share is appended to the prompt, and the first token in which they differ is the label.
 
     Args:
         model: model with the tokenizer to use, which adds its special tokens; the chat template is not applied.
@@ -95,156 +97,214 @@ def build_prompt(
         question: id of the question; a digest of text and continuations by default.
 
     Raises:
-        BadInput: a continuation is not a single token, or two continuations are the same token.
+        BadInput: two continuations are equal, or begin with the same token.
     """
-    tokenizer = _tokenizer(model)
-    answers = [right, *([wrong] if isinstance(wrong, str) else wrong)]
-    (ids,) = _ids(tokenizer, [text], special=True)
-    labels = [_label_id(tokenizer, text, ids, answer, special=True) for answer in answers]
-    if len(set(labels)) < len(labels):
-        raise BadInput(f"two of the answers {answers} are the same token ({labels}); they must differ")
+    tokenizer = PromptTokenizer(model, adds_special=True)
+    answers = (right, *([wrong] if isinstance(wrong, str) else wrong))
+    if len(set(answers)) < len(answers):
+        raise BadInput(f"two of the answers {list(answers)} are the same; they must differ")
+    (ids,) = tokenizer.ids([text])
+    (ending,) = tokenizer.find_endings([(text, ids, answers)], has_lower=False, is_fixed=False)
     prompt = Prompt(
-        token_ids=tuple(ids),
-        label_ids=tuple((i,) for i in labels),
+        token_ids=(*ids[: len(ids) - ending.n_replaced], *ending.shared),
+        label_ids=ending.label_ids,
         right=0,
-        order=tuple(range(len(labels))),
+        order=tuple(range(len(answers))),
         text=text,
-        question=Question(text=text, choices=tuple(answers)).id if question is None else question,
+        question=Question(text=text, choices=answers).id if question is None else question,
     )
+    _check_ids(model, [prompt])
     return _fit_context([prompt], backend_of(model).n_ctx, drop_long=False)[0]
 
 
-class PromptEncoder:
-    """Renders and encodes questions in one template for one model."""
+class Rendered(NamedTuple):
+    """The text of a prompt."""
 
-    def __init__(self, model: Model, template: PromptTemplate) -> None:
-        self.tokenizer = _tokenizer(model)
+    text: str
+    asked: str
+    """The user turn with the question."""
+    answers: tuple[str, ...]
+    """The text that follows for each answer, by the position at which it is shown."""
+
+
+class PromptEncoder:
+    """Renders and encodes questions of one set for one model."""
+
+    def __init__(self, model: Model, questions: QuestionSet) -> None:
+        self.model, template = model, questions.template
         own_words = backend_of(model).name == "toy" and template == FIGURE_9
         self.template = LETTERED if own_words else template  # figure 9 has words that the embedded model lacks
-        self.chat = template.chat and getattr(self.tokenizer, "chat_template", None) is not None
-        self.end, self.prefix = ("", "") if self.chat else PLAIN_ENDS[0]
-        """Text at the end of a prompt, and text before a label."""
+        self.is_chat = template.chat and getattr(model.tokenizer, "chat_template", None) is not None
+        self.tokenizer = PromptTokenizer(
+            model, adds_special=not self.is_chat
+        )  # a chat template writes its own BOS token
+        self.chat = ChatTemplate(self.tokenizer.tokenizer, template.template_kwargs) if self.is_chat else None
+        self.examples: list[tuple[str, str]] = []
+        """User turns and answers of the solved examples."""
+        for number, example in enumerate(questions.examples):
+            self._check_text(example)
+            orders = _orders(example, self.template, "both", 0)
+            user, labels = self._user(example, orders[number % len(orders)])
+            self.examples.append((user, labels[orders[number % len(orders)].index(self._right(example))]))
+        self.lead: str | None = None
+        """Text that the chat template writes between the prompt and the answer."""
         self.heads: dict[str, list[int]] = {"": []}
         """Token ids of the text before a question, by this text."""
-        if (
-            self.chat
-            and "strftime_now" in str(self.tokenizer.chat_template)
-            and "date_string" not in str(self.tokenizer.chat_template)
-        ):
-            warnings.warn(
-                "this model's chat template always prints today's date, so the prompts differ from day to day",
-                stacklevel=3,
-            )
 
-    def render(self, question: Question, order: tuple[int, ...]) -> str:
-        """Render the text of a prompt."""
-        shown = self.template.separator.join(
-            self.template.choice.format(label=LETTERS[position], choice=question.choices[choice])
-            for position, choice in enumerate(order)
-        )
-        letters = list(LETTERS[: len(order)])
-        labels = f"{', '.join(letters[:-1])} and {letters[-1]}"
-        user = self.template.user.format(question=question.text, choices=shown, labels=labels, context=question.context)
-        if not self.chat:
-            system = f"{self.template.system}\n\n" if self.template.system else ""
-            return system + user + self.template.cue + self.end
-        system = [{"role": "system", "content": self.template.system}] if self.template.system else []
-        try:
-            return self._apply([*system, {"role": "user", "content": user}])
-        except TemplateError:  # templates that do not support a system turn raise an error
-            pass
-        try:
-            return self._apply([{"role": "user", "content": f"{self.template.system}\n\n{user}" if system else user}])
-        except TemplateError as error:
-            raise BadInput(f"the chat template cannot be rendered: {error}; use a format with chat=False") from error
+    def render(self, question: Question, order: tuple[int, ...]) -> Rendered:
+        """Render the text of a prompt and of its answers."""
+        user, labels = self._user(question, order)
+        if self.chat is None:
+            text = self._plain(user)
+        else:
+            turns = self._turns(user)
+            text = self.chat.render(turns)
+            if self.lead is None:
+                self.lead = self._find_lead(self.chat, turns, text)
+            # white space before an answer is part of the answer, since tokenizers merge the two
+            text += self.lead.rstrip() if not self.template.prefill else self.lead + self.template.prefill
+            check_thinking(text)
+            if not self.template.prefill:
+                space = self.lead[len(self.lead.rstrip()) :]
+                return Rendered(text, user, tuple(space + label for label in labels))
+        return Rendered(text, user, tuple(_after(text, label) for label in labels))
 
-    def _apply(self, turns: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
-        )
+    def _find_lead(self, chat: ChatTemplate, turns: list[Turn], text: str) -> str:
+        try:
+            return chat.lead(turns, text)
+        except BadInput:
+            # a prefill determines how the answer begins, for example after a block for thinking that only prompts have
+            if self.template.prefill or is_thinking(text):
+                return ""
+            raise
 
     def encode(self, requests: Sequence[tuple[Question, tuple[int, ...]]]) -> list[Prompt]:
         """Encode questions, each with an order of its choices, and look up the ids of their labels."""
-        if requests and not self.chat:
-            self._choose_end(*requests[0])
-        texts = [self.render(question, order) for question, order in requests]
-        special = not self.chat  # a chat template writes its own BOS token
-        encoded = _ids(self.tokenizer, texts, special=special)
-        known: dict[tuple[str, str], int] = {}  # a label's id depends only on the end of the prompt
+        for question in {question.id: question for question, _ in requests}.values():
+            self._check_text(question)
+        rendered = [self.render(question, order) for question, order in requests]
+        encoded = self.tokenizer.ids([each.text for each in rendered])
+        kind = self.template.kind
+        endings = self.tokenizer.find_endings(
+            [(each.text, ids, each.answers) for each, ids in zip(rendered, encoded, strict=True)],
+            has_lower=kind != "completion",
+            is_fixed=self.is_chat and not self.template.prefill,
+        )
         prompts = []
-        for (question, order), text, ids in zip(requests, texts, encoded, strict=True):
-            label_ids = []
-            for position, choice in enumerate(order):
-                label = LETTERS[position] if self.template.labels == "letters" else question.choices[choice]
-                variants = []
-                for variant in (label, label.lower()):
-                    key = (text[-TAIL:], variant)
-                    if key not in known:
-                        known[key] = _label_id(self.tokenizer, text, ids, self.prefix + variant, special=special)
-                    variants.append(known[key])
-                label_ids.append(tuple(dict.fromkeys(variants)))
+        for (question, order), each, ids, ending in zip(requests, rendered, encoded, endings, strict=True):
             prompts.append(
                 Prompt(
-                    token_ids=tuple(ids),
-                    label_ids=tuple(label_ids),
-                    right=order.index(question.answer),
+                    token_ids=(*ids[: len(ids) - ending.n_replaced], *ending.shared),
+                    label_ids=ending.label_ids,
+                    right=order.index(self._right(question)),
                     question=question.id,
                     order=order,
                     category=question.category,
-                    text=text,
-                    start=self._start(question, text, ids, special=special),
+                    text=each.text + self._decode(ending),
+                    start=self._start(question, order, each, ids),
+                    labels=() if kind == "completion" else self._user(question, order)[1],
                 )
             )
-        self._check(prompts)
+        _check_ids(self.model, prompts)
+        self._check_unknown(prompts)
         return prompts
 
-    def _start(self, question: Question, text: str, ids: list[int], *, special: bool) -> int:
+    def _right(self, question: Question) -> int:
+        """The entry of an order that is the right answer."""
+        # the orders of statements about a choice consist of the right and the wrong verdict
+        return 0 if self.template.kind == "statement" and not question.is_statement else question.answer
+
+    def _asked(self, question: Question, order: tuple[int, ...]) -> str:
+        """The text of the question, or of the statement about one of its choices."""
+        if self.template.kind != "statement" or question.is_statement:
+            return question.text
+        wrong = [choice for index, choice in enumerate(question.choices) if index != question.answer]
+        is_true = order[0] == 0  # the right verdict is True
+        return statement_about(
+            question.text, question.choices[question.answer] if is_true else wrong[stream_of(question.id) % len(wrong)]
+        )
+
+    def _user(self, question: Question, order: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
+        """The user turn, and the label at each position."""
+        template = self.template
+        if template.kind == "letters":
+            if len(order) > len(template.symbols):
+                raise BadInput(
+                    f"the question {question.text!r:.60} has {len(order)} choices, but the format has "
+                    f"{len(template.symbols)} symbols; give more symbols, or leave out choices"
+                )
+            labels = template.symbols[: len(order)]
+        elif template.kind == "statement" and not question.is_statement:
+            labels = VERDICTS
+        else:
+            labels = tuple(question.choices[choice] for choice in order)
+        lines = [
+            fill(template.choice, label=label, choice=question.choices[choice])
+            for label, choice in zip(labels, order, strict=True)
+        ]
+        user = fill(
+            template.user,
+            question=self._asked(question, order),
+            choices=template.separator.join(lines),
+            labels=f"{', '.join(labels[:-1])} and {labels[-1]}",
+            context=question.context,
+        )
+        return user, labels
+
+    def _turns(self, user: str) -> list[Turn]:
+        turns: list[Turn] = [("system", self.template.system)] if self.template.system else []
+        for example, label in self.examples:
+            prefill = self.template.prefill
+            turns += [("user", example), ("assistant", prefill + _after(prefill, label) if prefill else label)]
+        return [*turns, ("user", user)]
+
+    def _plain(self, user: str) -> str:
+        template = self.template
+        end = template.cue + (_after(template.cue, template.prefill) if template.prefill else "")
+        solved = [example + end + _after(example + end, label) for example, label in self.examples]
+        system = f"{template.system}\n\n" if template.system else ""
+        return system + template.shot_separator.join([*solved, user + end])
+
+    def _start(self, question: Question, order: tuple[int, ...], rendered: Rendered, ids: list[int]) -> int:
         """Number of tokens before the question. A token that overlaps the question counts as part of it."""
         preamble, _, _ = self.template.user.partition("{question}")
-        opening = preamble[-TAIL:].rpartition("}")[2] + question.text
-        place = text.find(opening, text.find(question.context))
-        head = text[: place + len(opening) - len(question.text)] if place >= 0 else ""
+        asked = self._asked(question, order)
+        opening = preamble[-TAIL:].rpartition("}")[2] + asked
+        # within the user turn, and there after the context, since examples may repeat the question
+        user = rendered.asked.strip()
+        place = rendered.text.rfind(user)
+        if question.context and "{context}" in preamble:
+            place = rendered.text.find(question.context, max(place, 0)) + len(question.context)
+        place = rendered.text.find(opening, max(place, 0))
+        head = rendered.text[: place + len(opening) - len(asked)] if place >= 0 else ""
         if head not in self.heads:
-            (self.heads[head],) = _ids(self.tokenizer, [head], special=special)
+            (self.heads[head],) = self.tokenizer.ids([head])
         before = self.heads[head]
         # the first token that differs is one that merges the end of the head with the question
         differing = (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b)
         return next(differing, min(len(before), len(ids)))
 
-    def _choose_end(self, question: Question, order: tuple[int, ...]) -> None:
-        """Choose the first of `PLAIN_ENDS` after which every label is a single token."""
-        labels = LETTERS[: len(order)] if self.template.labels == "letters" else question.choices
-        for self.end, self.prefix in PLAIN_ENDS:
-            text = self.render(question, order)
-            (ids,) = _ids(self.tokenizer, [text], special=True)
-            try:
-                for variant in (variant for label in labels for variant in (label, label.lower())):
-                    _label_id(self.tokenizer, text, ids, self.prefix + variant, special=True)
-            except BadInput:
-                continue
-            return
-        self.end, self.prefix = PLAIN_ENDS[0]
+    def _decode(self, ending: Ending) -> str:
+        replaces = ending.n_replaced or not ending.shared
+        return "" if replaces else str(self.tokenizer.tokenizer.decode(list(ending.shared)))
 
-    def _check(self, prompts: list[Prompt]) -> None:
-        for prompt in prompts:
-            every = [i for ids in prompt.label_ids for i in ids]
-            if len(set(every)) < len(every):
-                raise BadInput(f"two choices have the same label token (ids {prompt.label_ids}); use different labels")
-        unknown = self.tokenizer.unk_token_id
+    def _check_text(self, question: Question) -> None:
+        for text in (question.text, *question.choices, question.context):
+            self.tokenizer.check_markup(text, f"the question {question.text!r:.60}")
+
+    def _check_unknown(self, prompts: list[Prompt]) -> None:
+        tokenizer = self.tokenizer.tokenizer
+        unknown = tokenizer.unk_token_id
         if unknown is None:
             return
-        if any(unknown in ids for prompt in prompts for ids in prompt.label_ids):
-            raise BadInput(
-                "this model's tokenizer encodes the answer labels as its unknown token; use another tokenizer or other labels"
-            )
         # the unknown token is often also the BOS, EOS or padding token, which the template or the tokenizer writes
-        token, n_added = self.tokenizer.unk_token, _ids(self.tokenizer, [""], special=not self.chat)[0].count(unknown)
+        token, n_added = tokenizer.unk_token, self.tokenizer.before.count(unknown)
         texts = [p.text for p in prompts if p.token_ids.count(unknown) > n_added + p.text.count(token)]
         if not texts:
             return
         n_unknown, words = len(texts), [word for word in texts[0].split() if token not in word]
-        encoded = zip(words, _ids(self.tokenizer, words, special=False), strict=True)
-        word = next((word for word, ids in encoded if unknown in ids), "")
+        encoded = zip(words, self.tokenizer.ids(words), strict=True)
+        word = next((word for word, ids in encoded if unknown in ids[len(self.tokenizer.before) :]), "")
         if n_unknown == len(prompts):
             raise BadInput(
                 f"this model's tokenizer cannot encode the questions: all {n_unknown} prompts contain unknown words, like "
@@ -256,42 +316,22 @@ class PromptEncoder:
         )
 
 
-def _tokenizer(model: Model) -> Any:
-    if model.tokenizer is None:
-        raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
-    return model.tokenizer
+def _after(text: str, answer: str) -> str:
+    """An answer with the space that separates it from the text before it."""
+    return answer if not text or text[-1].isspace() or text[-1] in "([{\"'“‘" else f" {answer}"
 
 
-def _ids(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    try:
-        return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    except (TypeError, UnicodeEncodeError) as error:  # tokenizers cannot encode lone surrogates
-        broken = next(
-            (text for text in texts if not text.isascii() and text != text.encode(errors="ignore").decode()), None
-        )
-        if broken is None:
-            raise
-        raise BadInput(f"a question contains a lone surrogate (half of a character): {ascii(broken)[-120:]}") from error
-
-
-def _label_id(tokenizer: Any, text: str, ids: list[int], label: str, *, special: bool) -> int:
-    """The id of the single token that the label adds to `text`.
-
-    Raises:
-        BadInput: the label adds more than one token, or changes the tokens before it. The message shows the ids.
-    """
-    (longer,) = _ids(tokenizer, [text + label], special=special)
-    added = longer[len(ids) :]
-    if longer[: len(ids)] != ids:
+def _check_ids(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Check that the model has an embedding and a logit for every token."""
+    backend = backend_of(model)
+    largest = max((i for p in prompts for ids in (p.token_ids, *p.label_ids) for i in ids), default=0)
+    if largest >= (size := min(backend.d_vocab, model.cfg.d_vocab)):
+        tokenizer: Any = model.tokenizer
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise BadInput(
-            f"the label {label!r} merges with the end of the prompt: the prompt's ids end with {ids[-4:]}, but with the label "
-            f"appended, they are {longer[max(0, len(ids) - 4) :]}; reword the prompt so that it ends at a token boundary"
+            f"the tokenizer has the token {token!r} with id {largest}, but the model's vocabulary has {size} entries; use the "
+            "tokenizer that was saved with the model"
         )
-    if len(added) != 1:
-        raise BadInput(f"the label {label!r} must be one token after this prompt, but is {len(added)} (ids {added})")
-    return added[0]
 
 
 def _fit_context(prompts: Sequence[Prompt], n_ctx: int, drop_long: bool) -> PromptSet:

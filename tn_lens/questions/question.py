@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
-from tn_lens.questions.formats import FIGURE_9, FORMATS, PromptTemplate
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from tn_lens.questions.formats import FIGURE_9, FORMATS, VERDICTS, Kind, PromptTemplate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,11 @@ class Question:
     def __post_init__(self) -> None:
         if not self.id:
             object.__setattr__(self, "id", self._default_id)  # the dataclass is frozen
+
+    @property
+    def is_statement(self) -> bool:
+        """Whether the text is a statement, which is answered with True or False."""
+        return sorted(choice.casefold() for choice in self.choices) == sorted(map(str.casefold, VERDICTS))
 
     @property
     def _default_id(self) -> str:
@@ -64,6 +67,10 @@ class QuestionSet(Sequence[Question]):
     name: str
     questions: tuple[Question, ...]
     template: PromptTemplate = FIGURE_9
+    formats: tuple[Kind, ...] = get_args(Kind)
+    """The kinds of formats in which the questions can be asked."""
+    examples: tuple[Question, ...] = ()
+    """Questions that are shown with their answers before every question."""
     fixed_order: bool = False
     """Whether the standard evaluation keeps the choices in the given order (MMLU) instead of permuting them."""
     source: str | None = None
@@ -104,7 +111,7 @@ class QuestionSet(Sequence[Question]):
         """SHA-256 of the questions, their user-defined ids and the template, by which a run identifies its data."""
         # default ids are computed from text and choices, so they add no information
         own_ids = tuple(q.id for q in self if not q.id.startswith(q._default_id))
-        content = (self.questions, self.template, own_ids) if own_ids else (self.questions, self.template)
+        content = (self.questions, self.template, *(part for part in (own_ids, self.examples) if part))
         return sha256(repr(content).encode()).hexdigest()
 
     def select(self, indices: Iterable[int]) -> QuestionSet:
@@ -134,13 +141,51 @@ class QuestionSet(Sequence[Question]):
             )
         return replace(self, questions=tuple(q for q in self if q.id in wanted))
 
-    def with_format(self, name: str) -> QuestionSet:
-        """The same questions in a registered prompt format.
+    def with_format(
+        self,
+        name: str | None = None,
+        *,
+        n_shots: int = 0,
+        symbols: Sequence[str] = (),
+        prefill: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> QuestionSet:
+        """The same questions in another prompt format.
+
+        Args:
+            name: name of a registered format. The set's own template is kept by default, and for the name of its kind
+                ("letters" for MMLU keeps figure 8).
+            n_shots: number of questions that are removed from the set, and shown with their answers before every question. They
+                are drawn by their ids, and the right answers of the examples take turns in their positions.
+            symbols: symbols of the choices instead of A, B, ..., for example `"12"`.
+            prefill: the beginning of the answer, which the model continues.
+            template_kwargs: variables of the chat template, for example `{"enable_thinking": True}`.
 
         Raises:
-            BadInput: the format is unknown.
+            BadInput: the format is unknown, the set cannot be asked in it, or it has too few questions for the examples.
         """
-        return replace(self, template=FORMATS[name])
+        template = self.template if name in (None, self.template.kind) else FORMATS[name]
+        if template.kind not in self.formats:
+            raise BadInput(
+                f"{self.name} can only be asked in the format {' or '.join(map(repr, self.formats))}; got {name!r}"
+            )
+        if symbols and len({symbol.casefold() for symbol in symbols}) < max(len(symbols), 2):
+            raise BadInput(f"expected at least two different symbols; got {', '.join(map(repr, symbols))}")
+        if not isinstance(n_shots, int) or not 0 <= n_shots < max(len(self), 1):
+            raise BadInput(
+                f"n_shots must be an integer from 0 to {len(self) - 1}, since {self.name} has {len(self)} questions; got {n_shots!r}"
+            )
+        template = replace(
+            template,
+            symbols=tuple(symbols) or template.symbols,
+            prefill=prefill or template.prefill,
+            template_kwargs={**template.template_kwargs, **(template_kwargs or {})},
+        )
+        by_digest = sorted(self, key=lambda question: sha256(question.id.encode(errors="surrogatepass")).digest())
+        examples = tuple(by_digest[:n_shots])
+        texts = {question.text for question in examples}  # equal questions are not asked either
+        kept = tuple(question for question in self if question.text not in texts)
+        return replace(self, template=template, examples=examples, questions=kept)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per question."""

@@ -20,7 +20,7 @@ LETTERED = PromptTemplate(
 FORMATS.register("toy", LETTERED)
 
 JUDGED = PromptTemplate(
-    user="Statement : {question} True or False ?", choice="", cue=" Answer :", chat=False, labels="choices"
+    user="Statement : {question} True or False ?", choice="", cue=" Answer :", chat=False, kind="statement"
 )
 """The toy model's format for statements that are judged True or False."""
 FORMATS.register("toy_statement", JUDGED)
@@ -30,7 +30,7 @@ FORMATS.register("toy_statement", JUDGED)
 def binary() -> QuestionSet:
     """Load the 576 held-out facts, each with one wrong value: the toy model's counterpart of TruthfulQA."""
     questions = [_question(fact, fact.question(), (fact.value, fact.distractor)) for fact in _held_out()]
-    return QuestionSet(name="toy", questions=tuple(questions), template=LETTERED)
+    return QuestionSet(name="toy", questions=tuple(questions), template=LETTERED, formats=("letters",))
 
 
 @QUESTION_SETS.register("toy_true_false")
@@ -41,7 +41,7 @@ def true_false() -> QuestionSet:
         answer = index % 2  # 0 for a true statement, 1 for a false one
         text = fact.statement((fact.value, fact.distractor)[answer])
         questions.append(_question(fact, text, ("True", "False"), answer))
-    return QuestionSet(name="toy_true_false", questions=tuple(questions), template=JUDGED)
+    return QuestionSet(name="toy_true_false", questions=tuple(questions), template=JUDGED, formats=("statement",))
 
 
 @QUESTION_SETS.register("toy_four_choice")
@@ -54,7 +54,7 @@ def four_choice() -> QuestionSet:
         others = [value for value in RELATIONS[fact.relation] if value not in (fact.value, fact.distractor)]
         choices = random.sample([fact.value, fact.distractor, *random.sample(others, 2)], 4)
         questions.append(_question(fact, fact.question(), tuple(choices), choices.index(fact.value)))
-    return QuestionSet(name="toy_four_choice", questions=tuple(questions), template=LETTERED)
+    return QuestionSet(name="toy_four_choice", questions=tuple(questions), template=LETTERED, formats=("letters",))
 
 
 def _held_out() -> list[Fact]:

