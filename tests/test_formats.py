@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tn_lens as tn
 from tests.conftest import first_of_parts
 from tests.test_report import text_of
+from tn_lens.inference.forward import prompt_logits
 from tn_lens.models import Model
 from tn_lens.questions.formats import PromptTemplate
 from tn_lens.questions.toy_world import facts
@@ -83,8 +85,6 @@ def test_the_settings_select_format_symbols_and_examples(toy: Model, tmp_path: P
 
 
 def test_the_check_says_why_questions_failed(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     # right in both orders; in one; in none; without probability
     answers = [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [1e-3, 0], [1e-3, 0]]
     monkeypatch.setattr("tn_lens.inference.answers.ask", lambda *_, **__: torch.tensor(answers))
@@ -100,11 +100,5 @@ def test_the_check_says_why_questions_failed(toy: Model, monkeypatch: pytest.Mon
         assert reason in counts
     assert mass == "The answers have 75.0 % of the probability, and the model chooses A in 75 % of the prompts."
     assert tokens.startswith("Most probable next tokens: “A” ")
-    logits = torch.cat([l for _, l in _logits(toy, check)]).softmax(-1).mean(0)
+    logits = torch.cat([logits for _, logits in prompt_logits(toy, check.asked)]).softmax(-1).mean(0)
     assert [p for _, p in check.next_tokens] == pytest.approx(logits.topk(5).values.tolist(), rel=1e-5)
-
-
-def _logits(toy: Model, check: tn.ManipulationCheck) -> list[tuple[object, object]]:
-    from tn_lens.inference.forward import prompt_logits
-
-    return list(prompt_logits(toy, check.asked))

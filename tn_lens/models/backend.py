@@ -123,6 +123,8 @@ class Backend(ABC):
         """Size of the context window in tokens."""
         self.d_vocab: int = cfg.d_vocab_out
         """Number of logits at one position."""
+        self.n_embeddings: int = cfg.d_vocab
+        """Number of tokens that have an embedding."""
         self.n_key_value_heads: int = cfg.n_key_value_heads or cfg.n_heads
         """Number of heads of the cached keys and values."""
 

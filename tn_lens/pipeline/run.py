@@ -29,7 +29,7 @@ from tn_lens.report.page import write_report
 from tn_lens.results.found import Provenance, TruthNeurons, load_run
 from tn_lens.results.make_cards import make_cards
 from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
-from tn_lens.runs.context import Run, map_chunks
+from tn_lens.runs.context import Run, map_chunks, tell
 from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
 from tn_lens.runs.workers import workers
@@ -75,8 +75,7 @@ def find_truth_neurons(
         command: the command line that started the run, for the report.
 
     Raises:
-        BadInput: see the stages. If the manipulation check stops the run, the message names the likely cause. If the model
-            answers no question correctly, the run folder is removed.
+        BadInput: see the stages. If the manipulation check stops the run, the message names the likely cause.
         WorkerLost: another worker has died or failed.
     """
     settings = check_arguments(model, questions, settings, out, threads)
@@ -87,7 +86,6 @@ def find_truth_neurons(
         manifest = describe(model, questions, settings, prompts[0].text)
         folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
         check = run.stage("check", checked, folder, model, prompts, force=force)
-        run.tell(check.explain())
         # 2. attribute (2.1, 2.2)
         options = run.stage("baseline", attribution_options, model, check, settings)
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
@@ -96,8 +94,7 @@ def find_truth_neurons(
         t, tuning, rules = settings.adaptive_threshold, None, rules_of(settings)
         if t == "auto":
             about = {"rules": rules, "seed": settings.seed, "drop_long": drop_long, "table": table}
-            tuning = run.stage("tuning", tune_threshold, model, scores, parts.tuning, **about)
-            t = tuning.t
+            t = (tuning := run.stage("tuning", tune_threshold, model, scores, parts.tuning, **about)).t
         selection = table.select(t, Split(settings.seed), rules)
         # 4. ablate and evaluate (3.3)
         measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
@@ -183,6 +180,7 @@ def checked(folder: RunFolder, model: Model, prompts: PromptSet, *, force: bool)
             the test, or the answers have too little probability.
     """
     check = manipulation_check(model, prompts)
+    tell(check.explain())
     if not check.prompts:
         folder.workers.wait()
         folder.remove()

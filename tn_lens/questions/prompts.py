@@ -325,7 +325,7 @@ def _check_ids(model: Model, prompts: Sequence[Prompt]) -> None:
     """Check that the model has an embedding and a logit for every token."""
     backend = backend_of(model)
     largest = max((i for p in prompts for ids in (p.token_ids, *p.label_ids) for i in ids), default=0)
-    if largest >= (size := min(backend.d_vocab, model.cfg.d_vocab)):
+    if largest >= (size := min(backend.d_vocab, backend.n_embeddings)):
         tokenizer: Any = model.tokenizer
         token = tokenizer.convert_ids_to_tokens(largest)
         raise BadInput(

@@ -78,12 +78,6 @@ class Run:
         if message:
             self.notes[f"{message[0].upper()}{message[1:].rstrip('.')}."] = None
 
-    def tell(self, sentences: Iterable[str]) -> None:
-        """Print intermediate results, unless progress is not shown."""
-        if self.progress:
-            for sentence in sentences:
-                tqdm.write(sentence)
-
     def map(
         self, name: str, keys: Sequence[str], compute: Callable[[int], Tensors], text: str | None = None
     ) -> Iterable[Tensors]:
@@ -155,6 +149,13 @@ def in_stage(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         return function(*args, **kwargs)
     finally:
         names.pop()
+
+
+def tell(sentences: Iterable[str]) -> None:
+    """Print intermediate results of a run that shows its progress."""
+    if _CURRENT.get().folder is not None and _CURRENT.get().progress:
+        for sentence in sentences:
+            tqdm.write(sentence)
 
 
 def track(items: Iterable[T], text: str) -> Iterable[T]:
