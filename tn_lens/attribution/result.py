@@ -68,6 +68,12 @@ class ScoreSource(ABC):
         """Question id -> category."""
         return self.prompts.categories
 
+    @property
+    def equal(self) -> dict[str, str]:
+        """Question id -> group, for questions that have an equal one; see `tn_lens.questions.repeats`."""
+        prompts: PromptSet | None = getattr(self, "prompts", None)
+        return {} if prompts is None else prompts.equal
+
     def per_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, Scores]]:
         """D of each question (or of some): the mean over the orders in which it was asked."""
         for question, orders in self.each_question(questions):

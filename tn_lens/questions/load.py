@@ -170,10 +170,8 @@ def _answer_index(value: Any, choices: Sequence[str], where: str) -> int:
     """The index of the right choice, which is given by its index, its letter or its text."""
     written = "" if is_missing(value) else str(value).strip()
     is_number = re.fullmatch(r"\d{1,9}(\.0+)?", written)  # a column with missing values has indices like "1.0"
-    if is_number:
-        index = int(written.partition(".")[0])
-    else:
-        index = LETTERS.find(written.upper()) if len(written) == 1 else -1
+    letter = LETTERS.find(written.upper()) if len(written) == 1 else -1
+    index = int(written.partition(".")[0]) if is_number else letter
     meant = {index} if 0 <= index < len(choices) else set()
     if isinstance(value, str | bool):
         meant |= {place for place, choice in enumerate(choices) if choice == written}
