@@ -29,6 +29,8 @@ class Prompt:
     """The rendered prompt."""
     start: int = field(default=0, repr=False)
     """Position of the first token of the question itself, after the instruction and examples."""
+    group: str = field(default="", repr=False)
+    """Group of questions with the same text, see `tn_lens.questions.repeats`; empty if no other question has this text."""
 
     @property
     def n_choices(self) -> int:
@@ -92,6 +94,12 @@ class PromptSet(Sequence[Prompt]):
         """Category of each question by question id."""
         return {question: self.prompts[rows.start].category for question, rows in self.groups.items()}
 
+    @cached_property
+    def equal(self) -> dict[str, str]:
+        """Group of each question by question id, without questions that have no equal."""
+        groups = {question: self.prompts[rows.start].group for question, rows in self.groups.items()}
+        return {question: group for question, group in groups.items() if group}
+
     @property
     def n_orders(self) -> int:
         """The smallest number of orders of any question; 0 for an empty set."""
@@ -119,7 +127,7 @@ class PromptSet(Sequence[Prompt]):
 
     def to_plain(self) -> list[list[Any]]:
         """The representation in stored results, without tokens and text."""
-        return [[p.question, p.category, p.right, p.order, p.n_choices] for p in self.prompts]
+        return [[p.question, p.category, p.right, p.order, p.n_choices, *([p.group] if p.group else [])] for p in self]
 
     @classmethod
     def from_plain(cls, rows: Iterable[Sequence[Any]]) -> PromptSet:
@@ -132,8 +140,9 @@ class PromptSet(Sequence[Prompt]):
                 question=question,
                 order=tuple(order),
                 category=category,
+                group="".join(group),
             )
-            for question, category, right, order, n_choices in rows
+            for question, category, right, order, n_choices, *group in rows
         ]
         return cls(tuple(prompts))
 

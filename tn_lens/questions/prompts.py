@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,6 +17,7 @@ from tn_lens.models import Model, backend_of
 from tn_lens.questions.formats import FIGURE_9, PromptTemplate
 from tn_lens.questions.prompt_set import Prompt, PromptSet, stream_of
 from tn_lens.questions.question import LETTERS, Question, QuestionSet
+from tn_lens.questions.repeats import groups_of
 from tn_lens.questions.toy import LETTERED
 
 TEMPLATE_DATE = "26 Jul 2024"
@@ -79,7 +81,9 @@ def build_prompts(
             case _:
                 raise BadInput(f"expected order 'random', 'both' or 'given', got {order!r}")
         requests += [(question, each) for each in chosen]
-    return _fit_context(encoder.encode(requests), backend_of(model).n_ctx, drop_long)
+    groups = {q.id: group for q, group in zip(questions, groups_of(questions), strict=True)}
+    prompts = [replace(prompt, group=groups[prompt.question]) for prompt in encoder.encode(requests)]
+    return _fit_context(prompts, backend_of(model).n_ctx, drop_long)
 
 
 def build_prompt(
