@@ -285,6 +285,39 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     assert max(sizes) == 4, "a resumed run keeps the size that fitted"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_command_prints_in_any_encoding(
+    encoding: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PYTHONIOENCODING=ascii, LANG=C and the console of Windows: the results are computed before anything is printed."""
+    other = shutil.copytree(copy, tmp_path / "ω−±")
+    commands = (
+        AGAIN,
+        ["show", other.name],
+        ["report", other.name],
+        ["select", other.name, "--splits", "2"],
+        ["compare", "run", other.name],
+        ["evaluate", other.name, "--on", "toy", "--limit", "4", "--repetitions", "2"],
+        ["show", "no ω"],
+    )
+    for command in commands:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        monkeypatch.setattr(sys, "argv", ["tn-lens", *command])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("tn_lens.cli.main").main()
+        printed = []
+        for stream in streams:
+            stream.flush()
+            printed.append(stream.buffer.getvalue().decode(encoding, errors="replace"))  # pyright: ignore
+        assert stop.value.code == (2 if command[1] == "no ω" else 0), printed[1]
+        assert any(printed)
+        if command is AGAIN and encoding != "ascii":
+            assert " ± " in printed[0]
+            assert ("│" in printed[0]) == (encoding == "utf-8")
+
+
 def test_selecting_again_needs_no_model(
     run: Callable, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

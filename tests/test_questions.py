@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tn_lens import BadInput, Question, load_questions
+from tn_lens import BadInput, PromptSet, Question, QuestionSet, Settings, build_prompts, load_questions
+from tn_lens.models import Model
+from tn_lens.pipeline.parts import split_questions
 from tn_lens.questions import truthfulqa
 from tn_lens.questions.repeats import groups_of
+from tn_lens.questions.toy import binary
 from tn_lens.questions.toy_world import RELATIONS, SPLIT_SIZES, facts, vocabulary
 
 
@@ -309,3 +312,47 @@ def test_a_text_that_all_questions_share_does_not_identify_them() -> None:
     groups = groups_of(copies)
     assert groups[0] == groups[3] != ""
     assert groups[1:3] == ["", ""]
+
+
+def test_equal_questions_are_on_one_side_of_every_split() -> None:
+    """Copies are left out, and questions with the same text are not divided, whatever their ids and choices are."""
+    texts = [f"Who is number {n}?" for n in range(12)]
+    sets = [
+        [Question(text=text.replace(" ", " " * k), choices=("Ann", f"Bob {k}")) for text in texts] for k in (1, 2, 3)
+    ]
+    copies = [
+        replace(question, choices=question.choices[::-1], answer=1, id=f"copy {n}")
+        for n, question in enumerate(sets[0])
+    ]
+    questions = QuestionSet(name="many", questions=(*sets[0], *sets[1], *sets[2], *copies, *sets[0]))
+    for seed in range(5):
+        parts = split_questions(questions, Settings(adaptive_threshold="auto", seed=seed))
+        tuning, finding = ({" ".join(q.text.split()) for q in part} for part in (parts.tuning, parts.finding))
+        assert not tuning & finding
+        assert len(parts.tuning) + len(parts.finding) == 36
+        assert {row.row for row in parts.finding.dropped} == set(range(37, 61))
+    alone = questions.select([0, 12, 36])
+    with pytest.raises(BadInput, match="at least 2 questions with different texts, got 1"):
+        split_questions(
+            QuestionSet(name="one", questions=tuple(replace(q, id="") for q in [alone[0]] * 9)),
+            Settings(adaptive_threshold="auto"),
+        )
+
+
+def test_the_split_for_tuning_has_not_changed_for_different_questions() -> None:
+    """Computed before groups of equal questions were known."""
+    questions = QuestionSet(name="ten", questions=tuple(Question(text=f"{n}?", choices=("a", "b")) for n in range(10)))
+    parts = split_questions(questions, Settings(adaptive_threshold="auto", seed=4))
+    assert [q.text for q in parts.tuning] == ["1?", "9?"]
+    assert len(parts.finding) == 8
+
+
+def test_groups_reach_the_prompts(toy: Model) -> None:
+    first, second, third = binary().select([0, 1, 2])
+    other = replace(first, choices=(first.choices[0], second.choices[1]), id="")
+    questions = QuestionSet(name="three", questions=(first, other, third), template=binary().template)
+    prompts = build_prompts(toy, questions, order="both")
+    assert list(prompts.equal) == [first.id, other.id]
+    assert len(set(prompts.equal.values())) == 1
+    assert PromptSet.from_plain(prompts.to_plain()).equal == prompts.equal
+    assert all(len(row) == 5 for row in build_prompts(toy, binary()[:3]).to_plain())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -164,8 +165,16 @@ def _spread_lists(arguments: list[str]) -> list[str]:
     return spread
 
 
+def replace_unencodable() -> None:
+    """Print "?" for characters that the terminal's encoding lacks (LANG=C, PYTHONIOENCODING=ascii, Windows), without an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command line. Invalid input exits with a one-line message and code 2, a lost worker with code 1."""
+    replace_unencodable()
     # warnings of the stages are printed as notes; warnings of libraries are not relevant to users
     warnings.simplefilter("ignore")
     for library, variable in {"transformers": "TRANSFORMERS_VERBOSITY", "huggingface_hub": "HF_HUB_VERBOSITY"}.items():

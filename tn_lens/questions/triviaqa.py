@@ -99,13 +99,13 @@ def plainest(aliases: Sequence[str]) -> str:
     return aliases[min(range(len(aliases)), key=lambda i: (-n_containing[i], len(aliases[i]), i))]
 
 
-def read_answers(path: Path) -> list[tuple[str, str]]:
-    """Read the unique questions of a file, each with its right answer.
+def read_answers(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Read the unique questions of a file, each with its right answer and all answers that are accepted as right.
 
     Raises:
         BadInput: the file cannot be read.
     """
-    return list({row.question: row.right for row in _read(path)}.items())
+    return {row.question: (row.right, row.aliases) for row in _read(path)}
 
 
 def read_wrong_answers(path: str | Path) -> dict[str, str]:
