@@ -111,6 +111,9 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
         ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in (0, 1)"),
         ([*TOY, "--out", "X", "--limit", "0"], "limit must be a positive integer"),
         ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be a positive integer"),
+        ([*TOY, "--out", "X", "--limit", "2.5"], "expected an integer for '--limit', got '2.5'"),
+        ([*TOY, "--out", "X", "--alpha=x"], "expected a number for '--alpha', got 'x'"),
+        (["show", "X", "--top", "-1"], "expected a value greater than or equal to 0 for '--top', got '-1'"),
         ([*TOY, "--out", "X", "--max-memory", "0"], "--max-memory must be greater than 0 GiB; got 0"),
         ([*TOY, "--out", "X", "--max-memory", "nan"], "--max-memory must be greater than 0 GiB"),
         ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a positive integer"),
@@ -291,7 +294,7 @@ def test_every_command_prints_in_any_encoding(
 ) -> None:
     """PYTHONIOENCODING=ascii, LANG=C and the console of Windows: the results are computed before anything is printed."""
     other = shutil.copytree(copy, tmp_path / "ω−±")
-    commands = (
+    command_lines = (
         AGAIN,
         ["show", other.name],
         ["report", other.name],
@@ -300,20 +303,20 @@ def test_every_command_prints_in_any_encoding(
         ["evaluate", other.name, "--on", "toy", "--limit", "4", "--repetitions", "2"],
         ["show", "no ω"],
     )
-    for command in commands:
+    for arguments in command_lines:
         streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
-        monkeypatch.setattr(sys, "argv", ["tn-lens", *command])
+        monkeypatch.setattr(sys, "argv", ["tn-lens", *arguments])
         with pytest.raises(SystemExit) as stop:
             importlib.import_module("tn_lens.cli.main").main()
         printed = []
         for stream in streams:
             stream.flush()
             printed.append(stream.buffer.getvalue().decode(encoding, errors="replace"))  # pyright: ignore
-        assert stop.value.code == (2 if command[1] == "no ω" else 0), printed[1]
+        assert stop.value.code == (2 if arguments[1] == "no ω" else 0), printed[1]
         assert any(printed)
-        if command is AGAIN and encoding != "ascii":
+        if arguments is AGAIN and encoding != "ascii":
             assert " ± " in printed[0]
             assert ("│" in printed[0]) == (encoding == "utf-8")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
-from tn_lens.core.sentences import say
+from tn_lens.core.sentences import count, say
 from tn_lens.core.stored import Stored
 from tn_lens.neurons import Neuron, NeuronSpace, SiteName
 from tn_lens.questions.prompts import PromptSet, stream_of
@@ -213,7 +213,7 @@ def at_neurons(
     for neuron in neurons:
         if neuron.site not in scores or not space.holds(neuron):
             raise BadInput(
-                f"expected a neuron of the model at an attributed site (sites {', '.join(scores)}; {space.n_layers} layers); "
+                f"expected a neuron of the model at an attributed site (sites {', '.join(scores)}; {count(space.n_layers, 'layer')}); "
                 f"got {neuron}"
             )
         # [prompt, layer, neuron] -> [prompt]

@@ -64,8 +64,8 @@ def compare(results: Mapping[str, ConditionResult], condition: str, other: str, 
     sizes = np.bincount(units)
     sums = [np.zeros((len(right), len(sizes))) for right in (ours, theirs)]
     for total, right in zip(sums, (ours, theirs), strict=True):
-        np.add.at(total, (slice(None), units), right)
-    resampled = [_resampled(*sums, sizes, rng) for _ in range(N_RESAMPLES)]
+        np.add.at(total.T, units, right.T)
+    resampled = [_resampled(sums[0], sums[1], sizes, rng) for _ in range(N_RESAMPLES)]
     low, high = np.percentile(resampled, [2.5, 97.5])
     mcnemar = draws_p = float("nan")
     if len(ours) == len(theirs) == 1:

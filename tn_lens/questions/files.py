@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import count
 
 Rows = list[dict[str, Any]]
 
@@ -64,7 +65,7 @@ def read_csv(path: Path, header: list[str] | None = None) -> Rows:
                 else "add the missing fields"
             )
             raise BadInput(
-                f"{path}, line {line}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
+                f"{path}, line {line}: expected {count(len(header), 'field')} ({', '.join(header)}), got {len(fields)}; {advice}"
             )
         if any(ESCAPED.search(field) for field in fields):
             raise BadInput(f"{path}, line {line}: {NOT_DOUBLED}")

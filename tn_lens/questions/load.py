@@ -90,7 +90,7 @@ def parse_questions(rows: Rows, columns: Mapping[str, str], where: str) -> tuple
     for number, row in enumerate(rows, start=1):
         for field, column in column_of.items():
             if field not in OPTIONAL and column not in row:
-                raise BadInput(f"{where}, question {number}: {column!r} is missing")
+                raise BadInput(f"{where}, question {number}: {column!r} is missing; add it")
         values = {field: row.get(column) for field, column in column_of.items()}
         questions.append(_question(values, f"{where}, question {number}"))
     return tuple(questions)
@@ -151,9 +151,11 @@ def _question(values: dict[str, Any], where: str) -> Question:
 
 def _text(value: Any, what: str) -> str:
     if is_missing(value) or not str(value).strip():
-        raise BadInput(f"{what} is empty")
+        raise BadInput(f"{what} is empty; fill it in, or remove the row")
     if not isinstance(value, str | int | float):  # JSON files may give numbers as answers
-        raise BadInput(f"{what} must be text, got {str(value)[:60]}")
+        raise BadInput(
+            f"{what} must be text, got {str(value)[:60]}; write it in quotation marks, without lists and objects"
+        )
     return _check_characters(str(value).strip(), what)
 
 

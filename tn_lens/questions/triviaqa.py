@@ -178,7 +178,7 @@ def _answers(answer: Any, where: str) -> tuple[str, tuple[str, ...]]:
         # TriviaQA writes NormalizedAliases, the hub's copies normalized_aliases
         fields = {str(key).casefold().replace("_", ""): entry for key, entry in answer.items()}
         value = _text(fields.get("value"))
-        lists = [fields.get(name) for name in ("aliases", "normalizedaliases")]
+        lists: list[Any] = [fields.get(name) for name in ("aliases", "normalizedaliases")]
         texts = [value, *(alias for aliases in lists if not is_missing(aliases) for alias in aliases)]
     elif isinstance(answer, str):
         texts = answer.split(";")
