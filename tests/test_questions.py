@@ -279,6 +279,9 @@ def test_csv_of_other_programs(tmp_path: Path) -> None:
     first, second = load_questions(write(tmp_path, "a.csv", rows))
     assert (first.text, first.choices) == ('Who wrote "Schr\\"odinger"?', ("C:\\dir\\", "a, b"))
     assert (second.text, second.choices) == ('He said "hi"?', ("5\\2", "x"))
+    text = 'question,right,wrong\n"Say \\""hi\\"" !","\\"" ","a\\"""\n'
+    (question,) = load_questions(write(tmp_path, "a.csv", text))
+    assert (question.text, question.choices) == ('Say \\"hi\\" !', ('\\"', 'a\\"'))
     for delimiter in ";\t|":
         rows = "question,right,wrong\nWho; where?,a,b\n".replace(",", delimiter).replace("Who; where", '"Who; where"')
         (question,) = load_questions(write(tmp_path, "a.csv", rows.replace('"Who; where"?', '"Who; where?"')))

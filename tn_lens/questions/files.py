@@ -67,7 +67,10 @@ def read_csv(path: Path, header: list[str] | None = None) -> Rows:
             raise BadInput(
                 f"{path}, line {line}: expected {count(len(header), 'field')} ({', '.join(header)}), got {len(fields)}; {advice}"
             )
-        if any(ESCAPED.search(field) for field in fields):
+        # in a quoted field, a backslash before a doubled quotation mark is text
+        end = rf"[{re.escape(delimiter)}\r\n]"
+        escaped = [re.escape(field) for field in fields if ESCAPED.search(field)]
+        if any(re.search(rf"(?:^|{end}) *{field}(?:$|{end})", text) for field in escaped):
             raise BadInput(f"{path}, line {line}: {NOT_DOUBLED}")
     rows: Rows = [dict(zip(header, fields, strict=True)) for _, fields in numbered]
     return rows or [dict.fromkeys(header)]  # without rows, a row of None conveys the columns
