@@ -12,20 +12,23 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from scripts.replies import wrong_answer_in
+from tn_lens.cli.main import replace_unencodable
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import count
 from tn_lens.models import Backend, backend_of
 from tn_lens.models.loading import load_model
 from tn_lens.questions.files import read_json_lines
 from tn_lens.questions.load import load_questions
 from tn_lens.questions.question import Dropped, Question, QuestionSet
-from tn_lens.questions.triviaqa import normalize, read_answers
+from tn_lens.questions.triviaqa import read_answers
 from tn_lens.runs.context import track
 
 SYSTEM = "You write answers for a quiz in which only one of two answers is right."
@@ -84,7 +87,10 @@ class OpenAIChat:
                 url, json=body, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=TIMEOUT
             )
             reply.raise_for_status()
-            return str(reply.json()["choices"][0]["message"]["content"])
+            choice = reply.json()["choices"][0]
+            # a reply that was cut off or filtered, or a refusal without content, holds no answer
+            is_whole = choice.get("finish_reason") not in ("length", "content_filter")
+            return str(choice["message"]["content"] or "") if is_whole else ""
         except httpx.HTTPStatusError as error:
             message = " ".join(error.response.text.split())[:200]
             raise BadInput(
@@ -96,7 +102,7 @@ class OpenAIChat:
                 f"cannot reach {url} ({type(error).__name__}: {error}); the answers written so far are kept, "
                 "so run the same command again to continue"
             ) from error
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise BadInput(
                 f"expected a chat completion in OpenAI's format from {url}, got another reply "
                 f"({type(error).__name__}: {error}); check the base URL"
@@ -160,6 +166,7 @@ def write_wrong_answers(
     out: str | Path,
     *,
     seed: int = 0,
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> QuestionSet:
     """Have a chat model write one wrong answer to every question, and append the answers to a file.
 
@@ -169,10 +176,11 @@ def write_wrong_answers(
         out: JSON-lines file with the keys question, right, wrong, model and seed. Questions that are already in the file
             are not asked again, so an interrupted call can be continued.
         seed: random seed of the first try at each question; every further try adds 1.
+        aliases: further right answers by the text of the question; a wrong answer must differ from all of them.
 
     Returns:
         The questions with their right and wrong answers. `dropped` lists those without a usable wrong answer after
-        three tries.
+        three tries: they are not written, so that the next call asks them again.
 
     Raises:
         BadInput: the file does not contain wrong answers, or the model cannot be asked. The answers written so far are kept.
@@ -194,16 +202,18 @@ def write_wrong_answers(
         with out.open("a", encoding="utf-8") as file:
             for number, question in enumerate(track(questions, "wrong answers"), start=1):
                 right = question.choices[question.answer]
-                if question.text not in known:
-                    wrong, used = _ask(chat, question.text, right, seed)
+                rights = [right, *(aliases or {}).get(question.text, ())]
+                # earlier versions wrote the first line of any reply
+                if not wrong_answer_in(known.get(question.text, ""), rights):
+                    wrong, used = _ask(chat, question.text, rights, seed)
+                    if not wrong:
+                        dropped.append(Dropped(number, question.text, f"no usable wrong answer in {N_TRIES} tries"))
+                        continue
                     row = {"question": question.text, "right": right, "wrong": wrong, "model": name, "seed": used}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()  # requests cost money, so answers must not be lost in a crash
                     known[question.text] = wrong
                 wrong = known[question.text]
-                if not wrong:
-                    dropped.append(Dropped(number, question.text, f"no usable wrong answer in {N_TRIES} tries"))
-                    continue
                 kept.append(Question(text=question.text, choices=(right, wrong), category=question.category))
     except OSError as error:
         raise BadInput(f"cannot write {str(out)!r}: {error.strerror}; give another file") from error
@@ -211,23 +221,27 @@ def write_wrong_answers(
     return QuestionSet(name=set_name, questions=tuple(kept), dropped=tuple(dropped))
 
 
-def load_answered(name_or_path: str) -> list[Question]:
+def load_answered(name_or_path: str) -> tuple[list[Question], dict[str, tuple[str, ...]]]:
     """Load questions with right answers, also from TriviaQA's original files, which have no wrong answers.
+
+    Returns:
+        The questions, and further right answers by the text of the question.
 
     Raises:
         BadInput: there is no such question set or file, or it has no right answers.
     """
     if Path(name_or_path).suffix == ".json":
-        return [Question(text=question, choices=(right,)) for question, right in read_answers(Path(name_or_path))]
-    return list(load_questions(name_or_path))
+        answers = read_answers(Path(name_or_path))
+        questions = [Question(text=question, choices=(right,)) for question, (right, _) in answers.items()]
+        return questions, {question: aliases for question, (_, aliases) in answers.items()}
+    return list(load_questions(name_or_path)), {}
 
 
-def _ask(chat: Callable[[str, str, int], str], question: str, right: str, seed: int) -> tuple[str, int]:
+def _ask(chat: Callable[[str, str, int], str], question: str, rights: Sequence[str], seed: int) -> tuple[str, int]:
     """Return a wrong answer and the seed that gave it; the answer is empty if no try was usable."""
     for attempt in range(seed, seed + N_TRIES):
-        lines = chat(SYSTEM, REQUEST.format(question=question, right=right), attempt).strip().splitlines()
-        wrong = lines[0].strip().strip("\"'").strip() if lines else ""
-        if normalize(wrong) and normalize(wrong) != normalize(right):
+        wrong = wrong_answer_in(chat(SYSTEM, REQUEST.format(question=question, right=rights[0]), attempt), rights)
+        if wrong:
             return wrong, attempt
     return "", seed + N_TRIES - 1
 
@@ -258,19 +272,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the replies (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT questions")
     options = parser.parse_args(arguments)
+    replace_unencodable()
     try:
         if options.limit is not None and options.limit < 1:
             raise BadInput(f"limit must be a positive integer; got {options.limit}")
-        questions = load_answered(options.questions)[: options.limit]
+        questions, aliases = load_answered(options.questions)
+        questions = questions[: options.limit]
         if options.local:
             chat = LocalChat(load_model(options.chat_model))
         else:
             chat = OpenAIChat(name=options.chat_model, base_url=options.base_url)
-        answered = write_wrong_answers(questions, chat, options.out, seed=options.seed)
+        answered = write_wrong_answers(questions, chat, options.out, seed=options.seed, aliases=aliases)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(answered)} of {len(questions)} questions have a wrong answer: {options.out}")
+    print(f"Wrong answers to {len(answered)} of {count(len(questions), 'question')}: {options.out}")
+    if answered.dropped:
+        first, n_left = answered.dropped[0], count(len(answered.dropped), "question")
+        print(f"No usable reply to {n_left}, such as {first.text!r:.80}; run the same command again to ask again.")
     return 0
 
 

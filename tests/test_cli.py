@@ -111,6 +111,9 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
         ([*TOY, "--out", "X", "--alpha", "1"], "alpha must lie in (0, 1)"),
         ([*TOY, "--out", "X", "--limit", "0"], "limit must be a positive integer"),
         ([*TOY, "--out", "X", "--n-steps", "0"], "n_steps must be a positive integer"),
+        ([*TOY, "--out", "X", "--limit", "2.5"], "expected an integer for '--limit', got '2.5'"),
+        ([*TOY, "--out", "X", "--alpha=x"], "expected a number for '--alpha', got 'x'"),
+        (["show", "X", "--top", "-1"], "expected a value greater than or equal to 0 for '--top', got '-1'"),
         ([*TOY, "--out", "X", "--max-memory", "0"], "--max-memory must be greater than 0 GiB; got 0"),
         ([*TOY, "--out", "X", "--max-memory", "nan"], "--max-memory must be greater than 0 GiB"),
         ([*TOY, "--out", "X", "--repetitions", "0"], "n_repetitions must be a positive integer"),
@@ -283,6 +286,39 @@ def test_a_run_that_ran_out_of_memory_says_so_in_its_manifest_and_report(
     next((copy / "scores").iterdir()).unlink()
     assert run(*AGAIN)[0] == 0
     assert max(sizes) == 4, "a resumed run keeps the size that fitted"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_command_prints_in_any_encoding(
+    encoding: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PYTHONIOENCODING=ascii, LANG=C and the console of Windows: the results are computed before anything is printed."""
+    other = shutil.copytree(copy, tmp_path / "ω−±")
+    command_lines = (
+        AGAIN,
+        ["show", other.name],
+        ["report", other.name],
+        ["select", other.name, "--splits", "2"],
+        ["compare", "run", other.name],
+        ["evaluate", other.name, "--on", "toy", "--limit", "4", "--repetitions", "2"],
+        ["show", "no ω"],
+    )
+    for arguments in command_lines:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        monkeypatch.setattr(sys, "argv", ["tn-lens", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("tn_lens.cli.main").main()
+        printed = []
+        for stream in streams:
+            stream.flush()
+            printed.append(stream.buffer.getvalue().decode(encoding, errors="replace"))  # pyright: ignore
+        assert stop.value.code == (2 if arguments[1] == "no ω" else 0), printed[1]
+        assert any(printed)
+        if arguments is AGAIN and encoding != "ascii":
+            assert " ± " in printed[0]
+            assert ("│" in printed[0]) == (encoding == "utf-8")
 
 
 def test_selecting_again_needs_no_model(

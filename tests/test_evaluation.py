@@ -445,6 +445,17 @@ def test_questions_are_the_unit_of_the_paired_test() -> None:
         made(knows, knows).compare("ablated", "random")
 
 
+def test_copies_of_a_question_do_not_narrow_the_interval() -> None:
+    """Ten questions in four copies each, of which three are answered right only without ablation."""
+    knows = [[0.9, 0.1], [0.1, 0.9]]
+    once, four_times = [[0.1, 0.9], [0.9, 0.1]] * 3 + knows * 7, [[0.1, 0.9], [0.9, 0.1]] * 12 + knows * 28
+    single, copied = made(knows * 10, once), made(knows * 40, four_times)
+    assert copied.compare().low > single.compare().low, "as 40 questions, they would give a narrower interval"
+    grouped = PromptSet(tuple(replace(p, group=f"group {int(p.question) // 4}") for p in copied.prompts))
+    together = replace(copied, prompts=PromptSet.from_plain(grouped.to_plain()))
+    np.testing.assert_equal(vars(together.compare()), vars(single.compare()))
+
+
 def test_draws_of_a_control_count(evaluation: Evaluation) -> None:
     compared = evaluation.compare("ablated", "random_matched")
     own = evaluation.conditions["ablated"].order_averaged.mean()

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from tn_lens import load_questions
+from tn_lens import BadInput, PromptSet, Question, QuestionSet, Settings, build_prompts, load_questions
+from tn_lens.models import Model
+from tn_lens.pipeline.parts import split_questions
 from tn_lens.questions import truthfulqa
+from tn_lens.questions.repeats import groups_of
+from tn_lens.questions.toy import binary
 from tn_lens.questions.toy_world import RELATIONS, SPLIT_SIZES, facts, vocabulary
 
 
@@ -173,3 +179,183 @@ def test_other_encodings_and_names_are_refused(tmp_path: Path) -> None:
         load_questions(write(tmp_path, "a.csv", "q,r,w\n1,2,3\n"), columns={"frage": "q"})
     with pytest.raises(ValueError, match="no column 'x'"):
         load_questions(write(tmp_path, "a.csv", "q,r,w\n1,2,3\n"), columns={"question": "x"})
+
+
+def test_text_that_looks_like_a_missing_value_is_text(tmp_path: Path) -> None:
+    rows = "question,right,wrong,category,id\nWhich bread?,NaN,None,null,NA\n"
+    (question,) = load_questions(write(tmp_path, "a.csv", rows))
+    assert question.choices == ("NaN", "None")
+    assert (question.category, question.id) == ("null", "NA")
+    line = '{"question": "Which bread?", "choices": ["NaN", "null"], "answer": 0, "category": NaN, "id": NaN}\n'
+    (question,) = load_questions(write(tmp_path, "a.jsonl", line))
+    assert question.choices == ("NaN", "null")
+    assert question.category == ""
+    assert "nan" not in question.id
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"question": "Q?", "right": NaN, "wrong": "b"}', "question 1: the right answer is empty"),
+        ('{"question": "Q?", "right": "a", "wrong": null}', "question 1: the wrong answer is empty"),
+        ('{"question": NaN, "right": "a", "wrong": "b"}', "question 1: the question is empty"),
+        ('{"question": "Q?", "choices": ["a", NaN], "answer": 0}', "question 1: a choice is empty"),
+        ('{"question": "Q?", "choices": ["a", "b"], "answer": NaN}', "expected an answer from 0 to 1"),
+        ('{"question": "Q?", "choices": ["a", "b"], "answer": true}', "expected an answer from 0 to 1"),
+        ('{"question": "Q?", "right": Infinity, "wrong": "b"}', "line 1: expected JSON lines, got the value Infinity"),
+        ('{"question": "Q?", "right": "a", "right": "b", "wrong": "c"}', "line 1: expected one 'right', got several"),
+        ('{"question": "Q?", "Question": "R?", "right": "b", "wrong": "c"}', "expected one 'question', got several"),
+        ('{"question": "Q?", "choices": ["2", "1"], "answer": "1"}\n', None),
+        (
+            '{"question": "Q?", "choices": ["1", "2", "3"], "answer": "2"}',
+            "also the text of another choice; give the letter",
+        ),
+        ('{"question": "Q?", "choices": ["B", "A"], "answer": "A"}', "also the text of another choice; give the index"),
+        ('{"question": "Q?", "right": "New York", "wrong": " New  York "}', "two choices are equal"),
+    ],
+)
+def test_json_without_one_clear_meaning_is_refused(text: str, said: str | None, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", text)
+    if said is None:
+        assert load_questions(path)[0].answer == 1, "index and text agree"
+        return
+    with pytest.raises(BadInput, match=said):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("1", "Nice"),
+        ("1.0", "Nice"),
+        ('"B"', "Nice"),
+        ('"b"', "Nice"),
+        ('"Nice"', "Nice"),
+        ('" Lyon "', "Lyon"),
+        ("2", "5"),
+    ],
+)
+def test_the_right_answer_is_given_by_index_letter_or_text(answer: str, right: str, tmp_path: Path) -> None:
+    line = f'{{"question": "Where?", "choices": ["Lyon", "Nice", 5], "answer": {answer}}}'
+    (question,) = load_questions(write(tmp_path, "a.jsonl", line))
+    assert question.choices[question.answer] == right
+
+
+def test_numbers_are_kept_as_they_are_written(tmp_path: Path) -> None:
+    line = '{"question": "Which version?", "choices": [3.10, 3.1, 4, 1e3], "answer": 0}'
+    assert load_questions(write(tmp_path, "a.jsonl", line))[0].choices == ("3.10", "3.1", "4", "1e3")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('question,right,wrong\nA?,b,c\n"He said \\"hi\\"",Yes,No\n', "line 3: expected quotation marks"),
+        ('question,right,wrong\n"\\"hi\\" he said",Yes,No\n', "line 2: expected quotation marks"),
+        ('question,right,wrong\n"Who said ""\\"hi\\""?",Yes,No\n', "line 2: expected quotation marks"),
+        ('question,right,wrong\nWho said \\"hi\\"?,Yes,No\n', "line 2: expected quotation marks"),
+        ('question,right,wrong\n"Heroes" by whom?,Bowie,Eno\n', "line 2: expected quotation marks"),
+        ('question,right,wrong\n"Who?,Bowie,Eno\nWho?,Eno,Bowie\n', "expected quotation marks .* never closed"),
+        ("question,right,wrong,right\nQ?,a,b,c\n", "expected one 'right', got several"),
+        ("question,right,wrong, right \nQ?,a,b,c\n", "expected one 'right', got several"),
+        ("question,Question,right,wrong\nQ?,R?,a,b\n", "expected one 'question', got several"),
+        (
+            "question;right;wrong\nQ?;a;b;c\n",
+            "line 2: expected 3 fields .* got 4; put double quotes around fields with semi",
+        ),
+        (
+            "question,choices,answer\nQ?,\"['a', 'b']\",0\n",
+            r"question 1: the choices cannot be read as a list of 2 to 26",
+        ),
+    ],
+)
+def test_csv_that_would_be_misread_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        load_questions(write(tmp_path, "a.csv", text))
+
+
+def test_csv_of_other_programs(tmp_path: Path) -> None:
+    """Umlauts in LaTeX, backslashes, spaces before quotation marks, unnamed columns and other separators are read right."""
+    rows = 'question, right, wrong,,\n"Who wrote ""Schr\\""odinger""?", "C:\\dir\\", "a, b",,\nHe said "hi"?,5\\2,x,,\n'
+    first, second = load_questions(write(tmp_path, "a.csv", rows))
+    assert (first.text, first.choices) == ('Who wrote "Schr\\"odinger"?', ("C:\\dir\\", "a, b"))
+    assert (second.text, second.choices) == ('He said "hi"?', ("5\\2", "x"))
+    text = 'question,right,wrong\n"Say \\""hi\\"" !","\\"" ","a\\"""\n'
+    (question,) = load_questions(write(tmp_path, "a.csv", text))
+    assert (question.text, question.choices) == ('Say \\"hi\\" !', ('\\"', 'a\\"'))
+    for delimiter in ";\t|":
+        rows = "question,right,wrong\nWho; where?,a,b\n".replace(",", delimiter).replace("Who; where", '"Who; where"')
+        (question,) = load_questions(write(tmp_path, "a.csv", rows.replace('"Who; where"?', '"Who; where?"')))
+        assert (question.text, question.choices) == ("Who; where?", ("a", "b"))
+
+
+def test_rows_that_repeat_a_question_are_left_out(tmp_path: Path) -> None:
+    """Repeats, in any order of the choices, would count as independent questions."""
+    rows = [
+        {"question": "Who is it?", "choices": ["Ann", "Bob"], "answer": 0, "id": "first"},
+        {"question": " who  IS it?", "choices": ["Bob", " ann"], "answer": 1, "id": "second"},
+        {"question": "Who is it?", "choices": ["Ann", "Bob"], "answer": 1},
+        {"question": "Who is it?", "choices": ["Ann", "Cid"], "answer": 0},
+        {"question": "Who is she?", "choices": ["Ann", "Bob"], "answer": 0},
+    ]
+    questions = load_questions(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [q.choices for q in questions] == [("Ann", "Bob"), ("Ann", "Bob"), ("Ann", "Cid"), ("Ann", "Bob")]
+    assert [(row.row, row.reason) for row in questions.dropped] == [(2, "the question occurs in an earlier row")]
+    assert "1 row: the question occurs in an earlier row" in questions.summary()
+    first, second, third, fourth = groups_of(questions)
+    assert first == second == third != ""
+    assert fourth == ""
+
+
+def test_a_text_that_all_questions_share_does_not_identify_them() -> None:
+    which = [
+        Question(text="Which is true?", choices=(f"{n} is odd", f"{n} is even"), answer=n % 2 == 0) for n in range(20)
+    ]
+    assert groups_of(which) == [""] * 20
+    copies = [*which[:3], replace(which[0], choices=which[0].choices[::-1], answer=1 - which[0].answer, id="")]
+    groups = groups_of(copies)
+    assert groups[0] == groups[3] != ""
+    assert groups[1:3] == ["", ""]
+
+
+def test_equal_questions_are_on_one_side_of_every_split() -> None:
+    """Copies are left out, and questions with the same text are not divided, whatever their ids and choices are."""
+    texts = [f"Who is number {n}?" for n in range(12)]
+    sets = [
+        [Question(text=text.replace(" ", " " * k), choices=("Ann", f"Bob {k}")) for text in texts] for k in (1, 2, 3)
+    ]
+    copies = [
+        replace(question, choices=question.choices[::-1], answer=1, id=f"copy {n}")
+        for n, question in enumerate(sets[0])
+    ]
+    questions = QuestionSet(name="many", questions=(*sets[0], *sets[1], *sets[2], *copies, *sets[0]))
+    for seed in range(5):
+        parts = split_questions(questions, Settings(adaptive_threshold="auto", seed=seed))
+        tuning, finding = ({" ".join(q.text.split()) for q in part} for part in (parts.tuning, parts.finding))
+        assert not tuning & finding
+        assert len(parts.tuning) + len(parts.finding) == 36
+        assert {row.row for row in parts.finding.dropped} == set(range(37, 61))
+    alone = questions.select([0, 12, 36])
+    with pytest.raises(BadInput, match="at least 2 questions with different texts, got 1"):
+        split_questions(
+            QuestionSet(name="one", questions=tuple(replace(q, id="") for q in [alone[0]] * 9)),
+            Settings(adaptive_threshold="auto"),
+        )
+
+
+def test_the_split_for_tuning_has_not_changed_for_different_questions() -> None:
+    """Computed before groups of equal questions were known."""
+    questions = QuestionSet(name="ten", questions=tuple(Question(text=f"{n}?", choices=("a", "b")) for n in range(10)))
+    parts = split_questions(questions, Settings(adaptive_threshold="auto", seed=4))
+    assert [q.text for q in parts.tuning] == ["1?", "9?"]
+    assert len(parts.finding) == 8
+
+
+def test_groups_reach_the_prompts(toy: Model) -> None:
+    first, second, third = binary().select([0, 1, 2])
+    other = replace(first, choices=(first.choices[0], second.choices[1]), id="")
+    questions = QuestionSet(name="three", questions=(first, other, third), template=binary().template)
+    prompts = build_prompts(toy, questions, order="both")
+    assert list(prompts.equal) == [first.id, other.id]
+    assert len(set(prompts.equal.values())) == 1
+    assert PromptSet.from_plain(prompts.to_plain()).equal == prompts.equal
+    assert all(len(row) == 5 for row in build_prompts(toy, binary()[:3]).to_plain())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from tn_lens import Neuron, NeuronSet, Selection, select_neurons
 from tn_lens.attribution.result import OfOrders, ScoreSource
@@ -218,3 +219,51 @@ def test_halves_are_disjoint_stratified_and_replayable(categories: dict[str, str
         sizes = [sum(categories[q] == name for q in half) for half in (first, second)]
         assert abs(sizes[0] - sizes[1]) <= 1
     assert split_halves(categories, seed) == (first, second)
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60), st.integers(0, 100))
+def test_equal_questions_are_in_one_half(groups: list[str], seed: int) -> None:
+    categories = {str(place): "xy"[place % 2] for place in range(len(groups))}
+    equal = {str(place): group for place, group in enumerate(groups) if groups.count(group) > 1}
+    first, second = split_halves(categories, seed, equal)
+    assert not {equal.get(q, q) for q in first} & {equal.get(q, q) for q in second}
+    assert sorted([*first, *second], key=int) == list(categories)
+    assert abs(len(first) - len(second)) <= max(map(groups.count, groups))
+    assert list(first) == sorted(first, key=int)
+
+
+def test_the_halves_of_different_questions_have_not_changed() -> None:
+    """Drawn when groups of equal questions were not known yet."""
+    categories = {str(place): "cab"[place % 3] for place in range(11)}
+    halves = (("0", "2", "4", "8", "9", "10"), ("1", "3", "5", "6", "7"))
+    assert split_halves(categories, 3) == split_halves(categories, 3, {}) == halves
+
+
+def test_one_question_asked_many_times_makes_no_neuron_significant() -> None:
+    """Four questions of noise, 30 times each: copies are neither in both halves nor several observations."""
+    noise = 0.01 * torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).repeat(30, 1) + noise
+    groups = [f"{row % 4}" for row in range(120)]
+
+    @dataclass(frozen=True)
+    class Repeated(Table):
+        @property
+        def equal(self) -> dict[str, str]:
+            return dict(zip(self.categories, groups, strict=True))
+
+    assert select_neurons(Table(rows), adaptive_threshold=0.2).neurons, "as 120 questions, some would pass"
+    found = select_neurons(Repeated(rows), adaptive_threshold=0.2, share_threshold=None)
+    assert found.candidates
+    assert not found.neurons
+    assert not {int(q) % 4 for q in found.half_1} & {int(q) % 4 for q in found.half_2}
+    assert (len(found.half_2), found.n_tested) == (60, 2)
+    means = rows.reshape(30, 4, 4).mean(0)[sorted({int(q) % 4 for q in found.half_2})]
+    columns = [2 * neuron.layer + neuron.index for neuron in found.candidates]
+    expected = stats.ttest_1samp(means.double().numpy()[:, columns], 0, alternative="greater")
+    np.testing.assert_allclose(found.p_value, expected.pvalue, rtol=1e-4)
+    low, _ = found.interval(0.9)
+    np.testing.assert_allclose(low, expected.confidence_interval(0.95).low, rtol=1e-4)
+    groups[:] = ["same"] * 120
+    found = select_neurons(Repeated(rows), adaptive_threshold=0.2)
+    assert not found.neurons
+    assert "120 questions that passed the check have too few different texts" in found.nothing_found()

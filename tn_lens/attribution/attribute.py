@@ -17,6 +17,7 @@ from tn_lens.attribution.result import Attribution, PassSize
 from tn_lens.attribution.target import TARGETS, Target, probability_difference, right_probability, wrong_probability
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES, BaselineName, EngineName, Positions, TargetName
+from tn_lens.core.sentences import count
 from tn_lens.core.settings import default_memory
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
@@ -176,7 +177,7 @@ def _check_arguments(
     if not prompts or not space.sites or positions not in get_args(Positions):
         raise BadInput(
             "attribute needs at least one prompt, one site that the model has, and positions 'last' or 'all'; "
-            f"got {len(prompts)} prompts, sites {list(space.sites)}, positions {positions!r}"
+            f"got {count(len(prompts), 'prompt')}, sites {list(space.sites)}, positions {positions!r}"
         )
     if max_memory is not None and max_memory < 1:
         raise BadInput(f"max_memory must be at least one byte; got {max_memory}")

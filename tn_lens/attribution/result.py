@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
-from tn_lens.core.sentences import say
+from tn_lens.core.sentences import count, say
 from tn_lens.core.stored import Stored
 from tn_lens.neurons import Neuron, NeuronSpace, SiteName
 from tn_lens.questions.prompts import PromptSet, stream_of
@@ -67,6 +67,12 @@ class ScoreSource(ABC):
     def categories(self) -> dict[str, str]:
         """Question id -> category."""
         return self.prompts.categories
+
+    @property
+    def equal(self) -> dict[str, str]:
+        """Question id -> group, for questions that have an equal one; see `tn_lens.questions.repeats`."""
+        prompts: PromptSet | None = getattr(self, "prompts", None)
+        return {} if prompts is None else prompts.equal
 
     def per_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, Scores]]:
         """D of each question (or of some): the mean over the orders in which it was asked."""
@@ -207,7 +213,7 @@ def at_neurons(
     for neuron in neurons:
         if neuron.site not in scores or not space.holds(neuron):
             raise BadInput(
-                f"expected a neuron of the model at an attributed site (sites {', '.join(scores)}; {space.n_layers} layers); "
+                f"expected a neuron of the model at an attributed site (sites {', '.join(scores)}; {count(space.n_layers, 'layer')}); "
                 f"got {neuron}"
             )
         # [prompt, layer, neuron] -> [prompt]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import sys
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,8 +173,16 @@ def _spread_lists(arguments: list[str]) -> list[str]:
     return spread
 
 
+def replace_unencodable() -> None:
+    """Print "?" for characters that the terminal's encoding lacks (LANG=C, PYTHONIOENCODING=ascii, Windows), without an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command line. Invalid input exits with a one-line message and code 2, a lost worker with code 1."""
+    replace_unencodable()
     # warnings of the stages are printed as notes; warnings of libraries are not relevant to users
     warnings.simplefilter("ignore")
     for library, variable in {"transformers": "TRANSFORMERS_VERBOSITY", "huggingface_hub": "HF_HUB_VERBOSITY"}.items():
@@ -183,6 +194,7 @@ def main() -> None:
         _leave()
     except (BadInput, WorkerLost, USAGE_ERROR) as error:
         text = " ".join(getattr(error, "format_message", lambda: str(error))().replace("Value error, ", "").split())
+        text = re.sub(r"Invalid value for '(--[\w-]+)': Input should be (.*?)(?:, unable.*)?$", _in_our_words, text)
         message = f"error: {text}" if text else ""  # without arguments the help has been shown already
         code = 1 if isinstance(error, WorkerLost) else 2
     except (KeyboardInterrupt, typer.Abort):
@@ -195,6 +207,19 @@ def main() -> None:
     if code and _is_reporter(message.removeprefix("error: ")) and message:
         typer.echo(message, err=True)
     sys.exit(code)
+
+
+def _in_our_words(found: re.Match[str]) -> str:
+    """Typer's message about the type or the range of a value, with the value."""
+    option, wanted = found.groups()
+    wanted = wanted.removesuffix(", got a number with a fractional part").replace("a valid integer", "an integer")
+    wanted = f"a value {wanted}" if wanted.startswith(("greater", "less")) else wanted
+    given = sys.argv[1:]
+    values = [after for flag, after in pairwise(given) if flag == option]
+    values += [argument.partition("=")[2] for argument in given if argument.startswith(f"{option}=")]
+    return (
+        f"expected {wanted.replace('a valid number', 'a number')} for '{option}', got {values[-1] if values else ''!r}"
+    )
 
 
 def _is_reporter(message: str) -> bool:

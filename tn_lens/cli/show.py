@@ -9,6 +9,7 @@ import typer
 
 from tn_lens.cli.options import RunPath
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import count
 
 COLUMNS = ("mean_difference", "ci_low", "ci_high", "cohens_d", "p_adjusted", "share", "case", "verdict")
 
@@ -35,11 +36,11 @@ def show(
     for neuron in wanted:
         if neuron not in found.neurons:
             raise BadInput(
-                f"{neuron} is not among the {len(found.neurons)} neurons of {folder}; omit the name to list them"
+                f"{neuron} is not among the {count(len(found.neurons), 'neuron')} of {folder}; omit the name to list them"
             )
         if neuron not in card_of:
             raise BadInput(
-                f"{neuron} was found, but only the strongest {len(card_of)} neurons of {folder} have cards; "
+                f"{neuron} was found, but {folder} has cards only for the strongest {count(len(card_of), 'neuron')}; "
                 "make its card with tn_lens.neuron_card"
             )
     console = open_console()
@@ -50,7 +51,8 @@ def show(
         if rows:
             console.print(frame_table(pd.DataFrame(rows)))
         if len(records) > top:
-            console.print(f"{len(records) - top} more are in neurons.json; show them with --top {len(records)}.")
+            verb = "is" if len(records) - top == 1 else "are"
+            console.print(f"{len(records) - top} more {verb} in neurons.json; use --top {len(records)} to show all.")
     for neuron in wanted or list(card_of)[:cards]:
         console.print(Panel(card_of[neuron].to_text(), title=str(neuron), title_align="left"))
 

@@ -52,8 +52,8 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def fixed(value: float, digits: int = 1) -> str:
-    """A number with `digits` decimals, without a minus sign before zero."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+    """A number with `digits` decimals, without a minus sign before zero; "not known" for NaN."""
+    return f"{round(value, digits) + 0.0:.{digits}f}" if value == value else "not known"
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 from tn_lens.core.seeds import generator
@@ -57,11 +57,19 @@ def compare(results: Mapping[str, ConditionResult], condition: str, other: str, 
     # [draw, question]
     ours, theirs = (result.order_averaged if averaged else result.drawn(result.right) for result in pair)
     rng = generator(seed, 8)
-    resampled = [_resampled(ours, theirs, rng) for _ in range(N_RESAMPLES)]
+    # [draw, question] -> [draw, unit]: questions with the same text are not independent, so they are resampled together
+    prompts = pair[0].prompts
+    index: dict[str, int] = {}
+    units = [index.setdefault(prompts.equal.get(question, question), len(index)) for question in prompts.groups]
+    sizes = np.bincount(units)
+    sums = [np.zeros((len(right), len(sizes))) for right in (ours, theirs)]
+    for total, right in zip(sums, (ours, theirs), strict=True):
+        np.add.at(total.T, units, right.T)
+    resampled = [_resampled(sums[0], sums[1], sizes, rng) for _ in range(N_RESAMPLES)]
     low, high = np.percentile(resampled, [2.5, 97.5])
     mcnemar = draws_p = float("nan")
     if len(ours) == len(theirs) == 1:
-        won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+        won, lost = int((sums[0] > sums[1]).sum()), int((sums[0] < sums[1]).sum())
         # exact test on the questions that are answered right under only one of the two conditions
         mcnemar = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     if len(theirs) > 1:
@@ -80,13 +88,23 @@ def compare(results: Mapping[str, ConditionResult], condition: str, other: str, 
 
 
 def _resampled(
-    ours: Float[np.ndarray, "draw question"], theirs: Float[np.ndarray, "other question"], rng: np.random.Generator
+    ours: Float[np.ndarray, "draw unit"],
+    theirs: Float[np.ndarray, "other unit"],
+    sizes: Int[np.ndarray, " unit"],
+    rng: np.random.Generator,
 ) -> float:
-    """The difference on questions drawn with replacement, and on draws drawn with replacement."""
+    """The difference on questions drawn with replacement, and on draws drawn with replacement.
+
+    Args:
+        ours: number of right answers of each unit: a question, or all questions with the same text.
+        theirs: that of the other condition.
+        sizes: number of questions of each unit.
+        rng: source of the draws.
+    """
     # the same questions for both conditions: the comparison is paired
-    questions = rng.integers(ours.shape[1], size=ours.shape[1])
+    units = rng.integers(len(sizes), size=len(sizes))
     means = []
     for right in (ours, theirs):
         draws = rng.integers(len(right), size=len(right)) if len(right) > 1 else [0]
-        means.append(right[draws].mean(0)[questions].mean())
+        means.append(right[draws].mean(0)[units].sum() / sizes[units].sum())
     return float(means[0] - means[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.registry import Registry
-from tn_lens.core.sentences import plural
+from tn_lens.core.sentences import count, plural
 from tn_lens.neurons import Neuron, NeuronSet, NeuronSpace, SiteName
 
 POOL = 2
@@ -51,7 +51,10 @@ def random_neurons(space: NeuronSpace, n: int, exclude: NeuronSet, rng: np.rando
     free = [(~space.mask(exclude, site)).flatten().nonzero().flatten() for site in space.sites]
     sizes = list(map(len, free))
     if n > sum(sizes):
-        raise BadInput(f"cannot draw {n} random neurons: only {sum(sizes)} are outside the found set")
+        raise BadInput(
+            f"cannot draw {count(n, 'random neuron')}: only {sum(sizes)} {'is' if sum(sizes) == 1 else 'are'} outside the found "
+            "set; use a smaller set, found with a higher t or p"
+        )
     is_drawn = torch.zeros(sum(sizes), dtype=torch.bool)
     is_drawn[torch.from_numpy(rng.choice(sum(sizes), n, replace=False))] = True
     chosen = zip(space.sites, free, is_drawn.split(sizes), strict=True)

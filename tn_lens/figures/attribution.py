@@ -7,7 +7,7 @@ import numpy as np
 from tn_lens.attribution.result import Attribution, Gaps, worst_gap
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Theme
-from tn_lens.core.sentences import percent, say_each
+from tn_lens.core.sentences import count, percent, say_each
 from tn_lens.figures.layout import QUIET, ROW, Figure, colour_bar, finish, layer_axis, panels
 from tn_lens.figures.look import Look, look_of, name_of, short_site_name, site_name
 
@@ -35,7 +35,7 @@ def plot_attribution(
         BadInput: there is no such prompt, or no neuron to show.
     """
     if not -len(scores) <= prompt < len(scores):
-        raise BadInput(f"prompt must be the index of one of {len(scores)} attributed prompts; got {prompt}")
+        raise BadInput(f"prompt must be the index of one of {count(len(scores), 'attributed prompt')}; got {prompt}")
     if top < 1:
         raise BadInput(f"top must be at least 1; got {top}")
     look = look_of(theme)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import count
 from tn_lens.core.stored import Stored
 from tn_lens.neurons.neuron import Neuron, NeuronSet
 from tn_lens.neurons.sites import NEURON_SITES, SITES, SiteName
@@ -72,8 +73,9 @@ class NeuronSpace(Stored):
         for neuron in neurons:
             if not self.holds(neuron):
                 raise BadInput(
-                    f"the neuron set does not fit the model: it contains {neuron}, but the model has {self.n_layers} layers, "
-                    f"{self.d_mlp} MLP neurons per layer and {self.n_heads} heads of size {self.d_head}; "
+                    f"the neuron set does not fit the model: it contains {neuron}, but the model has "
+                    f"{count(self.n_layers, 'layer')}, {count(self.d_mlp, 'MLP neuron')} per layer and "
+                    f"{count(self.n_heads, 'head')} of size {self.d_head}; "
                     "use a set found in this model"
                 )
 

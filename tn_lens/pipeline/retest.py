@@ -23,6 +23,7 @@ from tn_lens.pipeline.provenance import describe_model, fixed_threads, weights_d
 from tn_lens.questions.load import load_questions
 from tn_lens.questions.question import QuestionSet
 from tn_lens.questions.registry import options_of
+from tn_lens.questions.repeats import without_repeats
 from tn_lens.results.found import Provenance, settings_of
 from tn_lens.runs.context import Run, in_stage
 from tn_lens.runs.folder import RunFolder
@@ -206,8 +207,10 @@ def parts_of(path: Path, stored: Mapping[str, Any], questions: QuestionSet) -> d
     if stored["questions"] != questions.name or stored["questions_sha256"] != questions.digest:
         return {}
     settings = settings_of(stored)
+    questions = without_repeats(questions)
     finding = [question.id for question in split_questions(questions, settings).finding]
-    half_1, half_2 = split_halves(StoredScores.load(path).categories, settings.seed)
+    scores = StoredScores.load(path)
+    half_1, half_2 = split_halves(scores.categories, settings.seed, scores.equal)
     used = {*half_1, *half_2}
     return {
         "half 1 (selection)": half_1,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
-from tn_lens.questions.files import READERS, Rows
+from tn_lens.questions.files import READERS, Rows, check_names, is_missing, parse_json
 from tn_lens.questions.formats import LETTERS
 from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.registry import QUESTION_SETS, Source, options_of
+from tn_lens.questions.repeats import without_repeats
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "question": ("question", "Question"),
@@ -36,7 +37,8 @@ def load_questions(
         name_or_path: name of a registered set, or path of a .csv or .jsonl file. The built-in sets are `"truthfulqa"`
             (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"` and `"toy_four_choice"`. A file has
             the columns `question`, `right` and `wrong`, or `question`, `choices` (a list) and `answer` (an index from
-            0, or a letter), and optionally `category` and `id`. TruthfulQA.csv is such a file.
+            0, a letter, or the text of a choice), and optionally `category` and `id`. TruthfulQA.csv is such a file. Rows
+            that repeat the question and the choices of an earlier row are left out, and listed in `dropped`.
         source: source of a registered set, instead of its public location: another URL or a local file for TruthfulQA,
             one or more files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
         columns: for a file, its column names for `question`, `right`, `wrong`, `choices`, `answer`, `category`, `id`.
@@ -67,7 +69,7 @@ def load_questions(
     if not is_table:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
     questions = parse_questions(READERS[path.suffix.lower()](path), columns or {}, name)
-    return QuestionSet(name=path.stem, questions=questions, source=name)
+    return without_repeats(QuestionSet(name=path.stem, questions=questions, source=name))
 
 
 def parse_questions(rows: Rows, columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
@@ -83,13 +85,13 @@ def parse_questions(rows: Rows, columns: Mapping[str, str], where: str) -> tuple
     """
     # JSON objects may have different keys: the columns are those of all rows, in order of appearance
     column_of = _find_columns(list(dict.fromkeys(column for row in rows for column in row)), columns, where)
-    if all(value is None for row in rows for value in row.values()):
+    if all(is_missing(value) for row in rows for value in row.values()):
         raise BadInput(f"{where} contains no questions; add at least one row")
     questions = []
     for number, row in enumerate(rows, start=1):
         for field, column in column_of.items():
             if field not in OPTIONAL and column not in row:
-                raise BadInput(f"{where}, question {number}: {column!r} is missing")
+                raise BadInput(f"{where}, question {number}: {column!r} is missing; add it")
         values = {field: row.get(column) for field, column in column_of.items()}
         questions.append(_question(values, f"{where}, question {number}"))
     return tuple(questions)
@@ -101,6 +103,9 @@ def _find_columns(available: list[str], columns: Mapping[str, str], where: str) 
         raise BadInput(f"columns accepts the fields {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}")
     if absent := [column for column in columns.values() if column not in available]:
         raise BadInput(f"{where} has no column {absent[0]!r}; it has {', '.join(available)}")
+    for names in COLUMNS.values():
+        # "question" and "Question" would be read as the same field
+        check_names((name.casefold() for name in available if name in names and name not in columns.values()), where)
     # reversed, so that the first name has priority
     recognized = {field: name for field, names in COLUMNS.items() for name in reversed(names) if name in available}
     column_of = recognized | dict(columns)
@@ -125,19 +130,17 @@ def _question(values: dict[str, Any], where: str) -> Question:
         choices = tuple(_text(values[side], f"{where}: the {side} answer") for side in ("right", "wrong"))
     else:
         listed = values["choices"]
+        wanted = f'a list of 2 to {len(LETTERS)} choices, such as ["Yes", "No"]'
         if isinstance(listed, str):  # in CSV files, the list is written as JSON
-            try:
-                listed = json.loads(listed)
-            except (json.JSONDecodeError, RecursionError):
-                listed = None
+            listed = parse_json(listed, f"{where}: the choices", wanted)
         if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
-            raise BadInput(f"{where}: expected a list of 2 to {len(LETTERS)} choices, got {values['choices']!r:.60}")
+            raise BadInput(f"{where}: expected {wanted}, got {values['choices']!r:.60}")
         choices = tuple(_text(choice, f"{where}: a choice") for choice in listed)
-        answer = _answer_index(values["answer"], len(choices), where)
-    if len(set(choices)) < len(choices):
+        answer = _answer_index(values["answer"], choices, where)
+    if len({" ".join(choice.split()) for choice in choices}) < len(choices):
         shown = ", ".join(f"{choice!r:.60}" for choice in choices)
         raise BadInput(f"{where}: two choices are equal ({shown}); all choices must differ")
-    category, own_id = ("" if values.get(field) is None else str(values[field]) for field in OPTIONAL)
+    category, own_id = ("" if is_missing(values.get(field)) else str(values[field]) for field in OPTIONAL)
     return Question(
         text=text,
         choices=choices,
@@ -148,10 +151,12 @@ def _question(values: dict[str, Any], where: str) -> Question:
 
 
 def _text(value: Any, what: str) -> str:
-    if value is None or not str(value).strip():
-        raise BadInput(f"{what} is empty")
+    if is_missing(value) or not str(value).strip():
+        raise BadInput(f"{what} is empty; fill it in, or remove the row")
     if not isinstance(value, str | int | float):  # JSON files may give numbers as answers
-        raise BadInput(f"{what} must be text, got {str(value)[:60]}")
+        raise BadInput(
+            f"{what} must be text, got {str(value)[:60]}; write it in quotation marks, without lists and objects"
+        )
     return _check_characters(str(value).strip(), what)
 
 
@@ -164,11 +169,24 @@ def _check_characters(text: str, what: str) -> str:
     return text
 
 
-def _answer_index(value: Any, n_choices: int, where: str) -> int:
-    written = str(value).strip()
-    index = int(written) if written.isdecimal() else LETTERS.find(written.upper()) if len(written) == 1 else -1
-    if not 0 <= index < n_choices:
+def _answer_index(value: Any, choices: Sequence[str], where: str) -> int:
+    """The index of the right choice, which is given by its index, its letter or its text."""
+    written = "" if is_missing(value) else str(value).strip()
+    is_number = re.fullmatch(r"\d{1,9}(\.0+)?", written)  # a column with missing values has indices like "1.0"
+    letter = LETTERS.find(written.upper()) if len(written) == 1 else -1
+    index = int(written.partition(".")[0]) if is_number else letter
+    meant = {index} if 0 <= index < len(choices) else set()
+    if isinstance(value, str | bool):
+        meant |= {place for place, choice in enumerate(choices) if choice == written}
+    if len(meant) != 1:
+        last = len(choices) - 1
+        advice = ""
+        if meant:
+            advice = (
+                f", which is also the text of another choice; give the {'letter' if is_number else 'index'} instead"
+            )
         raise BadInput(
-            f"{where}: expected an answer from 0 to {n_choices - 1} or from A to {LETTERS[n_choices - 1]}, got {value!r:.60}"
+            f"{where}: expected an answer from 0 to {last} or from A to {LETTERS[last]}, or the text of one choice, got "
+            f"{value!r:.60}{advice}"
         )
-    return index
+    return meant.pop()

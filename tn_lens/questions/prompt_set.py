@@ -31,6 +31,8 @@ class Prompt:
     """Position of the first token of the question itself, after the instruction and examples."""
     labels: tuple[str, ...] = ()
     """The labels that the positions have in every prompt, such as A and B; empty if the answers are the choices themselves."""
+    group: str = field(default="", repr=False)
+    """Group of questions with the same text, see `tn_lens.questions.repeats`; empty if no other question has this text."""
 
     @property
     def n_choices(self) -> int:
@@ -94,6 +96,12 @@ class PromptSet(Sequence[Prompt]):
         """Category of each question by question id."""
         return {question: self.prompts[rows.start].category for question, rows in self.groups.items()}
 
+    @cached_property
+    def equal(self) -> dict[str, str]:
+        """Group of each question by question id, without questions that have no equal."""
+        groups = {question: self.prompts[rows.start].group for question, rows in self.groups.items()}
+        return {question: group for question, group in groups.items() if group}
+
     @property
     def n_orders(self) -> int:
         """The smallest number of orders of any question; 0 for an empty set."""
@@ -126,7 +134,7 @@ class PromptSet(Sequence[Prompt]):
 
     def to_plain(self) -> list[list[Any]]:
         """The representation in stored results, without tokens and text."""
-        return [[p.question, p.category, p.right, p.order, p.n_choices, p.labels] for p in self.prompts]
+        return [[p.question, p.category, p.right, p.order, p.n_choices, p.labels, p.group] for p in self]
 
     @classmethod
     def from_plain(cls, rows: Iterable[Sequence[Any]]) -> PromptSet:
@@ -139,9 +147,10 @@ class PromptSet(Sequence[Prompt]):
                 question=question,
                 order=tuple(order),
                 category=category,
-                labels=tuple(labels[0]) if labels else (),
+                labels=tuple(labels),
+                group=group,
             )
-            for question, category, right, order, n_choices, *labels in rows
+            for question, category, right, order, n_choices, labels, group in rows
         ]
         return cls(tuple(prompts))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tn_lens.core.errors import BadInput
@@ -16,6 +17,7 @@ from tn_lens.questions.formats import FIGURE_9, VERDICTS, PromptTemplate, fill, 
 from tn_lens.questions.labels import TAIL, Ending, PromptTokenizer
 from tn_lens.questions.prompt_set import Prompt, PromptSet, stream_of
 from tn_lens.questions.question import Question, QuestionSet
+from tn_lens.questions.repeats import groups_of
 from tn_lens.questions.toy import LETTERED
 
 
@@ -61,7 +63,9 @@ def build_prompts(
     requests = [
         (question, each) for question in questions for each in _orders(question, questions.template, order, seed)
     ]
-    return _fit_context(encoder.encode(requests), backend_of(model).n_ctx, drop_long)
+    groups = {q.id: group for q, group in zip(questions, groups_of(questions), strict=True)}
+    prompts = [replace(prompt, group=groups[prompt.question]) for prompt in encoder.encode(requests)]
+    return _fit_context(prompts, backend_of(model).n_ctx, drop_long)
 
 
 def _orders(question: Question, template: PromptTemplate, order: Order, seed: int) -> list[tuple[int, ...]]:

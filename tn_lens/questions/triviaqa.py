@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
-from tn_lens.questions.files import READERS, Rows, load_from_hub, read_csv, read_json, read_json_lines
+from tn_lens.questions.files import READERS, Rows, is_missing, load_from_hub, read_csv, read_json, read_json_lines
 from tn_lens.questions.question import Dropped, Question, QuestionSet
 from tn_lens.questions.registry import QUESTION_SETS, Source
 
@@ -99,13 +99,13 @@ def plainest(aliases: Sequence[str]) -> str:
     return aliases[min(range(len(aliases)), key=lambda i: (-n_containing[i], len(aliases[i]), i))]
 
 
-def read_answers(path: Path) -> list[tuple[str, str]]:
-    """Read the unique questions of a file, each with its right answer.
+def read_answers(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Read the unique questions of a file, each with its right answer and all answers that are accepted as right.
 
     Raises:
         BadInput: the file cannot be read.
     """
-    return list({row.question: row.right for row in _read(path)}.items())
+    return {row.question: (row.right, row.aliases) for row in _read(path)}
 
 
 def read_wrong_answers(path: str | Path) -> dict[str, str]:
@@ -116,11 +116,14 @@ def read_wrong_answers(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     wrong_of = {}
-    for row in read_csv(path) if path.suffix == ".csv" else read_json_lines(path):
-        wrong = row.get("wrong", row.get("false_answer"))
-        if row.get("question") is None or wrong is None:
-            raise BadInput(f"{path}: every row needs 'question' and 'wrong' (or 'false_answer'); found {sorted(row)}")
-        wrong_of[str(row["question"]).strip()] = str(wrong)
+    rows = read_csv(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        column = next((name for name in ("wrong", "false_answer") if name in row), None)
+        if column is None or is_missing(row.get("question")):
+            raise BadInput(
+                f"{path}, row {number}: every row needs 'question' and 'wrong' (or 'false_answer'); found {sorted(row)}"
+            )
+        wrong_of[_text(row["question"])] = _text(row[column])
     return wrong_of
 
 
@@ -156,27 +159,41 @@ def _parse(rows: Iterable[Mapping[Any, Any]], where: str) -> list[Row]:
     parsed = []
     for number, row in enumerate(rows, start=1):
         question, answer = row.get("question"), row.get("answer")
-        if not isinstance(question, str) or not question.strip() or answer is None:
-            names = sorted(map(str, row))
-            raise BadInput(f"{where}, row {number}: expected question, answer and false_answer, found {names}")
-        value, aliases = _answers(answer)
+        if not isinstance(question, str) or not question.strip() or is_missing(answer):
+            found = [str(name) for name, value in row.items() if not is_missing(value)]
+            raise BadInput(f"{where}, row {number}: expected question, answer and false_answer, found {sorted(found)}")
+        value, aliases = _answers(answer, f"{where}, row {number}")
         if not aliases:
             raise BadInput(f"{where}, row {number}: the answer to {question[:60]!r} is empty")
         # files with only aliases do not mark the answer to show
-        right, wrong = value or plainest(aliases), str(row.get("false_answer") or "")
+        right, wrong = value or plainest(aliases), _text(row.get("false_answer"))
         parsed.append(Row(number, question.strip(), right, aliases, wrong))
     return parsed
 
 
-def _answers(answer: Any) -> tuple[str, tuple[str, ...]]:
+def _answers(answer: Any, where: str) -> tuple[str, tuple[str, ...]]:
     """The answer to show, if one is marked, and all answers that are accepted as right."""
     value = ""
     if isinstance(answer, Mapping):
         # TriviaQA writes NormalizedAliases, the hub's copies normalized_aliases
         fields = {str(key).casefold().replace("_", ""): entry for key, entry in answer.items()}
-        value = str(fields.get("value") or "").strip()
-        texts = [value, *fields.get("aliases", []), *fields.get("normalizedaliases", [])]
+        value = _text(fields.get("value"))
+        lists: list[Any] = [fields.get(name) for name in ("aliases", "normalizedaliases")]
+        texts = [value, *(alias for aliases in lists if not is_missing(aliases) for alias in aliases)]
+    elif isinstance(answer, str):
+        texts = answer.split(";")
+    elif isinstance(answer, int | float):
+        texts = [answer]
+    elif isinstance(answer, Iterable):
+        texts = answer
     else:
-        texts = answer.split(";") if isinstance(answer, str) else answer
+        raise BadInput(
+            f"{where}: expected an answer that is text, a list of texts or an object, got {str(answer)[:60]!r}"
+        )
     # a dict keeps the order and removes duplicates
-    return value, tuple(dict.fromkeys(text for text in (str(alias).strip() for alias in texts) if text))
+    return value, tuple(dict.fromkeys(text for text in map(_text, texts) if text))
+
+
+def _text(value: Any) -> str:
+    """The text of a value, without spaces at its ends; empty if the value is missing."""
+    return "" if is_missing(value) else str(value).strip()

@@ -66,6 +66,8 @@ class Selection(Stored):
     seed: int
     largest_share: float = float("nan")
     """The largest fraction of half 1 in which any neuron is salient, candidate or not; NaN if unknown."""
+    n_tested: int | None = None
+    """Number of observations in the test: questions of half 2, of which those with the same text count as one; None if unknown."""
 
     @property
     def rules(self) -> Rules:
@@ -90,7 +92,7 @@ class Selection(Stored):
     @property
     def least_effect(self) -> float:
         """The smallest Cohen's d that passes the test, after Bonferroni's correction or in the first step of Holm's."""
-        n_tests, n = len(self.candidates), len(self.half_2)
+        n_tests, n = len(self.candidates), self._n_tested
         if self.correction == "none":
             n_tests = 1
         elif self.family == "all":
@@ -99,7 +101,7 @@ class Selection(Stored):
 
     def interval(self, level: float = 0.95) -> tuple[Float[np.ndarray, " candidate"], Float[np.ndarray, " candidate"]]:
         """Two-sided confidence interval of mean D, by Student's t over the questions of half 2."""
-        half = half_width(self.std, len(self.half_2), level)
+        half = half_width(self.std, self._n_tested, level)
         return self.mean_difference - half, self.mean_difference + half
 
     def to_frame(self, *, candidates: bool = False) -> pd.DataFrame:
@@ -132,6 +134,10 @@ class Selection(Stored):
         statistics = self.statistics()
         rows = [asdict(neuron) | statistics[neuron] for neuron in self.by_strength]
         return [{key: value for key, value in row.items() if key != "found"} for row in rows]
+
+    @property
+    def _n_tested(self) -> int:
+        return len(self.half_2) if self.n_tested is None else self.n_tested
 
     def _ranked(self) -> list[int]:
         """Indices of the candidates by mean D, the highest first."""

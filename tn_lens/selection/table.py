@@ -55,7 +55,7 @@ class SelectionTable:
     ) -> None:
         self.space = scores.space
         # equal splits are counted once
-        self.halves = {split: split_halves(scores.categories, split.seed) for split in splits}
+        self.halves = {split: split_halves(scores.categories, split.seed, scores.equal) for split in splits}
         sizes = {site: (self.space.n_layers, self.space.width(site)) for site in self.space.sites}
         self.counts: dict[tuple[Split, Threshold], Counts] = {
             (split, t): {site: torch.zeros(size, dtype=torch.int32) for site, size in sizes.items() if size[1]}
@@ -107,6 +107,7 @@ class SelectionTable:
             **asdict(rules),
             seed=split.seed,
             largest_share=most / max(len(half_1), 1),
+            n_tested=moments.n,
         )
 
     def _count(self, scores: ScoreSource, ts: Sequence[Threshold]) -> None:
@@ -123,15 +124,26 @@ class SelectionTable:
                             count += is_salient[site]
 
     def _gather(self, scores: ScoreSource) -> None:
-        """Second pass: moments of the candidates' D on the questions of half 2."""
+        """Second pass: moments of the candidates' D on the questions of half 2.
+
+        Questions with the same text are one observation, their mean: copies of a question must not lower its p-value.
+        """
         members = {split: set(half_2) for split, (_, half_2) in self.halves.items()}
+        equal, groups = scores.equal, defaultdict(list)
         for question, variants in self._variants(scores):
             for split, half in members.items():
                 if question in half:
                     difference = variants[split.drawn]
                     row = [difference[site].flatten()[at].double() for site, at in self.places[split].items()]
-                    observed = Moments.of(torch.cat(row).numpy()[None])  # [1, candidate]
-                    self.moments[split] = self.moments[split].merge(observed)
+                    if question in equal:
+                        groups[split, equal[question]].append(torch.cat(row))
+                    else:
+                        self._observe(split, torch.cat(row))
+        for (split, _), rows in groups.items():
+            self._observe(split, torch.stack(rows).mean(0))
+
+    def _observe(self, split: Split, row: Float[Tensor, " candidate"]) -> None:
+        self.moments[split] = self.moments[split].merge(Moments.of(row.numpy()[None]))  # [1, candidate]
 
     def _variants(self, scores: ScoreSource) -> Iterator[tuple[str, dict[int | None, Scores]]]:
         """D of each question: the mean over its orders (key None), and D in the order that each seed draws (key: the seed)."""
@@ -156,25 +168,39 @@ def check_thresholds(t: Threshold, rules: Rules) -> None:
         raise BadInput(f"expected family 'candidates' or 'all', got {rules.family!r}")
 
 
-def split_halves(categories: Mapping[str, str], seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_halves(
+    categories: Mapping[str, str], seed: int, equal: Mapping[str, str] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split the questions into halves, stratified by category (Vul et al.; paper 2.3).
+
+    Args:
+        categories: question id -> category.
+        seed: seed of the split.
+        equal: question id -> group, for questions that have an equal one. A group is not divided: otherwise neurons would be
+            tested on questions that were used to choose them.
 
     Raises:
         BadInput: there are no questions.
     """
     if not categories:
         raise BadInput("there are no scores to select from: no question was attributed")
-    by_category: dict[str, list[str]] = defaultdict(list)
-    for question, category in categories.items():
-        by_category[category].append(question)
+    units: dict[str, list[str]] = defaultdict(list)
+    for question in categories:
+        units[f"group {equal[question]}" if equal and question in equal else f"question {question}"].append(question)
+    by_category: dict[str, list[list[str]]] = defaultdict(list)
+    for unit in units.values():
+        by_category[categories[unit[0]]].append(unit)
     rng = generator(seed)
     shuffled = [
         by_category[category][i]
         for category in sorted(by_category)
         for i in rng.permutation(len(by_category[category])).tolist()
     ]
-    # alternate questions, so that each category is halved; then restore the order of the questions
-    halves = (set(shuffled[0::2]), set(shuffled[1::2]))
+    # single questions alternate, so that each category is halved; large groups come first, to be balanced by the others
+    halves: tuple[set[str], set[str]] = (set(), set())
+    for unit in sorted(shuffled, key=len, reverse=True):
+        min(halves, key=len).update(unit)
+    # restore the order of the questions
     half_1, half_2 = (tuple(question for question in categories if question in half) for half in halves)
     return half_1, half_2
 
