@@ -13,22 +13,24 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Checkpoint, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
 from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
-from tn_lens.models.tensors import at_least_float32, block_inputs, causal_mask, freeze, reject_rotated, sibling_mask
+from tn_lens.models.comparison import reference_logits, reject_different
+from tn_lens.models.tensors import at_least_float32, block_inputs, causal_mask, freeze, ordinary, reject_rotated, sibling_mask
 from tn_lens.neurons.neuron import Neuron
 
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 """The kinds of layers, by Hugging Face's names, whose cached keys and values do not change in later passes."""
 
 TOLERANCE = 0.02
-"""Tolerance for logits that should be equal, relative to the largest logit. Rounding errors of bfloat16 are smaller."""
+"""Tolerance of sibling rows, relative to the largest logit. Rounding errors of bfloat16 are smaller."""
 
 
 def load(checkpoint: Checkpoint) -> TransformerBridge:
@@ -41,36 +43,43 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
         BadInput: TransformerLens has no bridge for this architecture, or its logits differ from Hugging Face's.
     """
     hf_model, architecture, device = checkpoint.read(), checkpoint.architecture, checkpoint.device
-    shared = {
-        id(p): nn.Parameter(p.detach().to(device=device, dtype=checkpoint.dtype), requires_grad=False)
-        for p in hf_model.parameters()
-    }
+    shared = {id(p): nn.Parameter(ordinary(p).to(device, checkpoint.dtype), False) for p in hf_model.parameters()}
     # `shared` as the memo of deepcopy: the modules are copied, the weights are not
     private = copy.deepcopy(hf_model, shared).to(device).eval()
+    private.set_attn_implementation("eager")
+    tokens, expected = reference_logits(private)
     try:
-        private.set_attn_implementation("eager")
-        expected = _probe(private)
         model = build_bridge_from_module(private, architecture, hf_config=private.config, model_name=checkpoint.name)
-    except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
+        freeze(model)
+        with torch.no_grad():
+            logits = at_least_float32(model(tokens, use_cache=False))
+    except Exception as error:  # a bridge that does not fit the model fails with errors of any kind
         raise BadInput(
-            f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge for it "
-            f"({' '.join(str(error).split())[:200]}); use another model, or backend='hooked' if it supports this one"
+            f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge that "
+            f"fits it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another model"
         ) from error
-    if not (_probe(model) - expected).abs().max() <= TOLERANCE * expected.abs().max():  # also if NaN
-        raise BadInput(
-            f"the logits of TransformerLens' bridge for {architecture} differ from those of Hugging Face's model; use "
-            "another release of transformer-lens, or backend='hooked' if it supports this model"
-        )
-    return freeze(model)
+    reject_different(
+        logits,
+        private,
+        expected,
+        checkpoint.dtype,
+        "merge adapters into their base model (peft's merge_and_unload), remove forward hooks and replaced modules, or "
+        "use another release of transformer-lens",
+    )
+    return model
 
 
-@torch.no_grad()
-def _probe(model: Any) -> Float[Tensor, "1 position vocab"]:
-    """Logits of eight fixed tokens, to compare two models."""
-    device = next(model.parameters()).device
-    output = model(torch.arange(8, device=device)[None], use_cache=False)
-    # a bridge returns the logits, a Hugging Face model an output object
-    return (output if isinstance(output, Tensor) else output.logits).float()
+def supports(architecture: str, config: PretrainedConfig) -> bool:
+    """Whether TransformerLens has a bridge for a decoder with one attention and one dense MLP per layer."""
+    text = config.get_text_config(decoder=True)
+    has_experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return (
+        architecture in SUPPORTED_ARCHITECTURES
+        and not getattr(config, "is_encoder_decoder", False)
+        and getattr(text, "num_attention_heads", None) is not None
+        and set(layer_types(text)) <= SHAREABLE_LAYERS
+        and not has_experts
+    )
 
 
 class Bridge(Backend):

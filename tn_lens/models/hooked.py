@@ -16,7 +16,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
 from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask, replace_methods
-from tn_lens.models.tensors import at_least_float32, block_inputs, freeze, reject_rotated, visible_prefix
+from tn_lens.models.tensors import at_least_float32, block_inputs, freeze, ordinary, reject_rotated, visible_prefix
 from tn_lens.neurons.neuron import Neuron
 
 
@@ -36,7 +36,7 @@ def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> Hoo
     """
     config.init_weights = False
     model = HookedTransformer(config, move_to_device=False)
-    state = {name: w.detach().to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
+    state = {name: ordinary(w).to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
     try:
         missing, unknown = model.load_state_dict(state, assign=True, strict=False)
     except RuntimeError as error:

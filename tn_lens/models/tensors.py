@@ -25,6 +25,11 @@ def at_least_float32(tensor: Float[Tensor, "*axis"]) -> Float[Tensor, "*axis"]:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor without its graph. A copy if it was created in inference mode, since autograd rejects such tensors."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+
 @contextmanager
 def block_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "prompt 1 d_model"]]]:
     """Collect the input of each block at the last position, before any hook point of the block, during a pass."""
