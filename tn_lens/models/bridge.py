@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,13 +18,25 @@ from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_AR
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import DynamicCache, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Checkpoint, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
 from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
 from tn_lens.models.comparison import reference_logits, reject_different
-from tn_lens.models.tensors import at_least_float32, block_inputs, causal_mask, freeze, ordinary, reject_rotated, sibling_mask
+from tn_lens.models.tensors import (
+    Replacement,
+    at_least_float32,
+    block_inputs,
+    causal_mask,
+    freeze,
+    ordinary,
+    reject_rotated,
+    replace_methods,
+    sibling_mask,
+)
+from tn_lens.models.unembedding import wide_linear
 from tn_lens.neurons.neuron import Neuron
 
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -55,8 +68,9 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
             logits = at_least_float32(model(tokens, use_cache=False))
     except Exception as error:  # a bridge that does not fit the model fails with errors of any kind
         raise BadInput(
-            f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge that "
-            f"fits it ({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another model"
+            f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens "
+            f"{version('transformer-lens')} has no bridge that fits it ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); use another model, or another release of transformer-lens"
         ) from error
     reject_different(
         logits,
@@ -88,11 +102,16 @@ class Bridge(Backend):
     kind = "bridge"
     model: TransformerBridge
 
+    def __init__(self, model: TransformerBridge) -> None:
+        super().__init__(model)
+        if self.is_half and model not in _NORM_IS_LAST:
+            _NORM_IS_LAST[model] = _norm_is_last(model)  # here, since no hooks have been added yet
+
     @property
     def d_mlp(self) -> int:
         # from the weights, since the d_mlp of some configurations is wrong
         has_mlp = "blocks.0.mlp.out.hook_in" in self.points
-        return len(_weight_rows(self.model.blocks[0].mlp.out)) if has_mlp else 0
+        return _base_rows(self.model.blocks[0].mlp.out).shape[0] if has_mlp else 0
 
     @property
     def is_post_norm(self) -> bool:
@@ -154,9 +173,11 @@ class Bridge(Backend):
         """Reject models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: a mixture of experts, a layer without separate attention and MLP, or processed weights
+            BadInput: attention that is not causal, an encoder, a mixture of experts, a layer without separate attention and MLP, or processed weights
                 (`enable_compatibility_mode` without `no_processing`).
         """
+        if getattr(self.model.original_model.config, "is_encoder_decoder", False):
+            raise BadInput(f"{self.name} is an encoder-decoder model; use a decoder-only language model")
         for layer in range(self.model.cfg.n_layers):
             for name, source, role in (
                 (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.mlp.out.hook_in", "the input of W_out"),
@@ -173,6 +194,7 @@ class Bridge(Backend):
             )
         if self.model.cfg.d_head > 2:
             reject_rotated(self.w_o(0))
+        super().check()
 
     @property
     def hf_config(self) -> Any:
@@ -233,7 +255,7 @@ class Bridge(Backend):
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            row, output = _weight_rows(block.mlp.out)[neuron.index], "hook_mlp_out"
+            row, output = _weight_rows(block.mlp.out, slice(neuron.index, neuron.index + 1))[0], "hook_mlp_out"
         else:
             row, output = self.w_o(neuron.layer)[neuron.head, neuron.index], "hook_attn_out"
         # the output's hook point belongs to the norm that follows the weights, if there is one
@@ -265,7 +287,22 @@ class Bridge(Backend):
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     def _logits(self, tokens: TokenRows, **options: Any) -> Float[Tensor, "_ place vocab"]:
-        return at_least_float32(self.model(tokens, **options))
+        with replace_methods(self._wide_unembedding()):
+            return at_least_float32(self.model(tokens, **options))
+
+    def _wide_unembedding(self) -> Iterator[Replacement]:
+        """Replacements that compute the final norm and the unembedding in float32 if the weights have 16 bits."""
+        unembed = self.model.unembed.original_component
+        if not self.is_half or type(unembed) is not nn.Linear or "forward" in vars(unembed):
+            return
+        yield unembed, "forward", lambda stream: wide_linear(stream, unembed.weight, unembed.bias)
+        norm: Any = getattr(self.model, "ln_final", None)
+        if norm is not None and _NORM_IS_LAST[self.model]:
+            for module in norm.modules():
+                wide = {name: p if p is None else p.float() for name, p in module._parameters.items()}
+                yield module, "_parameters", wide
+            normalize = norm.forward
+            yield norm, "forward", lambda stream, **named: normalize(stream.float(), **named)
 
     @contextmanager
     def _unembed_only(self, places: Int[Tensor, "row place"]) -> Iterator[None]:
@@ -295,6 +332,9 @@ class Sharing(NamedTuple):
 
 _SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
 """Results of `Bridge.sharing` by model."""
+
+_NORM_IS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Results of `_norm_is_last` by model."""
 
 
 class BridgeSiblings(Siblings):
@@ -341,11 +381,41 @@ class BridgeSiblings(Siblings):
         return self.backend._masks(lambda window: sibling_mask(self.is_token, n_rows, window))
 
 
-def _weight_rows(linear: Any) -> Float[Tensor, "input output"]:
-    """The weights of a linear layer, with one row per input."""
+@torch.no_grad()
+def _norm_is_last(model: TransformerBridge) -> bool:
+    """Whether the output of the final norm is unembedded unchanged."""
+    passed: list[Tensor] = []
+    if not hasattr(model, "ln_final"):
+        return False
+    handles = [
+        model.ln_final.register_forward_hook(lambda _, __, output: passed.append(output)),
+        model.unembed.register_forward_pre_hook(lambda _, arguments: passed.append(arguments[0])),
+    ]
+    try:
+        model(torch.zeros(1, 1, dtype=torch.long, device=str(model.cfg.device)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(passed) == 2 and torch.equal(passed[0], passed[1])
+
+
+def _base_rows(linear: Any) -> Float[Tensor, "input output"]:
+    """The weights of a linear layer with one row per input, or those that an adapter wraps."""
+    modules = linear.original_component.modules()
+    base = next(module for module in modules if getattr(module, "weight", None) is not None)
+    # GPT-2's Conv1D stores [input, output], other linear layers [output, input]
+    return base.weight if isinstance(base, Conv1D) else base.weight.T
+
+
+def _weight_rows(linear: Any, rows: slice = slice(None)) -> Float[Tensor, "input output"]:
+    """The weights of a linear layer, with one row per input; measured if the layer has an adapter."""
+    base = _base_rows(linear)
     original = linear.original_component
-    # nn.Linear stores [output, input], GPT-2's Conv1D [input, output]
-    return original.weight.T if isinstance(original, nn.Linear) else original.weight
+    if isinstance(original, nn.Linear | Conv1D):
+        return base[rows]
+    with torch.no_grad():
+        inputs = torch.eye(len(base), dtype=base.dtype, device=base.device)[None, rows]  # [1, input, input]
+        return (original(inputs) - original(torch.zeros_like(inputs[:, :1])))[0]
 
 
 def layer_types(config: Any) -> list[str]:

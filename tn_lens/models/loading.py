@@ -37,7 +37,9 @@ MODEL_TYPES = {
 }
 """Architectures by model type, for configurations that do not name their architecture."""
 
-BUFFER = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.(inv_freq|cos_cached|sin_cached|position_ids|embed_positions)$")
+BUFFER = re.compile(
+    r"(attn|attention)\.(bias|masked_bias)$|\.(inv_freq|cos_cached|sin_cached|position_ids|embed_positions)$"
+)
 """Masks and tables that older checkpoints store."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -239,7 +241,9 @@ def is_dropped(key: str, model: nn.Module) -> bool:
     modules = dict(model.named_modules())
     for path in (key, f"{model.base_model_prefix}.{key}"):  # headless checkpoints lack the prefix
         parent = path.rpartition(".")[0]
-        is_in_layers = any(isinstance(modules.get(path[: dot.start()]), nn.ModuleList) for dot in re.finditer(r"\.", path))
+        is_in_layers = any(
+            isinstance(modules.get(path[: dot.start()]), nn.ModuleList) for dot in re.finditer(r"\.", path)
+        )
         if parent in modules or is_in_layers:
             return True
     return False
