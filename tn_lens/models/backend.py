@@ -207,7 +207,8 @@ class Backend(ABC):
                 f"({name}); build or load it outside of inference mode"
             )
         with torch.no_grad():
-            reject_bidirectional(self.all_logits(probe_tokens(self.model.cfg.d_vocab, self.n_ctx, self.device)))
+            logits = self.all_logits(probe_tokens(self.model.cfg.d_vocab, self.n_ctx, self.device))
+        reject_bidirectional(logits, self.dtype)
 
     @abstractmethod
     def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:

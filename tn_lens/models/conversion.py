@@ -25,8 +25,9 @@ from transformer_lens.pretrained.weight_conversions import (
 from transformers import PretrainedConfig
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models import bridge
+from tn_lens.core.sentences import count
 from tn_lens.models.backend import Checkpoint
+from tn_lens.models.bridge_loading import supports
 from tn_lens.models.comparison import reference_logits, reject_different
 from tn_lens.models.hooked import Hooked, assemble, lay_out_weights
 from tn_lens.models.hub import explain
@@ -57,7 +58,7 @@ def load(checkpoint: Checkpoint) -> HookedTransformer:
     # the Hugging Face model is released when this function returns; the HookedTransformer keeps its weights
     hf_model = checkpoint.read()
     tokens, expected = reference_logits(hf_model)
-    otherwise = "; or use backend='bridge'" if bridge.supports(architecture, checkpoint.config) else ""
+    otherwise = "; or use backend='bridge'" if supports(architecture, checkpoint.config) else ""
     advice = (
         "use a plain checkpoint: merge adapters into their base model (peft's merge_and_unload), and remove forward "
         f"hooks and replaced modules{otherwise}"
@@ -103,7 +104,7 @@ def _lens_config(checkpoint: Checkpoint) -> HookedTransformerConfig:
         # TransformerLens' own loader supports a fixed list of names
         return get_pretrained_model_config(get_official_model_name(name), **checkpoint.hub)
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
-        can_bridge = bridge.supports(architecture, checkpoint.config)
+        can_bridge = supports(architecture, checkpoint.config)
         raise BadInput(
             f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, "
             f"or a model that TransformerLens {version('transformer-lens')} lists "
@@ -123,7 +124,7 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
     def unsupported(feature: str) -> BadInput:
         return BadInput(
             f"{name} uses {feature}, which HookedTransformer does not support for {architecture}; use "
-            + ("backend='bridge'" if bridge.supports(architecture, config) else "another model")
+            + ("backend='bridge'" if supports(architecture, config) else "another model")
         )
 
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -212,4 +213,4 @@ def reject_unused(hf_model: Any, weights: Mapping[str, Tensor], name: str, advic
     unused = [key for key, p in hf_model.named_parameters() if p.untyped_storage().data_ptr() not in used]
     if unused:
         shown = ", ".join(unused[:3])
-        raise BadInput(f"{name} has {len(unused)} parameters that HookedTransformer lacks ({shown}); {advice}")
+        raise BadInput(f"{name} has {count(len(unused), 'parameter')} that HookedTransformer lacks ({shown}); {advice}")

