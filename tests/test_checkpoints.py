@@ -224,7 +224,7 @@ def test_weights_made_in_inference_mode(backend: Any) -> None:
 def test_attention_that_is_not_causal_is_refused(backend: Any) -> None:
     hf_model = random_checkpoint(paper_config(LLAMA))
     hf_model.config.is_causal = False
-    with pytest.raises(BadInput, match="expected causal attention, but the last token changes"):
+    with pytest.raises(BadInput, match="expected causal attention, but in this model the last token changes"):
         load_model("mine", hf_model=hf_model, backend=backend)
 
 

@@ -16,7 +16,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
-from tn_lens.models.comparison import probe_tokens, reject_bidirectional
 from tn_lens.models.unembedding import COLUMNS_PER_PRODUCT
 from tn_lens.neurons.neuron import Neuron
 from tn_lens.neurons.sites import SITES
@@ -198,7 +197,7 @@ class Backend(ABC):
         """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: attention that is not causal, or weights that autograd rejects.
+            BadInput: weights that autograd rejects.
         """
         name = next((name for name, parameter in self.model.named_parameters() if parameter.is_inference()), None)
         if name is not None:
@@ -206,9 +205,6 @@ class Backend(ABC):
                 "expected weights that autograd accepts, but this model was built under torch.inference_mode() "
                 f"({name}); build or load it outside of inference mode"
             )
-        with torch.no_grad():
-            logits = self.all_logits(probe_tokens(self.model.cfg.d_vocab, self.n_ctx, self.device))
-        reject_bidirectional(logits, self.dtype)
 
     @abstractmethod
     def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
 from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
+from tn_lens.models.comparison import probe_tokens, reject_bidirectional
 from tn_lens.models.tensors import (
     Replacement,
     at_least_float32,
@@ -138,6 +139,11 @@ class Bridge(Backend):
         if self.model.cfg.d_head > 2:
             reject_rotated(self.w_o(0))
         super().check()
+        if self.model not in CAUSAL:
+            with torch.no_grad():
+                logits = self.all_logits(probe_tokens(self.model.cfg.d_vocab, self.n_ctx, self.device))
+            reject_bidirectional(logits, self.dtype)
+            CAUSAL.add(self.model)
 
     @property
     def hf_config(self) -> Any:
@@ -272,6 +278,9 @@ class Sharing(NamedTuple):
     can_join: bool
     """Whether rows can join at the layers where they differ, with a single position running below the lowest one."""
 
+
+CAUSAL: WeakSet[nn.Module] = WeakSet()
+"""Models whose attention was found to be causal."""
 
 _SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
 """Results of `Bridge.sharing` by model."""

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Checkpoint
-from tn_lens.models.bridge import SHAREABLE_LAYERS, layer_types
+from tn_lens.models.bridge import CAUSAL, SHAREABLE_LAYERS, layer_types
 from tn_lens.models.comparison import reference_logits, reject_different
 from tn_lens.models.tensors import at_least_float32, freeze, ordinary
 
@@ -53,6 +53,7 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
         "merge adapters into their base model (peft's merge_and_unload), remove forward hooks and replaced modules, or "
         "use another release of transformer-lens",
     )
+    CAUSAL.add(model)  # like Hugging Face's model
     return model
 
 

@@ -18,6 +18,11 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
 """The same where one of the two models computes in half precision."""
 
+NOT_CAUSAL = (
+    "expected causal attention, but in this model the last token changes the logits of earlier positions (an encoder, or "
+    "a prefix language model); use a causal decoder-only model"
+)
+
 
 def probe_tokens(n_vocab: int, n_positions: int, device: torch.device | str) -> Int[Tensor, "2 position"]:
     """Two rows of tokens that differ at their last position only."""
@@ -61,10 +66,7 @@ def reject_bidirectional(logits: Float[Tensor, "2 position vocab"], dtype: torch
     """
     # the rows of a causal model differ by rounding at most
     if relative_error(logits[0, :-1], logits[1, :-1]) > (1e-2 if dtype.itemsize == 2 else 1e-5):
-        raise BadInput(
-            "expected causal attention, but the last token changes the logits of earlier positions (an encoder, or a "
-            "prefix language model); use a causal decoder-only model"
-        )
+        raise BadInput(NOT_CAUSAL)
 
 
 def relative_error(logits: Float[Tensor, "*row vocab"], expected: Float[Tensor, "*row vocab"]) -> float:

@@ -16,6 +16,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
+from tn_lens.models.comparison import NOT_CAUSAL
 from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask
 from tn_lens.models.tensors import (
     Replacement,
@@ -123,6 +124,8 @@ class Hooked(Backend):
         """
         super().check()
         cfg = self.model.cfg
+        if cfg.attention_dir != "causal":
+            raise BadInput(NOT_CAUSAL)
         if cfg.num_experts:
             raise BadInput(
                 "expected one neuron per column of hook_post, but this model is a mixture of experts; use a dense model"
