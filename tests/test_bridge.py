@@ -35,8 +35,18 @@ from tn_lens import (
 )
 from tn_lens.evaluation.text import text_loss
 from tn_lens.inference.answers import ask
-from tn_lens.models import HAS_HOOKED, Model, backend_of, check_model, choose_backend, last_logits, neuron_space
+from tn_lens.models import (
+    HAS_HOOKED,
+    Model,
+    backend_of,
+    bridge_loading,
+    check_model,
+    choose_backend,
+    last_logits,
+    neuron_space,
+)
 from tn_lens.models import bridge as bridge_module
+from tn_lens.models.comparison import reference_logits
 from tn_lens.neurons import NEURON_SITES, hook_name
 from tn_lens.pipeline.provenance import weights_digest
 
@@ -509,9 +519,12 @@ def test_a_model_that_ignores_masks_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_bridge_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bridge_module._probe
-    monkeypatch.setattr(bridge_module, "_probe", lambda m: real(m) * (1 if isinstance(m, PreTrainedModel) else 1.1))
-    with pytest.raises(BadInput, match="differ from those of Hugging Face's model"):
+    def altered(hf_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        tokens, logits = reference_logits(hf_model)
+        return tokens, 1.1 * logits
+
+    monkeypatch.setattr(bridge_loading, "reference_logits", altered)
+    with pytest.raises(BadInput, match=r"expected the logits of .*LlamaForCausalLM, but they differ by 0\.1 standard"):
         bridged("Llama")
 
 

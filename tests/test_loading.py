@@ -249,7 +249,9 @@ def test_a_model_that_transformer_lens_knows_by_name(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     hf_model = GPT2LMHeadModel(GPT2Config(n_ctx=1024, n_layer=2, n_embd=64, n_head=4, vocab_size=1000)).eval()
     hf_model.config.architectures = ["GPT2LMHeadModel"]
-    monkeypatch.setattr("transformer_lens.HookedTransformer.set_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "transformer_lens.HookedTransformer.set_tokenizer", lambda model, *_, **__: setattr(model, "tokenizer", None)
+    )
     monkeypatch.setattr(
         "transformer_lens.loading_from_pretrained.AutoConfig.from_pretrained", lambda *_, **__: hf_model.config
     )

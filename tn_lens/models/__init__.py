@@ -15,9 +15,10 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
-from tn_lens.models import bridge
+from tn_lens.models import bridge_loading
 from tn_lens.models.backend import Backend, Checkpoint, TokenRows
 from tn_lens.models.backend import Hooks as Hooks
+from tn_lens.models.bridge import Bridge
 from tn_lens.neurons import NEURON_SITES, NeuronSpace, SiteName
 
 HAS_HOOKED = find_spec("transformer_lens.HookedTransformer") is not None
@@ -67,7 +68,7 @@ def choose_backend(name: str | None) -> BackendName:
 
 def make_model(backend: BackendName, checkpoint: Checkpoint) -> Model:
     """Build a model of the backend's class from a checkpoint."""
-    return conversion.load(checkpoint) if backend == "hooked" else bridge.load(checkpoint)
+    return conversion.load(checkpoint) if backend == "hooked" else bridge_loading.load(checkpoint)
 
 
 def backend_of(model: object) -> Backend:
@@ -77,7 +78,7 @@ def backend_of(model: object) -> Backend:
         BadInput: the object is not a model of a supported class.
     """
     if isinstance(model, TransformerBridge):
-        return bridge.Bridge(model)
+        return Bridge(model)
     if HAS_HOOKED and isinstance(model, HookedTransformer):
         return Hooked(model)
     kinds = "a HookedTransformer or a TransformerBridge" if HAS_HOOKED else "a TransformerBridge"
@@ -99,7 +100,7 @@ def check_model(model: object) -> None:
     """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
 
     Raises:
-        BadInput: a mixture of experts, an encoder, processed weights, or a rotated basis of z.
+        BadInput: a mixture of experts, an encoder, attention that is not causal, processed weights, or a rotated basis of z.
     """
     backend_of(model).check()
 

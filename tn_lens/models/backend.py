@@ -14,13 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
+from tn_lens.models.unembedding import COLUMNS_PER_PRODUCT
 from tn_lens.neurons.neuron import Neuron
 from tn_lens.neurons.sites import SITES
 from tn_lens.neurons.space import NeuronSpace
-
-COLUMNS_PER_PRODUCT = 8192
-"""Number of columns of W_U that are converted to float32 at a time."""
 
 FUSED_ACTIVATIONS = {"gelu", "gelu_pytorch_tanh", "relu", "silu", "swish"}
 """Activation functions whose backward pass keeps only their input. All others consist of several operations."""
@@ -129,6 +128,11 @@ class Backend(ABC):
         """Number of heads of the cached keys and values."""
 
     @property
+    def is_half(self) -> bool:
+        """Whether the weights have 16 bits; the final norm and the unembedding are computed in float32 nevertheless."""
+        return self.dtype.itemsize == 2
+
+    @property
     def device(self) -> torch.device:
         """Device of the input tokens."""
         return torch.device(str(self.model.cfg.device))
@@ -191,9 +195,18 @@ class Backend(ABC):
         self.model.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
         self.model.cfg.default_prepend_bos = tokenizer.bos_token is not None
 
-    @abstractmethod
     def check(self) -> None:
-        """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper."""
+        """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
+
+        Raises:
+            BadInput: weights that autograd rejects.
+        """
+        name = next((name for name, parameter in self.model.named_parameters() if parameter.is_inference()), None)
+        if name is not None:
+            raise BadInput(
+                "expected weights that autograd accepts, but this model was built under torch.inference_mode() "
+                f"({name}); build or load it outside of inference mode"
+            )
 
     @abstractmethod
     def hooks(self, hooks: Hooks) -> AbstractContextManager[Any]:

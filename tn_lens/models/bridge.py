@@ -2,75 +2,42 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import Backend, Checkpoint, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
+from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
 from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
-from tn_lens.models.tensors import at_least_float32, block_inputs, causal_mask, freeze, reject_rotated, sibling_mask
+from tn_lens.models.comparison import probe_tokens, reject_bidirectional
+from tn_lens.models.tensors import (
+    Replacement,
+    at_least_float32,
+    block_inputs,
+    causal_mask,
+    reject_rotated,
+    replace_methods,
+    sibling_mask,
+)
+from tn_lens.models.unembedding import wide_linear
 from tn_lens.neurons.neuron import Neuron
 
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 """The kinds of layers, by Hugging Face's names, whose cached keys and values do not change in later passes."""
 
 TOLERANCE = 0.02
-"""Tolerance for logits that should be equal, relative to the largest logit. Rounding errors of bfloat16 are smaller."""
-
-
-def load(checkpoint: Checkpoint) -> TransformerBridge:
-    """Build a frozen bridge around a checkpoint's Hugging Face model.
-
-    Attention uses Hugging Face's eager implementation, which accepts a separate mask for every row. The Hugging Face
-    model is not modified, and weights of the same dtype and device are shared.
-
-    Raises:
-        BadInput: TransformerLens has no bridge for this architecture, or its logits differ from Hugging Face's.
-    """
-    hf_model, architecture, device = checkpoint.read(), checkpoint.architecture, checkpoint.device
-    shared = {
-        id(p): nn.Parameter(p.detach().to(device=device, dtype=checkpoint.dtype), requires_grad=False)
-        for p in hf_model.parameters()
-    }
-    # `shared` as the memo of deepcopy: the modules are copied, the weights are not
-    private = copy.deepcopy(hf_model, shared).to(device).eval()
-    try:
-        private.set_attn_implementation("eager")
-        expected = _probe(private)
-        model = build_bridge_from_module(private, architecture, hf_config=private.config, model_name=checkpoint.name)
-    except (ValueError, NotImplementedError, AttributeError, KeyError) as error:
-        raise BadInput(
-            f"the architecture {architecture} of {checkpoint.name!r} is not supported: TransformerLens has no bridge for it "
-            f"({' '.join(str(error).split())[:200]}); use another model, or backend='hooked' if it supports this one"
-        ) from error
-    if not (_probe(model) - expected).abs().max() <= TOLERANCE * expected.abs().max():  # also if NaN
-        raise BadInput(
-            f"the logits of TransformerLens' bridge for {architecture} differ from those of Hugging Face's model; use "
-            "another release of transformer-lens, or backend='hooked' if it supports this model"
-        )
-    return freeze(model)
-
-
-@torch.no_grad()
-def _probe(model: Any) -> Float[Tensor, "1 position vocab"]:
-    """Logits of eight fixed tokens, to compare two models."""
-    device = next(model.parameters()).device
-    output = model(torch.arange(8, device=device)[None], use_cache=False)
-    # a bridge returns the logits, a Hugging Face model an output object
-    return (output if isinstance(output, Tensor) else output.logits).float()
+"""Tolerance of sibling rows, relative to the largest logit. Rounding errors of bfloat16 are smaller."""
 
 
 class Bridge(Backend):
@@ -79,11 +46,16 @@ class Bridge(Backend):
     kind = "bridge"
     model: TransformerBridge
 
+    def __init__(self, model: TransformerBridge) -> None:
+        super().__init__(model)
+        if self.is_half and model not in _NORM_IS_LAST:
+            _NORM_IS_LAST[model] = _norm_is_last(model)  # here, since no hooks have been added yet
+
     @property
     def d_mlp(self) -> int:
         # from the weights, since the d_mlp of some configurations is wrong
         has_mlp = "blocks.0.mlp.out.hook_in" in self.points
-        return len(_weight_rows(self.model.blocks[0].mlp.out)) if has_mlp else 0
+        return _base_rows(self.model.blocks[0].mlp.out).shape[0] if has_mlp else 0
 
     @property
     def is_post_norm(self) -> bool:
@@ -145,9 +117,11 @@ class Bridge(Backend):
         """Reject models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: a mixture of experts, a layer without separate attention and MLP, or processed weights
+            BadInput: attention that is not causal, an encoder, a mixture of experts, a layer without separate attention and MLP, or processed weights
                 (`enable_compatibility_mode` without `no_processing`).
         """
+        if getattr(self.model.original_model.config, "is_encoder_decoder", False):
+            raise BadInput(f"{self.name} is an encoder-decoder model; use a decoder-only language model")
         for layer in range(self.model.cfg.n_layers):
             for name, source, role in (
                 (f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.mlp.out.hook_in", "the input of W_out"),
@@ -164,6 +138,12 @@ class Bridge(Backend):
             )
         if self.model.cfg.d_head > 2:
             reject_rotated(self.w_o(0))
+        super().check()
+        if self.model not in CAUSAL:
+            with torch.no_grad():
+                logits = self.all_logits(probe_tokens(self.model.cfg.d_vocab, self.n_ctx, self.device))
+            reject_bidirectional(logits, self.dtype)
+            CAUSAL.add(self.model)
 
     @property
     def hf_config(self) -> Any:
@@ -224,7 +204,7 @@ class Bridge(Backend):
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            row, output = _weight_rows(block.mlp.out)[neuron.index], "hook_mlp_out"
+            row, output = _weight_rows(block.mlp.out, slice(neuron.index, neuron.index + 1))[0], "hook_mlp_out"
         else:
             row, output = self.w_o(neuron.layer)[neuron.head, neuron.index], "hook_attn_out"
         # the output's hook point belongs to the norm that follows the weights, if there is one
@@ -256,7 +236,22 @@ class Bridge(Backend):
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     def _logits(self, tokens: TokenRows, **options: Any) -> Float[Tensor, "_ place vocab"]:
-        return at_least_float32(self.model(tokens, **options))
+        with replace_methods(self._wide_unembedding()):
+            return at_least_float32(self.model(tokens, **options))
+
+    def _wide_unembedding(self) -> Iterator[Replacement]:
+        """Replacements that compute the final norm and the unembedding in float32 if the weights have 16 bits."""
+        unembed = self.model.unembed.original_component
+        if not self.is_half or type(unembed) is not nn.Linear or "forward" in vars(unembed):
+            return
+        yield unembed, "forward", lambda stream: wide_linear(stream, unembed.weight, unembed.bias)
+        norm: Any = getattr(self.model, "ln_final", None)
+        if norm is not None and _NORM_IS_LAST[self.model]:
+            for module in norm.modules():
+                wide = {name: p if p is None else p.float() for name, p in module._parameters.items()}
+                yield module, "_parameters", wide
+            normalize = norm.forward
+            yield norm, "forward", lambda stream, **named: normalize(stream.float(), **named)
 
     @contextmanager
     def _unembed_only(self, places: Int[Tensor, "row place"]) -> Iterator[None]:
@@ -284,8 +279,14 @@ class Sharing(NamedTuple):
     """Whether rows can join at the layers where they differ, with a single position running below the lowest one."""
 
 
+CAUSAL: WeakSet[nn.Module] = WeakSet()
+"""Models whose attention was found to be causal."""
+
 _SHARING: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
 """Results of `Bridge.sharing` by model."""
+
+_NORM_IS_LAST: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Results of `_norm_is_last` by model."""
 
 
 class BridgeSiblings(Siblings):
@@ -332,11 +333,41 @@ class BridgeSiblings(Siblings):
         return self.backend._masks(lambda window: sibling_mask(self.is_token, n_rows, window))
 
 
-def _weight_rows(linear: Any) -> Float[Tensor, "input output"]:
-    """The weights of a linear layer, with one row per input."""
+@torch.no_grad()
+def _norm_is_last(model: TransformerBridge) -> bool:
+    """Whether the output of the final norm is unembedded unchanged."""
+    passed: list[Tensor] = []
+    if not hasattr(model, "ln_final"):
+        return False
+    handles = [
+        model.ln_final.register_forward_hook(lambda _, __, output: passed.append(output)),
+        model.unembed.register_forward_pre_hook(lambda _, arguments: passed.append(arguments[0])),
+    ]
+    try:
+        model(torch.zeros(1, 1, dtype=torch.long, device=str(model.cfg.device)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(passed) == 2 and torch.equal(passed[0], passed[1])
+
+
+def _base_rows(linear: Any) -> Float[Tensor, "input output"]:
+    """The weights of a linear layer with one row per input, or those that an adapter wraps."""
+    modules = linear.original_component.modules()
+    base = next(module for module in modules if getattr(module, "weight", None) is not None)
+    # GPT-2's Conv1D stores [input, output], other linear layers [output, input]
+    return base.weight if isinstance(base, Conv1D) else base.weight.T
+
+
+def _weight_rows(linear: Any, rows: slice = slice(None)) -> Float[Tensor, "input output"]:
+    """The weights of a linear layer, with one row per input; measured if the layer has an adapter."""
+    base = _base_rows(linear)
     original = linear.original_component
-    # nn.Linear stores [output, input], GPT-2's Conv1D [input, output]
-    return original.weight.T if isinstance(original, nn.Linear) else original.weight
+    if isinstance(original, nn.Linear | Conv1D):
+        return base[rows]
+    with torch.no_grad():
+        inputs = torch.eye(len(base), dtype=base.dtype, device=base.device)[None, rows]  # [1, input, input]
+        return (original(inputs) - original(torch.zeros_like(inputs[:, :1])))[0]
 
 
 def layer_types(config: Any) -> list[str]:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
+import einops
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
 from transformer_lens.pretrained.weight_conversions import (
     convert_llama_weights,
     convert_mistral_weights,
@@ -23,8 +25,12 @@ from transformer_lens.pretrained.weight_conversions import (
 from transformers import PretrainedConfig
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.sentences import count
 from tn_lens.models.backend import Checkpoint
-from tn_lens.models.hooked import assemble, lay_out_weights
+from tn_lens.models.bridge_loading import supports
+from tn_lens.models.comparison import reference_logits, reject_different
+from tn_lens.models.hooked import Hooked, assemble, lay_out_weights
+from tn_lens.models.hub import explain
 from tn_lens.models.tensors import freeze
 
 CONVERTERS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
@@ -43,28 +49,69 @@ def load(checkpoint: Checkpoint) -> HookedTransformer:
     """Build a HookedTransformer from a checkpoint, without processing its weights.
 
     Raises:
+        BadInput: an invalid configuration, an architecture that is not supported, or logits that differ from those of
+            the Hugging Face model.
+    """
+    name, architecture = checkpoint.name, checkpoint.architecture
+    lens_config = _lens_config(checkpoint)
+    lens_config.dtype, lens_config.device = checkpoint.dtype, str(checkpoint.device)
+    # the Hugging Face model is released when this function returns; the HookedTransformer keeps its weights
+    hf_model = checkpoint.read()
+    tokens, expected = reference_logits(hf_model)
+    otherwise = "; or use backend='bridge'" if supports(architecture, checkpoint.config) else ""
+    advice = (
+        "use a plain checkpoint: merge adapters into their base model (peft's merge_and_unload), and remove forward "
+        f"hooks and replaced modules{otherwise}"
+    )
+    try:
+        if architecture in CONVERTERS:
+            weights = convert_weights(hf_model, lens_config, architecture)
+            reject_unused(hf_model, weights, name, advice)
+            model = assemble(lens_config, weights)
+        else:
+            trainable = [p for p in hf_model.parameters() if p.requires_grad]
+            options: dict[str, Any] = {"dtype": checkpoint.dtype, "device": str(checkpoint.device), **checkpoint.hub}
+            model = HookedTransformer.from_pretrained_no_processing(name, hf_model=hf_model, **options)
+            model = lay_out_weights(freeze(model))
+            for parameter in trainable:  # TransformerLens freezes the Hugging Face model
+                parameter.requires_grad = True
+    except (AttributeError, TypeError, IndexError, einops.EinopsError) as error:
+        raise BadInput(
+            f"the modules of {name!r} are not those of {architecture} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); {advice}"
+        ) from error
+    with torch.no_grad():
+        logits = Hooked(model).all_logits(tokens.to(checkpoint.device))
+    reject_different(logits, hf_model, expected, checkpoint.dtype, advice)
+    return model
+
+
+def _lens_config(checkpoint: Checkpoint) -> HookedTransformerConfig:
+    """TransformerLens' configuration of a checkpoint.
+
+    Raises:
         BadInput: an invalid configuration, or an architecture that is not supported.
     """
     name, architecture = checkpoint.name, checkpoint.architecture
-    options: dict[str, Any] = {"dtype": checkpoint.dtype, "device": str(checkpoint.device)}
-    if architecture not in CONVERTERS:
-        # TransformerLens' own loader supports a fixed list of names
-        options |= checkpoint.hub
+    if architecture in CONVERTERS:
         try:
-            return lay_out_weights(freeze(HookedTransformer.from_pretrained_no_processing(name, **options)))
-        except (ValueError, NotImplementedError, OSError, KeyError) as error:
+            return convert_config(checkpoint.config, architecture, name)
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise BadInput(
-                f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, "
-                f"or a model that TransformerLens {version('transformer-lens')} lists "
-                "(transformer_lens.supported_models); or use backend='bridge'"
+                f"the config.json of {name!r} cannot be converted: {type(error).__name__}: {error}"
             ) from error
     try:
-        lens_config = convert_config(checkpoint.config, architecture, name)
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"the config.json of {name!r} cannot be converted: {type(error).__name__}: {error}") from error
-    lens_config.dtype, lens_config.device = options["dtype"], options["device"]
-    # the Hugging Face model is released when this function returns; the HookedTransformer keeps its weights
-    return assemble(lens_config, convert_weights(checkpoint.read(), lens_config, architecture))
+        # TransformerLens' own loader supports a fixed list of names
+        return get_pretrained_model_config(get_official_model_name(name), **checkpoint.hub)
+    except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
+        can_bridge = supports(architecture, checkpoint.config)
+        raise BadInput(
+            f"the architecture {architecture} of {name!r} is not supported: expected one of {', '.join(CONVERTERS)}, "
+            f"or a model that TransformerLens {version('transformer-lens')} lists "
+            f"(transformer_lens.supported_models){'; or use backend=' + repr('bridge') if can_bridge else ''}"
+        ) from error
+    except OSError as error:
+        raise BadInput(f"cannot load {name!r}: {explain(error, checkpoint.hub.get('revision'))}") from error
 
 
 def convert_config(config: PretrainedConfig, architecture: str, name: str) -> HookedTransformerConfig:
@@ -76,7 +123,8 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
 
     def unsupported(feature: str) -> BadInput:
         return BadInput(
-            f"{name} uses {feature}, which HookedTransformer does not support for {architecture}; use backend='bridge'"
+            f"{name} uses {feature}, which HookedTransformer does not support for {architecture}; use "
+            + ("backend='bridge'" if supports(architecture, config) else "another model")
         )
 
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -135,15 +183,34 @@ def convert_config(config: PretrainedConfig, architecture: str, name: str) -> Ho
 def convert_weights(hf_model: Any, config: HookedTransformerConfig, architecture: str) -> dict[str, Tensor]:
     """The checkpoint's weights under TransformerLens' names, as views wherever possible.
 
-    Some converters set all attention biases to zero (`attention_bias` in Llama and OLMo-2). The checkpoint's are copied here.
+    The converters set some biases to zero: those of attention (`attention_bias` in Llama and OLMo-2), and those that a
+    user added to W_out or W_U. They are copied here.
     """
     weights = CONVERTERS[architecture](hf_model, config)
+
+    def copy_bias(linear: Any, key: str) -> None:
+        if linear.bias is not None:
+            weights[key] = linear.bias.reshape(weights[key].shape)  # [head * d_head] -> [head, d_head]
+
     for index, layer in enumerate(hf_model.model.layers):
-        prefix = f"blocks.{index}.attn."
+        prefix = f"blocks.{index}."
         for projection, bias in (("q_proj", "b_Q"), ("k_proj", "b_K"), ("v_proj", "b_V"), ("o_proj", "b_O")):
-            value = getattr(layer.self_attn, projection).bias
-            if value is not None:
-                # grouped keys and values have names that begin with an underscore
-                key = prefix + bias if prefix + bias in weights else f"{prefix}_{bias}"
-                weights[key] = value.reshape(weights[key].shape)  # [head * d_head] -> [head, d_head]
+            key = f"{prefix}attn.{bias}"
+            # grouped keys and values have names that begin with an underscore
+            copy_bias(getattr(layer.self_attn, projection), key if key in weights else f"{prefix}attn._{bias}")
+        copy_bias(layer.mlp.down_proj, f"{prefix}mlp.b_out")
+    copy_bias(hf_model.lm_head, "unembed.b_U")
     return weights
+
+
+def reject_unused(hf_model: Any, weights: Mapping[str, Tensor], name: str, advice: str) -> None:
+    """Reject a model with parameters that are not among the converted weights, such as those of an adapter.
+
+    Raises:
+        BadInput: the message names the parameters.
+    """
+    used = {weight.untyped_storage().data_ptr() for weight in weights.values()}
+    unused = [key for key, p in hf_model.named_parameters() if p.untyped_storage().data_ptr() not in used]
+    if unused:
+        shown = ", ".join(unused[:3])
+        raise BadInput(f"{name} has {count(len(unused), 'parameter')} that HookedTransformer lacks ({shown}); {advice}")

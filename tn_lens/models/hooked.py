@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -15,8 +16,18 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
-from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask, replace_methods
-from tn_lens.models.tensors import at_least_float32, block_inputs, freeze, reject_rotated, visible_prefix
+from tn_lens.models.comparison import NOT_CAUSAL
+from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask
+from tn_lens.models.tensors import (
+    Replacement,
+    block_inputs,
+    freeze,
+    ordinary,
+    reject_rotated,
+    replace_methods,
+    visible_prefix,
+)
+from tn_lens.models.unembedding import wide_linear
 from tn_lens.neurons.neuron import Neuron
 
 
@@ -36,7 +47,7 @@ def assemble(config: HookedTransformerConfig, weights: dict[str, Tensor]) -> Hoo
     """
     config.init_weights = False
     model = HookedTransformer(config, move_to_device=False)
-    state = {name: w.detach().to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
+    state = {name: ordinary(w).to(device=config.device, dtype=config.dtype) for name, w in weights.items()}
     try:
         missing, unknown = model.load_state_dict(state, assign=True, strict=False)
     except RuntimeError as error:
@@ -109,9 +120,12 @@ class Hooked(Backend):
         """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: a mixture of experts, or `refactor_factored_attn_matrices`, which rotates the basis of z.
+            BadInput: attention that is not causal, a mixture of experts, or `refactor_factored_attn_matrices`, which rotates the basis of z.
         """
+        super().check()
         cfg = self.model.cfg
+        if cfg.attention_dir != "causal":
+            raise BadInput(NOT_CAUSAL)
         if cfg.num_experts:
             raise BadInput(
                 "expected one neuron per column of hook_post, but this model is a mixture of experts; use a dense model"
@@ -133,9 +147,28 @@ class Hooked(Backend):
 
     def unembed(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the final residual stream, in at least float32."""
+        with replace_methods(self._wide_unembedding()):
+            if self.model.cfg.normalization_type is not None:
+                residual = self.model.ln_final(residual)
+            return apply_softcap(self.model.unembed(residual), self.model.cfg.output_logits_soft_cap)
+
+    def _wide_unembedding(self) -> Iterator[Replacement]:
+        """Replacements that compute the final norm and the unembedding in float32 if the weights have 16 bits."""
+        model: Any = self.model
+        if not self.is_half:
+            return
+        unembed = model.unembed
         if self.model.cfg.normalization_type is not None:
-            residual = self.model.ln_final(residual)
-        return apply_softcap(at_least_float32(self.model.unembed(residual)), self.model.cfg.output_logits_soft_cap)
+            norm, wide_cfg = model.ln_final, copy.copy(model.ln_final.cfg)
+            wide_cfg.dtype = torch.float32  # the dtype of the norm's output
+            normalize = norm.forward
+            yield norm, "cfg", wide_cfg
+            yield norm, "forward", lambda stream: normalize(stream.float())
+        yield (
+            unembed,
+            "forward",
+            lambda stream: unembed.hook_out(wide_linear(unembed.hook_in(stream), unembed.W_U.T, unembed.b_U)),
+        )
 
     def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
         residual = self.model(
@@ -151,7 +184,8 @@ class Hooked(Backend):
         return self.unembed(last[:, None])[:, 0]
 
     def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
-        return at_least_float32(self.model(tokens, attention_mask=torch.ones_like(tokens)))
+        with replace_methods(self._wide_unembedding()):
+            return self.model(tokens, attention_mask=torch.ones_like(tokens))
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
         cfg = self.model.cfg

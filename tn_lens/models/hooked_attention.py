@@ -7,40 +7,20 @@ with every hook point, but compute only the part that differs between the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
+
+from tn_lens.models.tensors import Replacement
 
 Heads = Float[Tensor, "prompt row head d_head"]
 KeyHeads = Float[Tensor, "prompt row key_head d_head"]
 """One vector for each head; several heads may share the keys and values of one key head."""
 Scores = Float[Tensor, "prompt head row key"]
 """Attention scores or patterns. Key is each position of the prefix, then the row itself."""
-
-Replacement = tuple[nn.Module, str, Callable[..., Any]]
-"""A module, the name of one of its methods, and the function that replaces the method."""
-
-
-@contextmanager
-def replace_methods(replacements: Iterable[Replacement]) -> Iterator[None]:
-    """Replace methods of single modules inside a `with` block, and restore them on exit."""
-    originals: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for module, name, method in replacements:
-            originals.append((vars(module), name, vars(module).get(name)))
-            vars(module)[name] = method
-        yield
-    finally:
-        # in reverse order, in case a method was replaced twice
-        for attributes, name, method in reversed(originals):
-            if method is None:  # the original method is defined by the class
-                del attributes[name]
-            else:
-                attributes[name] = method
 
 
 def cached_norms(blocks: Iterable[Any]) -> Iterator[Replacement]:

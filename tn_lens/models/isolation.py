@@ -34,20 +34,26 @@ def default_modes() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+@contextmanager
+def evaluation_mode(model: object) -> Iterator[None]:
+    """Put every module of a model into evaluation mode, and restore the mode of each one afterwards."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()  # anything else is refused by the caller
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False  # not .eval(), which also changes modules that were in evaluation mode
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def isolated(function: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
     """Run a function of a model in `default_modes`, with the model in evaluation mode."""
 
     @wraps(function)
     def call(model: M, *args: P.args, **kwargs: P.kwargs) -> R:
-        modules = model.modules() if isinstance(model, nn.Module) else ()  # anything else is refused by the function
-        training = [module for module in modules if module.training]
-        try:
-            for module in training:
-                module.training = False  # not .eval(), which also changes modules that were in evaluation mode
-            with default_modes():
-                return function(model, *args, **kwargs)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluation_mode(model), default_modes():
+            return function(model, *args, **kwargs)
 
     return call

