@@ -524,7 +524,7 @@ def test_a_bridge_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) 
         return tokens, 1.1 * logits
 
     monkeypatch.setattr(bridge_loading, "reference_logits", altered)
-    with pytest.raises(BadInput, match=r"expected the logits of .*LlamaForCausalLM, but they differ by 0\.1 standard"):
+    with pytest.raises(BadInput, match=r"expected the logits of .*LlamaForCausalLM, but they differ by 0\.09"):
         bridged("Llama")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,9 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
     private = copy.deepcopy(hf_model, shared).to(device).eval()
     private.set_attn_implementation("eager")
     tokens, expected = reference_logits(private)
+    for module in private.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(_in_dtype_of_stream)
     try:
         model = build_bridge_from_module(private, architecture, hf_config=private.config, model_name=checkpoint.name)
         freeze(model)
@@ -55,6 +59,11 @@ def load(checkpoint: Checkpoint) -> TransformerBridge:
     )
     CAUSAL.add(model)  # like Hugging Face's model
     return model
+
+
+def _in_dtype_of_stream(_: nn.Module, arguments: tuple[Any, ...], tables: Any) -> Any:
+    """Cosines and sines in the dtype of the stream: OLMo-2's are float32, which bridges in half precision reject."""
+    return tuple(table.to(arguments[0].dtype) for table in tables) if isinstance(tables, tuple) else tables
 
 
 def supports(architecture: str, config: PretrainedConfig) -> bool:
