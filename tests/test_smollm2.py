@@ -19,6 +19,7 @@ from torch import Tensor
 import tn_lens as tn
 from tests.conftest import needs_hooked
 from tn_lens.models import Model, backend_of
+from tn_lens.questions.formats import COMPLETION as COMPLETION_FORMAT
 
 pytestmark = [
     pytest.mark.skipif(
@@ -30,9 +31,13 @@ RULES = {"shared_prefix": ("riemann_right", (1 / 3, 2 / 3, 1.0)), "direct": ("ri
 """Engine -> its quadrature rule, and the nodes; the direct engine runs whole prompts, which is slow with many nodes."""
 LAYERS = (0, 1, 14, 29)
 SITES = {"mlp": "mlp.down_proj", "attn": "self_attn.o_proj"}
-QUESTION = tn.Question(text="What is the capital of Egypt?", choices=("Cairo", "Athens"))
+QUESTION = tn.Question(text="The capital of Egypt is", choices=("Cairo", "Athens"))
 COMPLETION = tn.Question(text="The capital of India is", choices=("New Delhi", "New York"))
-LETTERS = tn.PromptTemplate(user="{question}\n{choices}\nReply with {labels} only.", choice="{label}: {choice}")
+TEMPLATES = {  # short, with a system turn that is shorter than the model's own
+    "letters": tn.PromptTemplate(system="Answer.", user="{question}\n{choices}", choice="{label}: {choice}"),
+    "completion": COMPLETION_FORMAT,
+    "statement": tn.PromptTemplate(system="True or False?", user="{question}", choice="", kind="statement"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +56,9 @@ def plain() -> Any:
 
 
 @pytest.fixture(scope="module", params=[pytest.param("hooked", marks=needs_hooked), "bridge"])
-def model(request: pytest.FixtureRequest) -> Model:
-    return tn.load_model("smollm2", backend=request.param, dtype="float32", device="cpu")
+def model(request: pytest.FixtureRequest, plain: Any) -> Model:
+    hf, tokenizer = plain
+    return tn.load_model("SmolLM2", hf_model=hf, tokenizer=tokenizer, backend=request.param, device="cpu")
 
 
 def prompt_ids(tokenizer: Any, form: str) -> tuple[list[int], list[list[int]]]:
@@ -65,13 +71,11 @@ def prompt_ids(tokenizer: Any, form: str) -> tuple[list[int], list[list[int]]]:
         assert right[n] != wrong[n]
         return right[:n], [[right[n]], [wrong[n]]]
     if form == "letters":
-        user = "What is the capital of Egypt?\nA: Cairo\nB: Athens\nReply with A and B only."
+        turns = ("Answer.", "The capital of Egypt is\nA: Cairo\nB: Athens")
         words = ("A", "a", "B", "b")
     else:
-        user = 'The answer to the question "What is the capital of Egypt?" is "Cairo".\n'
-        user += "Is this statement true or false? Please reply with only True or False."
-        words = ("True", "true", "False", "false")
-    turns = [{"role": "user", "content": user}]
+        turns, words = ("True or False?", "The capital of Egypt is Cairo."), ("True", "true", "False", "false")
+    turns = [{"role": role, "content": content} for role, content in zip(("system", "user"), turns, strict=True)]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     labels = []
     for word in words:
@@ -139,7 +143,7 @@ def expected(plain: Any) -> Callable[[str], Any]:
 
 def asked(model: Model, form: str) -> tn.PromptSet:
     question = COMPLETION if form == "completion" else QUESTION
-    questions = tn.QuestionSet(name="capitals", questions=(question,), template=LETTERS).with_format(form)
+    questions = tn.QuestionSet(name="capitals", questions=(question,), template=TEMPLATES[form])
     return tn.build_prompts(model, questions, order="given")
 
 
