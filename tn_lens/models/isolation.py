@@ -37,7 +37,9 @@ def default_modes() -> Iterator[None]:
 @contextmanager
 def evaluation_mode(model: object) -> Iterator[None]:
     """Put every module of a model into evaluation mode, and restore the mode of each one afterwards."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()  # anything else is refused by the caller
+    # a bridge does not list the Hugging Face model that it wraps; anything but a module is refused by the caller
+    models = (model, getattr(model, "original_model", None))
+    modules = dict.fromkeys(module for each in models if isinstance(each, nn.Module) for module in each.modules())
     training = [module for module in modules if module.training]
     try:
         for module in training:

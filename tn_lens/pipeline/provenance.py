@@ -58,6 +58,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def weights_digest(model: Model) -> str:
     """SHA-256 over the sum and norm of every weight, which distinguishes a model from an edited copy."""
     weights = hashlib.sha256()
