@@ -358,4 +358,19 @@ def test_groups_reach_the_prompts(toy: Model) -> None:
     assert list(prompts.equal) == [first.id, other.id]
     assert len(set(prompts.equal.values())) == 1
     assert PromptSet.from_plain(prompts.to_plain()).equal == prompts.equal
-    assert all(len(row) == 5 for row in build_prompts(toy, binary()[:3]).to_plain())
+
+
+def test_a_file_of_labelled_statements(tmp_path: Path) -> None:
+    path = tmp_path / "cities.csv"
+    path.write_text(
+        "statement,label\nParis is in France.,1\nRome is in Peru.,0\nOslo is in Norway.,true\n", encoding="utf-8"
+    )
+    questions = load_questions(path)
+    assert [q.text for q in questions] == ["Paris is in France.", "Rome is in Peru.", "Oslo is in Norway."]
+    assert [q.choices[q.answer] for q in questions] == ["True", "False", "True"]
+    assert questions.template.kind == "statement"
+    with pytest.raises(ValueError, match="cities can only be asked in the format 'statement'; got 'completion'"):
+        questions.with_format("completion")
+    path.write_text("statement,label\nParis is in France.,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"question 1: expected the label 1 or true, or 0 or false, got '2'"):
+        load_questions(path)

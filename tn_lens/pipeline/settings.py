@@ -66,7 +66,7 @@ def _check_numbers(settings: Settings) -> None:
     for name, value in numbers.items():
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             also = ", or 'auto'" if name.startswith("adaptive") else ""
-            raise BadInput(f"{name} must be a number{also}; got {value!r}")
+            raise BadInput(f"{name} must be a number in (0, 1]{also}; got {value!r}")
     check_thresholds(t, rules_of(settings))  # pyright: ignore[reportArgumentType]
     for name in ("n_steps", "n_repetitions", "limit", "max_memory"):
         value = getattr(settings, name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tn_lens.core.errors import BadInput
 from tn_lens.questions.files import READERS, Rows, check_names, is_missing, parse_json
-from tn_lens.questions.formats import LETTERS
+from tn_lens.questions.formats import LETTERS, STATEMENT, VERDICTS
 from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.registry import QUESTION_SETS, Source, options_of
 from tn_lens.questions.repeats import without_repeats
@@ -18,6 +18,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "question": ("question", "Question"),
     "right": ("right", "Best Answer", "correct", "right_answer"),
     "wrong": ("wrong", "Best Incorrect Answer", "incorrect", "wrong_answer"),
+    "statement": ("statement",),
     "choices": ("choices", "options"),
     "answer": ("answer", "label"),
     "category": ("category", "Category", "subject"),
@@ -37,11 +38,13 @@ def load_questions(
         name_or_path: name of a registered set, or path of a .csv or .jsonl file. The built-in sets are `"truthfulqa"`
             (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"` and `"toy_four_choice"`. A file has
             the columns `question`, `right` and `wrong`, or `question`, `choices` (a list) and `answer` (an index from
-            0, a letter, or the text of a choice), and optionally `category` and `id`. TruthfulQA.csv is such a file. Rows
-            that repeat the question and the choices of an earlier row are left out, and listed in `dropped`.
+            0, a letter, or the text of a choice), or `statement` and `label` (1 for a true one, 0 for a false one), and
+            optionally `category` and `id`. TruthfulQA.csv is such a file. Rows that repeat the question and the choices
+            of an earlier row are left out, and listed in `dropped`.
         source: source of a registered set, instead of its public location: another URL or a local file for TruthfulQA,
             one or more files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
-        columns: for a file, its column names for `question`, `right`, `wrong`, `choices`, `answer`, `category`, `id`.
+        columns: for a file, its column names for `question`, `right`, `wrong`, `statement`, `choices`, `answer`,
+            `category`, `id`.
         options: options of the registered set: `n_shots` (MMLU; solved examples before each question, 0 to 5),
             `wrong_answers` (TriviaQA; a file with wrong answers), `strict` (TriviaQA; leave out wrong answers that
             contain a right one).
@@ -69,7 +72,9 @@ def load_questions(
     if not is_table:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
     questions = parse_questions(READERS[path.suffix.lower()](path), columns or {}, name)
-    return without_repeats(QuestionSet(name=path.stem, questions=questions, source=name))
+    is_statements = all(question.is_statement for question in questions)
+    asked_as: dict[str, Any] = {"template": STATEMENT, "formats": ("statement",)} if is_statements else {}
+    return without_repeats(QuestionSet(name=path.stem, questions=questions, source=name, **asked_as))
 
 
 def parse_questions(rows: Rows, columns: Mapping[str, str], where: str) -> tuple[Question, ...]:
@@ -112,21 +117,26 @@ def _find_columns(available: list[str], columns: Mapping[str, str], where: str) 
     # right and wrong have priority over choices and answer
     has_list = "choices" in column_of and "right" not in column_of
     needed = ("question", *(("choices", "answer") if has_list else ("right", "wrong")))
+    if "statement" in column_of and "question" not in column_of:
+        needed = ("statement", "answer")
     for field in needed:
         if field not in column_of:
             raise BadInput(
                 f"{where} has no column {field!r}; it has {', '.join(available) or 'none'}. Expected question, right and "
-                "wrong, or question, choices and answer: rename the columns, or name them with columns={...} of "
-                "load_questions"
+                "wrong, or question, choices and answer, or statement and label: rename the columns, or name them with "
+                "columns={...} of load_questions"
             )
     return {field: column_of[field] for field in (*needed, *OPTIONAL) if field in column_of}
 
 
 def _question(values: dict[str, Any], where: str) -> Question:
-    text = _text(values["question"], f"{where}: the question")
+    field = "question" if "question" in values else "statement"
+    text = _text(values[field], f"{where}: the {field}")
     # with the columns right and wrong, the right answer is the first choice
     answer = 0
-    if "right" in values:
+    if field == "statement":
+        choices, answer = VERDICTS, 0 if _is_true(values["answer"], where) else 1
+    elif "right" in values:
         choices = tuple(_text(values[side], f"{where}: the {side} answer") for side in ("right", "wrong"))
     else:
         listed = values["choices"]
@@ -148,6 +158,14 @@ def _question(values: dict[str, Any], where: str) -> Question:
         category=_check_characters(category, f"{where}: the category"),
         id=_check_characters(own_id.strip(), f"{where}: the id"),
     )
+
+
+def _is_true(value: Any, where: str) -> bool:
+    """Whether a statement is labelled as true."""
+    written = "" if is_missing(value) else str(value).strip().casefold()
+    if written not in ("0", "1", "0.0", "1.0", "true", "false"):
+        raise BadInput(f"{where}: expected the label 1 or true, or 0 or false, got {value!r:.60}")
+    return written.startswith(("1", "t"))
 
 
 def _text(value: Any, what: str) -> str:

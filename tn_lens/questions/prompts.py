@@ -311,7 +311,7 @@ class PromptEncoder:
         word = next((word for word, ids in encoded if unknown in ids[len(self.tokenizer.before) :]), "")
         if n_unknown == len(prompts):
             raise BadInput(
-                f"this model's tokenizer cannot encode the questions: all {n_unknown} prompts contain unknown words, like "
+                f"this model's tokenizer cannot encode the questions: every prompt contains unknown words, like "
                 f"{word!r:.40}; use another model (the toy model's vocabulary covers only the toy question sets)"
             )
         warnings.warn(
