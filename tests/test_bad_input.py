@@ -212,8 +212,8 @@ CASES = [
         ),
     ),
     call(
-        "a label that is two tokens",
-        lambda folder, toy, few: tn.build_prompt(toy, "Question :", right=" red blue", wrong=" green"),
+        "an answer that is the beginning of another",
+        lambda folder, toy, few: tn.build_prompt(toy, "Question :", right=" red", wrong=" red blue"),
     ),
     call("`attribute(model, [])`", lambda folder, toy, few: tn.attribute(toy, [])),
     call(

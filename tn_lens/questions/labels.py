@@ -24,6 +24,8 @@ class Ending:
     """Tokens that replace these: the beginning that all answers share."""
     label_ids: tuple[tuple[int, ...], ...]
     """For each answer, the first token in which it differs from the others, and that of its lower-case form."""
+    has_lower: bool
+    """Whether the lower-case forms of all answers are single tokens, after the same beginning; otherwise none counts."""
 
 
 class PromptTokenizer:
@@ -113,14 +115,16 @@ class PromptTokenizer:
                 f"the answers {same[0][0]!r:.60} and {same[0][1]!r:.60} begin with the same token after {text[-40:]!r}; answers "
                 "must differ in the first token after the beginning that all of them share"
             )
-        variants = [
-            # a lower-case form of several tokens, or with the token of another answer, does not count
-            form[n] if len(form) == n + 1 and form[:n] == shared and form[n] not in first else token
-            for form, token in zip(lower or upper, first, strict=True)
-        ]
+        forms = lower or upper
+        # the same for all answers, since an answer with more forms would be more probable
+        has_lower = all(
+            form == same or (len(form) == n + 1 and form[:n] == shared and form[n] not in first)
+            for form, same in zip(forms, upper, strict=True)
+        )
+        variants = [form[n] for form in forms] if has_lower else first
         kept = len(_common_beginning([ids, shared]))
         label_ids = tuple(tuple(dict.fromkeys(pair)) for pair in zip(first, variants, strict=True))
-        return Ending(len(ids) - kept, tuple(shared[kept:]), label_ids)
+        return Ending(len(ids) - kept, tuple(shared[kept:]), label_ids, has_lower)
 
     def check_markup(self, text: str, what: str) -> None:
         """Check that a text from outside contains no special tokens, which would end or open turns of the prompt.

@@ -150,6 +150,8 @@ class PromptEncoder:
             orders = _orders(example, self.template, "both", 0)
             user, labels = self._user(example, orders[number % len(orders)])
             self.examples.append((user, labels[orders[number % len(orders)].index(self._right(example))]))
+        self.space = " "
+        """Text between the end of a prompt in plain text and its answer."""
         self.lead: str | None = None
         """Text that the chat template writes between the prompt and the answer."""
         self.heads: dict[str, list[int]] = {"": []}
@@ -171,7 +173,24 @@ class PromptEncoder:
             if not self.template.prefill:
                 space = self.lead[len(self.lead.rstrip()) :]
                 return Rendered(text, user, tuple(space + label for label in labels))
-        return Rendered(text, user, tuple(_after(text, label) for label in labels))
+        return Rendered(text, user, tuple(self._after(text, label) for label in labels))
+
+    def _choose_space(self, question: Question, order: tuple[int, ...]) -> None:
+        """Choose a line break instead of a space where only it makes the lower-case labels single tokens."""
+        for self.space in (" ", "\n"):
+            if self._encode([self.render(question, order)])[0][1].has_lower:
+                return
+        self.space = " "
+
+    def _encode(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], Ending]]:
+        """The token ids of prompts, and their endings."""
+        encoded = self.tokenizer.ids([each.text for each in rendered])
+        endings = self.tokenizer.find_endings(
+            [(each.text, ids, each.answers) for each, ids in zip(rendered, encoded, strict=True)],
+            has_lower=self.template.kind != "completion",
+            is_fixed=self.is_chat and not self.template.prefill,
+        )
+        return list(zip(encoded, endings, strict=True))
 
     def _find_lead(self, chat: ChatTemplate, turns: list[Turn], text: str) -> str:
         try:
@@ -186,16 +205,11 @@ class PromptEncoder:
         """Encode questions, each with an order of its choices, and look up the ids of their labels."""
         for question in {question.id: question for question, _ in requests}.values():
             self._check_text(question)
+        if requests and not self.is_chat:
+            self._choose_space(*requests[0])
         rendered = [self.render(question, order) for question, order in requests]
-        encoded = self.tokenizer.ids([each.text for each in rendered])
-        kind = self.template.kind
-        endings = self.tokenizer.find_endings(
-            [(each.text, ids, each.answers) for each, ids in zip(rendered, encoded, strict=True)],
-            has_lower=kind != "completion",
-            is_fixed=self.is_chat and not self.template.prefill,
-        )
         prompts = []
-        for (question, order), each, ids, ending in zip(requests, rendered, encoded, endings, strict=True):
+        for (question, order), each, (ids, ending) in zip(requests, rendered, self._encode(rendered), strict=True):
             prompts.append(
                 Prompt(
                     token_ids=(*ids[: len(ids) - ending.n_replaced], *ending.shared),
@@ -206,7 +220,7 @@ class PromptEncoder:
                     category=question.category,
                     text=each.text + self._decode(ending),
                     start=self._start(question, order, each, ids),
-                    labels=() if kind == "completion" else self._user(question, order)[1],
+                    labels=() if self.template.kind == "completion" else self._user(question, order)[1],
                 )
             )
         _check_ids(self.model, prompts)
@@ -259,13 +273,13 @@ class PromptEncoder:
         turns: list[Turn] = [("system", self.template.system)] if self.template.system else []
         for example, label in self.examples:
             prefill = self.template.prefill
-            turns += [("user", example), ("assistant", prefill + _after(prefill, label) if prefill else label)]
+            turns += [("user", example), ("assistant", prefill + self._after(prefill, label) if prefill else label)]
         return [*turns, ("user", user)]
 
     def _plain(self, user: str) -> str:
         template = self.template
-        end = template.cue + (_after(template.cue, template.prefill) if template.prefill else "")
-        solved = [example + end + _after(example + end, label) for example, label in self.examples]
+        end = template.cue + (self._after(template.cue, template.prefill) if template.prefill else "")
+        solved = [example + end + self._after(example + end, label) for example, label in self.examples]
         system = f"{template.system}\n\n" if template.system else ""
         return system + template.shot_separator.join([*solved, user + end])
 
@@ -291,6 +305,10 @@ class PromptEncoder:
     def _decode(self, ending: Ending) -> str:
         replaces = ending.n_replaced or not ending.shared
         return "" if replaces else str(self.tokenizer.tokenizer.decode(list(ending.shared)))
+
+    def _after(self, text: str, answer: str) -> str:
+        """An answer with the space that separates it from the text before it."""
+        return answer if not text or text[-1].isspace() or text[-1] in "([{\"'“‘" else self.space + answer
 
     def _check_text(self, question: Question) -> None:
         for text in (question.text, *question.choices, question.context):
@@ -318,11 +336,6 @@ class PromptEncoder:
             f"{n_unknown} of {len(prompts)} prompts contain words that are unknown to the tokenizer, like {word!r:.40}",
             stacklevel=4,
         )
-
-
-def _after(text: str, answer: str) -> str:
-    """An answer with the space that separates it from the text before it."""
-    return answer if not text or text[-1].isspace() or text[-1] in "([{\"'“‘" else f" {answer}"
 
 
 def _check_ids(model: Model, prompts: Sequence[Prompt]) -> None:
