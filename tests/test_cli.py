@@ -427,7 +427,10 @@ WRONG_SETTINGS = (
     ({"order": "chaos"}, "BadInput: order must be one of"),
     ({"n_steps": 2.5}, "BadInput: n_steps must be a positive integer; got 2.5"),
     ({"max_memory": 0}, "BadInput: max_memory must be a positive integer; got 0"),
-    ({"adaptive_threshold": "0.2"}, "BadInput: adaptive_threshold (t) must be a number in (0, 1], or 'auto'; got '0.2'"),
+    (
+        {"adaptive_threshold": "0.2"},
+        "BadInput: adaptive_threshold (t) must be a number in (0, 1], or 'auto'; got '0.2'",
+    ),
     ({"speed": 3}, "TypeError: Settings.__init__() got an unexpected keyword argument 'speed'"),
     ({"out": ""}, "BadInput: expected the path of a run folder, got an empty one"),
 )

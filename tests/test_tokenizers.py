@@ -180,6 +180,23 @@ def test_prompts_are_those_of_the_template_and_labels_those_of_its_answer(
     assert prompt.text.count(SYSTEM) == prompt.text.count(FIGURE_9_TEXT) == 1
 
 
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_system_text_that_only_the_last_user_turn_holds(space: str, model_with: Callable[[Any], Model]) -> None:
+    """Mistral's templates of 2024: an answer turn after the question takes the system text away from it."""
+    template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}"
+        "{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}"
+        "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}{% else %}"
+        "{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}{% else %}{{ SPACE + m.content + eos_token }}{% endif %}{% endfor %}"
+    ).replace("SPACE", repr(space))
+    tokenizer = byte_level(template)
+    (prompt,) = build_prompts(model_with(tokenizer), ONE, order="given")
+    options = {"add_generation_prompt": True, "return_dict": False}
+    assert list(prompt.token_ids) == tokenizer.apply_chat_template(texts(SEPARATE), **options)
+    labels = tokenizer.convert_ids_to_tokens([i for ids in prompt.label_ids for i in ids])
+    assert labels == (["ĠA", "Ġa", "ĠB", "Ġb"] if space else ["A", "a", "B", "b"])
+
+
 def test_what_stands_between_prompt_and_answer_is_part_of_the_prompt(model_with: Callable[[Any], Model]) -> None:
     tokenizer = byte_level(CHANNELS)
     model = model_with(tokenizer)

@@ -69,8 +69,11 @@ class ChatTemplate:
             raise _cannot_render(error) from error
         if ANSWER not in whole:
             return ""  # the template has no answer turns, only prompts
-        lead, found, _ = whole.removeprefix(prompt).partition(ANSWER)
-        if not whole.startswith(prompt) or not found:
+        # only what follows the last user turn: some templates write the system text into the last turn, whosever it is
+        asked = turns[-1][1].strip()
+        end, continued = (text[text.rfind(asked) + len(asked) :] for text in (prompt, whole))
+        lead, found, _ = continued.removeprefix(end).partition(ANSWER)
+        if not continued.startswith(end) or not found:
             raise BadInput(
                 f"the chat template ends the prompt with {prompt[-40:]!r}, but renders an answer after "
                 f"{whole.partition(ANSWER)[0][-40:]!r}; give the beginning of the answer with prefill (--prefill), or {USE_PLAIN}"
