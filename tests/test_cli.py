@@ -484,10 +484,10 @@ def test_a_real_checkpoint_that_knows_nothing_ends_well(run: Callable, tmp_path:
     model, questions = shared / "models" / "tinystories-656k", shared / "data" / "TruthfulQA.csv"
     command = ("run", "--model", model, "--questions", questions, "--out", out)
     options = ("--limit", 30, "--n-steps", 4, "--repetitions", 2)
-    code, text, error = run(*command, *options)
+    code, text, error = run(*command, *options, "--symbols", "Q", "Z", "--overwrite")
     assert code == 2
-    assert re.search(r"the answers have only 2\.\d % of the probability.*does not answer with A or B.*--force", error)
-    code, text, error = run(*command, *options, "--force")
+    assert re.search(r"the answers have only 0\.\d % of the probability.*does not answer with Q or Z.*--force", error)
+    code, text, error = run(*command, *options, "--overwrite")
     assert code == 0, error
     assert "The manipulation check kept" in text
     assert "Most probable next tokens: " in text

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens.hook_points import HookPoint
 
 import tn_lens as tn
 from tests.conftest import PAPER_MODELS
@@ -95,9 +94,9 @@ def test_a_whole_run(mode: str, toy: Model, few: tn.QuestionSet, whole: Any, few
 def test_a_model_in_training_mode_is_run_in_evaluation_mode(name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name)
     dropout = torch.nn.Dropout(0.5)
-    hook_points = [module for module in model.modules() if isinstance(module, HookPoint)]
-    hook_points[3].add_module("dropout", dropout)
-    handle = hook_points[3].register_forward_hook(lambda module, arguments, output: dropout(output))
+    point = model.hook_dict["blocks.1.hook_resid_pre"]
+    point.add_module("dropout", dropout)
+    handle = point.register_forward_hook(lambda module, arguments, output: dropout(output))
     expected = numbers(model)
     model.train()
     try:
@@ -111,4 +110,4 @@ def test_a_model_in_training_mode_is_run_in_evaluation_mode(name: str, tiny: Cal
     finally:
         model.eval()
         handle.remove()
-        del hook_points[3].dropout
+        del point.dropout
