@@ -63,36 +63,33 @@ class ChatTemplate:
             BadInput: the rendered answer turn does not continue the prompt.
         """
         assert self.layout is not None
-        try:
-            whole = self._apply([*turns, ("assistant", ANSWER)], self.layout, add_generation_prompt=False)
-        except Exception as error:
-            raise _cannot_render(error) from error
-        if ANSWER not in whole:
-            return ""  # the template has no answer turns, only prompts
+        whole = self._apply([*turns, ("assistant", ANSWER)], self.layout, add_generation_prompt=False)
         # only what follows the last user turn: some templates write the system text into the last turn, whosever it is
         asked = turns[-1][1].strip()
         end, continued = (text[text.rfind(asked) + len(asked) :] for text in (prompt, whole))
-        lead, found, _ = continued.removeprefix(end).partition(ANSWER)
-        if not continued.startswith(end) or not found:
+        before, found, _ = continued.partition(ANSWER)
+        if not found:
+            return ""  # the template has no answer turns, only prompts
+        if not before.startswith(end):
             raise BadInput(
-                f"the chat template ends the prompt with {prompt[-40:]!r}, but renders an answer after "
-                f"{whole.partition(ANSWER)[0][-40:]!r}; give the beginning of the answer with prefill (--prefill), or {USE_PLAIN}"
+                f"the chat template ends the prompt with {prompt[-40:]!r}, but renders an answer after {before[-40:]!r}; "
+                f"give the beginning of the answer with prefill (--prefill), or {USE_PLAIN}"
             )
-        return lead
+        return before.removeprefix(end)
 
     def _find_layout(self, turns: Sequence[Turn]) -> tuple[bool, bool]:
         """The first layout that renders without an error and keeps every turn."""
         has_system = turns[0][0] == "system"
-        errors: list[Exception] = []
+        errors: list[BadInput] = []
         for merges_system in (False, True) if has_system else (False,):
             for has_parts in (False, True):
                 try:
                     if not _missing(turns, self._apply(turns, (has_parts, merges_system))):
                         return has_parts, merges_system
-                except Exception as error:  # templates are programs, and may raise anything
+                except BadInput as error:
                     errors.append(error)
         if errors:
-            raise _cannot_render(errors[0]) from errors[0]
+            raise errors[0]
         return False, False  # `render` names the part that is left out
 
     def _apply(self, turns: Sequence[Turn], layout: tuple[bool, bool], *, add_generation_prompt: bool = True) -> str:
@@ -104,9 +101,13 @@ class ChatTemplate:
             {"role": role, "content": [{"type": "text", "text": content}] if has_parts else content}
             for role, content in turns
         ]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.variables
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.variables
+            )
+        except Exception as error:  # templates are programs, and may raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BadInput(f"the chat template cannot be rendered: {reason}; {USE_PLAIN}") from error
 
 
 def check_thinking(text: str) -> None:
@@ -115,24 +116,18 @@ def check_thinking(text: str) -> None:
     Raises:
         BadInput: the last thinking block is open.
     """
-    if is_thinking(text):
-        begin, end = next(pair for pair in THINKING if text.rfind(pair[0]) > text.rfind(pair[1]))
+    for begin, end in open_thoughts(text):
         raise BadInput(
             f"the prompt ends inside an open thinking block ({begin}), where the model would not write its answer; close it "
             f"with prefill={end + chr(10) * 2!r} (--prefill), or turn thinking off with template_kwargs (--template-kwargs)"
         )
 
 
-def is_thinking(text: str) -> bool:
-    """Whether the last thinking block of a text is open."""
-    return any(text.rfind(begin) > text.rfind(end) for begin, end in THINKING)
+def open_thoughts(text: str) -> list[tuple[str, str]]:
+    """The kinds of thinking blocks, as beginning and end, of which the last one in a text is open."""
+    return [(begin, end) for begin, end in THINKING if text.rfind(begin) > text.rfind(end)]
 
 
 def _missing(turns: Sequence[Turn], text: str) -> str:
     """The first content that the text does not contain; empty if it contains all."""
     return next((content for _, content in turns if content.strip() not in text), "")
-
-
-def _cannot_render(error: Exception) -> BadInput:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return BadInput(f"the chat template cannot be rendered: {reason}; {USE_PLAIN}")

@@ -127,7 +127,7 @@ def read_parquet(path: Path) -> Rows:
 
 
 def _cell(value: Any) -> Any:
-    """A value of a data frame: None if it is missing, and an int if it is a whole number."""
+    """A value of a data frame: None if it is missing, and an int if it is a float without a fraction."""
     import pandas as pd
 
     if pd.api.types.is_scalar(value) and pd.isna(value):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tn_lens.core.errors import BadInput
@@ -12,7 +11,7 @@ from tn_lens.core.options import Order
 from tn_lens.core.seeds import generator
 from tn_lens.core.sentences import plural
 from tn_lens.models import Model, backend_of
-from tn_lens.questions.chat import ChatTemplate, Turn, check_thinking, is_thinking
+from tn_lens.questions.chat import ChatTemplate, Turn, check_thinking, open_thoughts
 from tn_lens.questions.formats import FIGURE_9, VERDICTS, PromptTemplate, fill, statement_about
 from tn_lens.questions.labels import TAIL, Ending, PromptTokenizer
 from tn_lens.questions.prompt_set import Prompt, PromptSet, stream_of
@@ -63,14 +62,17 @@ def build_prompts(
     requests = [
         (question, each) for question in questions for each in _orders(question, questions.template, order, seed)
     ]
-    groups = {q.id: group for q, group in zip(questions, groups_of(questions), strict=True)}
-    prompts = [replace(prompt, group=groups[prompt.question]) for prompt in encoder.encode(requests)]
-    return _fit_context(prompts, backend_of(model).n_ctx, drop_long)
+    return _fit_context(encoder.encode(requests), backend_of(model).n_ctx, drop_long)
+
+
+def _is_judged(question: Question, template: PromptTemplate) -> bool:
+    """Whether a question is asked as a statement about one of its choices, and not with its own choices."""
+    return template.kind == "statement" and not question.is_statement
 
 
 def _orders(question: Question, template: PromptTemplate, order: Order, seed: int) -> list[tuple[int, ...]]:
     # a statement about a choice has two orders of the verdicts: true and false statements
-    is_about_choice = template.kind == "statement" and not question.is_statement
+    is_about_choice = _is_judged(question, template)
     n = 2 if is_about_choice else len(question.choices)
     # labels that name the choices themselves have no position to balance
     has_positions = template.kind == "letters" or is_about_choice
@@ -121,12 +123,21 @@ def build_prompt(
     return _fit_context([prompt], backend_of(model).n_ctx, drop_long=False)[0]
 
 
+class UserTurn(NamedTuple):
+    """The user turn of a question."""
+
+    text: str
+    asked: str
+    """The question, or the statement about one of its choices."""
+    labels: tuple[str, ...]
+    """The label at each position."""
+
+
 class Rendered(NamedTuple):
     """The text of a prompt."""
 
     text: str
-    asked: str
-    """The user turn with the question."""
+    user: UserTurn
     answers: tuple[str, ...]
     """The text that follows for each answer, by the position at which it is shown."""
 
@@ -139,17 +150,19 @@ class PromptEncoder:
         own_words = backend_of(model).name == "toy" and template == FIGURE_9
         self.template = LETTERED if own_words else template  # figure 9 has words that the embedded model lacks
         self.is_chat = template.chat and getattr(model.tokenizer, "chat_template", None) is not None
-        self.tokenizer = PromptTokenizer(
-            model, adds_special=not self.is_chat
-        )  # a chat template writes its own BOS token
+        # a chat template writes its own BOS token
+        self.tokenizer = PromptTokenizer(model, adds_special=not self.is_chat)
         self.chat = ChatTemplate(self.tokenizer.tokenizer, template.template_kwargs) if self.is_chat else None
         self.examples: list[tuple[str, str]] = []
         """User turns and answers of the solved examples."""
         for number, example in enumerate(questions.examples):
             self._check_text(example)
             orders = _orders(example, self.template, "both", 0)
-            user, labels = self._user(example, orders[number % len(orders)])
-            self.examples.append((user, labels[orders[number % len(orders)].index(self._right(example))]))
+            order = orders[number % len(orders)]
+            user = self._user(example, order)
+            self.examples.append((user.text, user.labels[order.index(self._right(example))]))
+        self.groups = {q.id: group for q, group in zip(questions, groups_of(questions), strict=True)}
+        """Groups of questions with the same text, by the id of the question."""
         self.space = " "
         """Text between the end of a prompt in plain text and its answer."""
         self.lead: str | None = None
@@ -159,11 +172,11 @@ class PromptEncoder:
 
     def render(self, question: Question, order: tuple[int, ...]) -> Rendered:
         """Render the text of a prompt and of its answers."""
-        user, labels = self._user(question, order)
+        user = self._user(question, order)
         if self.chat is None:
-            text = self._plain(user)
+            text = self._plain(user.text)
         else:
-            turns = self._turns(user)
+            turns = self._turns(user.text)
             text = self.chat.render(turns)
             if self.lead is None:
                 self.lead = self._find_lead(self.chat, turns, text)
@@ -172,8 +185,8 @@ class PromptEncoder:
             check_thinking(text)
             if not self.template.prefill:
                 space = self.lead[len(self.lead.rstrip()) :]
-                return Rendered(text, user, tuple(space + label for label in labels))
-        return Rendered(text, user, tuple(self._after(text, label) for label in labels))
+                return Rendered(text, user, tuple(space + label for label in user.labels))
+        return Rendered(text, user, tuple(self._after(text, label) for label in user.labels))
 
     def _choose_space(self, question: Question, order: tuple[int, ...]) -> None:
         """Choose a line break instead of a space where only it makes the lower-case labels single tokens."""
@@ -197,7 +210,7 @@ class PromptEncoder:
             return chat.lead(turns, text)
         except BadInput:
             # a prefill determines how the answer begins, for example after a block for thinking that only prompts have
-            if self.template.prefill or is_thinking(text):
+            if self.template.prefill or open_thoughts(text):
                 return ""
             raise
 
@@ -219,8 +232,9 @@ class PromptEncoder:
                     order=order,
                     category=question.category,
                     text=each.text + self._decode(ending),
-                    start=self._start(question, order, each, ids),
-                    labels=() if self.template.kind == "completion" else self._user(question, order)[1],
+                    start=self._start(question, each, ids),
+                    labels=() if self.template.kind == "completion" else each.user.labels,
+                    group=self.groups[question.id],
                 )
             )
         _check_ids(self.model, prompts)
@@ -230,20 +244,19 @@ class PromptEncoder:
     def _right(self, question: Question) -> int:
         """The entry of an order that is the right answer."""
         # the orders of statements about a choice consist of the right and the wrong verdict
-        return 0 if self.template.kind == "statement" and not question.is_statement else question.answer
+        return 0 if _is_judged(question, self.template) else question.answer
 
     def _asked(self, question: Question, order: tuple[int, ...]) -> str:
         """The text of the question, or of the statement about one of its choices."""
-        if self.template.kind != "statement" or question.is_statement:
+        if not _is_judged(question, self.template):
             return question.text
+        if order[0] == 0:  # the right verdict is True
+            return statement_about(question.text, question.choices[question.answer])
         wrong = [choice for index, choice in enumerate(question.choices) if index != question.answer]
-        is_true = order[0] == 0  # the right verdict is True
-        return statement_about(
-            question.text, question.choices[question.answer] if is_true else wrong[stream_of(question.id) % len(wrong)]
-        )
+        return statement_about(question.text, wrong[stream_of(question.id) % len(wrong)])
 
-    def _user(self, question: Question, order: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
-        """The user turn, and the label at each position."""
+    def _user(self, question: Question, order: tuple[int, ...]) -> UserTurn:
+        """The user turn of a question."""
         template = self.template
         if template.kind == "letters":
             if len(order) > len(template.symbols):
@@ -252,7 +265,7 @@ class PromptEncoder:
                     f"{len(template.symbols)} symbols; give more symbols, or leave out choices"
                 )
             labels = template.symbols[: len(order)]
-        elif template.kind == "statement" and not question.is_statement:
+        elif _is_judged(question, template):
             labels = VERDICTS
         else:
             labels = tuple(question.choices[choice] for choice in order)
@@ -260,14 +273,15 @@ class PromptEncoder:
             fill(template.choice, label=label, choice=question.choices[choice])
             for label, choice in zip(labels, order, strict=True)
         ]
-        user = fill(
+        asked = self._asked(question, order)
+        text = fill(
             template.user,
-            question=self._asked(question, order),
+            question=asked,
             choices=template.separator.join(lines),
             labels=f"{', '.join(labels[:-1])} and {labels[-1]}",
             context=question.context,
         )
-        return user, labels
+        return UserTurn(text, asked, labels)
 
     def _turns(self, user: str) -> list[Turn]:
         turns: list[Turn] = [("system", self.template.system)] if self.template.system else []
@@ -283,14 +297,13 @@ class PromptEncoder:
         system = f"{template.system}\n\n" if template.system else ""
         return system + template.shot_separator.join([*solved, user + end])
 
-    def _start(self, question: Question, order: tuple[int, ...], rendered: Rendered, ids: list[int]) -> int:
+    def _start(self, question: Question, rendered: Rendered, ids: list[int]) -> int:
         """Number of tokens before the question. A token that overlaps the question counts as part of it."""
         preamble, _, _ = self.template.user.partition("{question}")
-        asked = self._asked(question, order)
+        asked = rendered.user.asked
         opening = preamble[-TAIL:].rpartition("}")[2] + asked
         # within the user turn, and there after the context, since examples may repeat the question
-        user = rendered.asked.strip()
-        place = rendered.text.rfind(user)
+        place = rendered.text.rfind(rendered.user.text.strip())
         if question.context and "{context}" in preamble:
             place = rendered.text.find(question.context, max(place, 0)) + len(question.context)
         place = rendered.text.find(opening, max(place, 0))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from heapq import nsmallest
 from itertools import count
 from typing import Any, get_args
 
@@ -15,6 +16,12 @@ import pandas as pd
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.questions.formats import FIGURE_9, FORMATS, VERDICTS, Kind, PromptTemplate
+from tn_lens.questions.prompt_set import stream_of
+
+
+def plain(text: str) -> str:
+    """A text without case and extra spaces."""
+    return " ".join(text.split()).casefold()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,11 @@ class Question:
     def __post_init__(self) -> None:
         if not self.id:
             object.__setattr__(self, "id", self._default_id)  # the dataclass is frozen
+
+    @property
+    def plain_text(self) -> str:
+        """The text without case and extra spaces: questions with the same one are the same question."""
+        return plain(self.text)
 
     @property
     def is_statement(self) -> bool:
@@ -181,10 +193,9 @@ class QuestionSet(Sequence[Question]):
             prefill=prefill or template.prefill,
             template_kwargs={**template.template_kwargs, **(template_kwargs or {})},
         )
-        by_digest = sorted(self, key=lambda question: sha256(question.id.encode(errors="surrogatepass")).digest())
-        examples = tuple(by_digest[:n_shots])
-        texts = {question.text for question in examples}  # equal questions are not asked either
-        kept = tuple(question for question in self if question.text not in texts)
+        examples = tuple(nsmallest(n_shots, self, key=lambda question: stream_of(question.id)))
+        texts = {question.plain_text for question in examples}  # equal questions are not asked either
+        kept = tuple(question for question in self if question.plain_text not in texts) if texts else self.questions
         return replace(self, template=template, examples=examples, questions=kept)
 
     def to_frame(self) -> pd.DataFrame:

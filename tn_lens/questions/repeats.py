@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 
-from tn_lens.questions.question import Dropped, Question, QuestionSet
+from tn_lens.questions.question import Dropped, Question, QuestionSet, plain
 
 REASON = "the question occurs in an earlier row"
 
@@ -22,7 +22,7 @@ def without_repeats(questions: QuestionSet) -> QuestionSet:
     dropped: list[Dropped] = []
     for number, question in enumerate(questions, start=1):
         right = _plain_choices(question)[question.answer]
-        key = (question.context, _plain(question.text), tuple(sorted(_plain_choices(question))), right)
+        key = (question.context, question.plain_text, tuple(sorted(_plain_choices(question))), right)
         if key in seen:
             dropped.append(Dropped(number, question.text, REASON))
         else:
@@ -35,7 +35,7 @@ def without_repeats(questions: QuestionSet) -> QuestionSet:
 
 def group_of(question: Question) -> str:
     """A digest of a question's text, without case and extra spaces: questions of one group must not be separated."""
-    return sha256(_plain(question.text).encode(errors="surrogatepass")).hexdigest()[:16]
+    return sha256(question.plain_text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def groups_of(questions: Sequence[Question]) -> list[str]:
@@ -53,11 +53,7 @@ def groups_of(questions: Sequence[Question]) -> list[str]:
     return [group if counts[group] > 1 else "" for group in groups]
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
-
-
 def _plain_choices(question: Question) -> list[str]:
-    plain = [_plain(choice) for choice in question.choices]
+    choices = [plain(choice) for choice in question.choices]
     # choices may differ only in case
-    return plain if len(set(plain)) == len(plain) else list(question.choices)
+    return choices if len(set(choices)) == len(choices) else list(question.choices)

@@ -18,6 +18,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.questions.files import READERS, Rows, is_missing, load_from_hub, read_csv, read_json, read_json_lines
 from tn_lens.questions.question import Dropped, Question, QuestionSet
 from tn_lens.questions.registry import QUESTION_SETS, Source
+from tn_lens.questions.repeats import REASON
 
 HUB = "OamPatel/iti_trivia_qa_val"
 """Questions, answers and wrong answers of Li et al. (2023)."""
@@ -76,7 +77,7 @@ def load_triviaqa(
         # checked before duplicates: a later row with a usable wrong answer replaces an earlier one without
         reason = _reason_to_drop(row, wrong, strict)
         if row.question in questions:
-            reason = reason or "the question occurs in an earlier row"
+            reason = reason or REASON
         if reason is not None:
             dropped.append(Dropped(row.number, row.question, reason))
         else:
