@@ -70,13 +70,8 @@ def wrong_answer_in(reply: str, rights: Sequence[str]) -> str:
     text = _final(reply.replace("’", "'"))
     if text.lstrip().startswith(("{", "[")) and not right.startswith(("{", "[")):
         text = _from_json(text.strip())
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for place, line in enumerate(lines):
-        answer = _clean(line, right)
-        if answer or place == len(lines) - 1:
-            break
-    else:
-        return ""
+    answers = (_clean(line.strip(), right) for line in text.splitlines())
+    answer = next(filter(None, answers), "")
     if REFUSAL.search(answer) and not REFUSAL.search(right):
         return ""
     # an answer of another kind: sentences instead of a name
@@ -133,8 +128,8 @@ def _clean(line: str, right: str) -> str:
     before = None
     while line != before:
         before = line
-        if not LIST_MARK.match(right):
-            line = LIST_MARK.sub("", line, count=1) if LIST_MARK.match(line) else line
+        if not LIST_MARK.match(right) and (mark := LIST_MARK.match(line)):
+            line = line[mark.end() :]
         line = re.sub(r"(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1", r"\2", line)
         for pattern in (GREETING, LABEL, SUGGESTION):
             found = pattern.match(line)
@@ -145,12 +140,7 @@ def _clean(line: str, right: str) -> str:
             line = REMARK.sub("", line).strip()
         pair = line[:1] + line[-1:]
         inner = line[1:-1].strip()
-        if (
-            len(line) > 1
-            and pair in (*QUOTES, "**", "__")
-            and right[:1] + right[-1:] != pair
-            and not set(pair) & set(inner) - {"'"}
-        ):
+        if len(line) > 1 and pair in QUOTES and right[:1] + right[-1:] != pair and not set(pair) & set(inner) - {"'"}:
             line = inner
         if line.count('"') == 1 and line.startswith('"'):
             line = line[1:].strip()

@@ -53,7 +53,7 @@ def test_a_run_on_completions_has_no_letters(
     toy: Model, completions: tn.QuestionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tn.find_truth_neurons(toy, completions, SETTINGS, out=tmp_path / "run", force=True)
-    assert found.check.labels == ()
+    assert found.check.asked.labels == ()
     assert len(found.check.asked) == found.check.n_asked == 60
     assert found.neurons
     page = text_of((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -291,6 +292,25 @@ def test_true_and_false_are_labels_themselves(toy: Model) -> None:
     assert prompts[0].right == 0
     assert prompts[1].right == 1
     assert prompts[0].text.startswith("Statement : the ")
+
+
+@pytest.mark.parametrize("order", ["random", "both", "given"])
+def test_true_is_the_first_label_of_every_statement(order: Any, toy: Model) -> None:
+    statements = [
+        replace(
+            question,
+            choices=question.choices[::step],
+            answer=question.answer if step == 1 else 1 - question.answer,
+            id="",
+        )
+        for question, step in zip(true_false()[:40], (1, -1) * 20, strict=True)
+    ]
+    questions = QuestionSet(name="mixed", questions=tuple(statements), template=true_false().template)
+    prompts = build_prompts(toy, questions, order=order)
+    assert {prompt.labels for prompt in prompts} == {("True", "False")}
+    assert [prompt.right for prompt in prompts] == [question.answer for question in true_false()[:40]]
+    assert prompts.are_statements
+    assert not build_prompts(toy, binary()[:2], order=order).are_statements
 
 
 def test_free_prompts(toy: Model) -> None:

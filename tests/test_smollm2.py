@@ -178,7 +178,7 @@ def test_probabilities_attributions_and_ablation_are_those_of_the_plain_model(
 def ablated_probabilities(
     hf: Any, ids: list[int], labels: list[list[int]], neurons: dict[tuple[str, int], int]
 ) -> Tensor:
-    """One neuron of each of these places at zero, at all positions."""
+    """Answer probabilities with one neuron of each of these places zero-ablated at all positions."""
     with ExitStack() as stack:
         for (site, layer), index in neurons.items():
             keep = torch.ones(hf.model.layers[layer].get_submodule(SITES[site]).in_features)

@@ -180,6 +180,15 @@ def test_prompts_are_those_of_the_template_and_labels_those_of_its_answer(
     assert prompt.text.count(SYSTEM) == prompt.text.count(FIGURE_9_TEXT) == 1
 
 
+def test_a_template_without_answer_turns_is_asked_as_it_ends_the_prompt(model_with: Callable[[Any], Model]) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'assistant' else '' }}")
+    question = Question(text="Is ANSWER a word?", choices=("yes", "no"))  # also the placeholder for an answer
+    tokenizer = byte_level(template)
+    (prompt,) = build_prompts(model_with(tokenizer), QuestionSet(name="x", questions=(question,)), order="given")
+    assert prompt.text.endswith("<|im_start|>assistant\n")
+    assert tokenizer.convert_ids_to_tokens([i for ids in prompt.label_ids for i in ids]) == ["A", "a", "B", "b"]
+
+
 @pytest.mark.parametrize("space", ["", " "])
 def test_a_system_text_that_only_the_last_user_turn_holds(space: str, model_with: Callable[[Any], Model]) -> None:
     """Mistral's templates of 2024: an answer turn after the question takes the system text away from it."""

@@ -60,7 +60,7 @@ def _conditions_table(found: TruthNeurons) -> Table:
         caption=say("evaluation.welch_legend", evaluation.welch_p),
         caption_justify="left",
     )
-    first = evaluation.first_label
+    first = evaluation.prompts.first_label
     # completions have no order and no labels
     labelled = ["order-averaged (%)", f'fraction of "{first}"'] if first else []
     for heading in ("accuracy (%)", *labelled[:1], "answer mass", *labelled[1:]):

@@ -10,6 +10,7 @@ import typer
 from tn_lens.cli import options
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Condition, Mode, Where
+from tn_lens.core.settings import Settings
 
 Sets: TypeAlias = Annotated[
     list[str] | None,
@@ -76,12 +77,10 @@ def evaluate(
     provenance, found = run_of(folder) if folder else (Provenance(settings={}), NeuronSet.load(str(neurons)))
     if model is None and not provenance.model_source:
         raise BadInput("expected a model; give one with --model")
-    limit, seed = settings.pop("limit"), settings["seed"]
-    intervention = retest.intervention_of(mode, factor=factor, positions=positions, seed=seed)
-    names = ("n_shots", "symbols", "prefill", "template_kwargs")
-    asked_as = {"name": settings.pop("format"), **{name: settings.pop(name) for name in names}}
-    reading = {"n_shots": asked_as["n_shots"], "wrong_answers": wrong_answers, "strict": strict}
-    sets = load_sets(on or [], limit=limit, seed=seed, asked_as=asked_as, **reading)
+    chosen = Settings(**settings)
+    intervention = retest.intervention_of(mode, factor=factor, positions=positions, seed=chosen.seed)
+    reading = {"n_shots": chosen.n_shots, "wrong_answers": wrong_answers, "strict": strict}
+    sets = load_sets(on or [], limit=chosen.limit, seed=chosen.seed, asked_as=chosen.of_format(), **reading)
     loading = {"dtype": dtype, "device": workers().device(device), "revision": revision, "backend": backend}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, **loading)
     parts = {}
@@ -90,7 +89,12 @@ def evaluate(
         check_same_model(loaded, provenance.settings, folder)
         parts = {s.name: named for s in sets if (named := parts_of(folder, provenance.settings, s))}
         out = out or folder / "evaluation"
-    asking = {**settings, "intervention": intervention, "conditions": conditions or get_args(Condition)}
+    asking = {
+        "n_repetitions": chosen.n_repetitions,
+        "seed": chosen.seed,
+        "intervention": intervention,
+        "conditions": conditions or get_args(Condition),
+    }
     asking |= {"order": order, "control_orders": control_orders, "drop_long": drop_long}
     asking["texts"] = retest.texts_of(loaded, intervention, text)
     threads = threads or provenance.settings.get("n_threads")

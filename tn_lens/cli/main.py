@@ -79,13 +79,10 @@ def run(
     from tn_lens.pipeline.dry_run import plan_run
     from tn_lens.pipeline.run import find_truth_neurons
     from tn_lens.questions.load import load_questions
-    from tn_lens.questions.registry import options_of
     from tn_lens.runs.workers import workers
 
     hf_logging.disable_progress_bar()
-    # MMLU has examples of its own, for every subject
-    shots = {"n_shots": given.pop("n_shots")} if "n_shots" in options_of(questions) else {}
-    asked, settings = load_questions(questions, **shots), Settings(**given)
+    asked, settings = load_questions(questions), Settings(**given)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
     loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)

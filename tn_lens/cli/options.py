@@ -104,18 +104,17 @@ def _variables(given: Sequence[str] | None) -> dict[str, Any] | None:
     """Parse NAME=VALUE pairs, with values in JSON or as plain text, and JSON objects."""
     variables: dict[str, Any] = {}
     for text in given or ():
-        name, is_pair, value = text.partition("=")
+        name, _, value = text.partition("=")
+        is_object = text.lstrip().startswith("{")
         try:
-            if text.lstrip().startswith("{"):
-                variables |= json.loads(text)
-                continue
-            variables[name] = json.loads(value)
+            parsed: Any = json.loads(text if is_object else value)
         except json.JSONDecodeError as error:
-            if not is_pair or not name or text.lstrip().startswith("{"):
+            if is_object or not name or "=" not in text:
                 raise BadInput(
                     f"expected NAME=VALUE or a JSON object for --template-kwargs, got {text!r}; for example enable_thinking=true"
                 ) from error
-            variables[name] = value
+            parsed = value
+        variables |= parsed if is_object else {name: parsed}
     return variables or None
 
 

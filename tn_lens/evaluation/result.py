@@ -89,16 +89,6 @@ class Evaluation(Stored):
         return self.prompts.n_orders
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the positions, such as A and B; empty if the answers are the choices themselves."""
-        return self.prompts.labels
-
-    @property
-    def first_label(self) -> str:
-        """The label of the first position; empty if the answers are the choices themselves."""
-        return next(iter(self.labels), "")
-
-    @property
     def categories(self) -> list[str]:
         """The category of every question."""
         return list(self.prompts.categories.values())
@@ -271,13 +261,13 @@ class Evaluation(Stored):
     @property
     def follows_instruction(self) -> bool:
         """Whether the unablated model puts most of its probability on the labels; not expected of completions."""
-        return not self.labels or not self.conditions["unablated"].answer_mass < FOLLOWED
+        return not self.prompts.labels or not self.conditions["unablated"].answer_mass < FOLLOWED
 
     @property
     def loses_instruction(self) -> bool:
         """Whether ablation lowers the answer mass by so much that the model may no longer follow the instruction."""
         before, after = (self.conditions[name].answer_mass for name in ("unablated", "ablated"))
-        return after < (MASS_KEPT if self.labels else FOLLOWED) * before
+        return after < (MASS_KEPT if self.prompts.labels else FOLLOWED) * before
 
     @property
     def shifts_letters(self) -> bool:

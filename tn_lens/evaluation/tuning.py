@@ -135,9 +135,11 @@ def tune_threshold(
     steps += [step(t) for t in HIGHER]
     allowed = [s for s in steps if s.holds]
     if not allowed:
+        label = prompts.first_label
+        shift = f', or the fraction of "{label}" changes too much' if label else ""
         raise BadInput(
             "no threshold keeps instruction following intact: at each one the answer mass falls below "
-            f"{least_mass:.2f} times that of the unablated model, or the fraction of {prompts.labels[:1] or 'a label'} changes too much; set t yourself"
+            f"{least_mass:.2f} times that of the unablated model{shift}; set t yourself"
         )
     best = min(allowed, key=lambda s: (s.order_averaged_accuracy, -s.t))
     return Tuning(t=best.t, steps=tuple(steps), unablated=unablated, n_questions=len(prompts.groups))

@@ -157,9 +157,9 @@ def _add_bars(figure: Figure, bars: Sequence[Bar], colour: str, look: Look) -> N
 
 def _hover_labels(bar: Bar) -> str:
     """The part of a bar's hover text about labels and orders; empty for answers without labels."""
-    if not bar.evaluation.labels:
+    if not bar.evaluation.prompts.labels:
         return ""
-    average, first = percent(bar.result.order_averaged_accuracy, 2), plain(bar.evaluation.first_label)
+    average, first = percent(bar.result.order_averaged_accuracy, 2), plain(bar.evaluation.prompts.first_label)
     return f"order-averaged {average}<br>fraction of “{first}” {bar.result.share_a:.2f}, "
 
 

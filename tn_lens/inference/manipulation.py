@@ -98,19 +98,14 @@ class ManipulationCheck(Stored):
         return float(self.probabilities.sum(-1).mean())
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels of the positions, such as A and B; empty if the answers are the choices themselves."""
-        return self.asked.labels
-
-    @property
-    def first_label(self) -> str:
-        """The label of the first position; empty if the answers are the choices themselves."""
-        return next(iter(self.labels), "")
+    def least_mass(self) -> float:
+        """Answer mass below which the model hardly gives any of the answers."""
+        return LITTLE_MASS if self.asked.labels else LITTLE_COMPLETION_MASS
 
     @property
     def has_little_mass(self) -> bool:
-        """Whether the answers have so little probability that the model hardly gives any of them."""
-        return self.answer_mass < (LITTLE_MASS if self.labels else LITTLE_COMPLETION_MASS)
+        """Whether the mean answer mass is below `least_mass`."""
+        return self.answer_mass < self.least_mass
 
     @cached_property
     def failures(self) -> dict[str, int]:
@@ -119,14 +114,13 @@ class ManipulationCheck(Stored):
         mass: the answers have too little probability; position: the right label is chosen in some orders and not in others;
         content: a wrong answer is chosen in every order.
         """
-        least = LITTLE_MASS if self.labels else LITTLE_COMPLETION_MASS
         mass = self.probabilities.sum(-1)
         counts = {"mass": 0, "position": 0, "content": 0}
         for question in self.dropped:
             rows = self.asked.groups[question]
             at = slice(rows.start, rows.stop)
             some_right = bool(self.right[at].any())
-            counts["mass" if mass[at].mean() < least else "position" if some_right else "content"] += 1
+            counts["mass" if mass[at].mean() < self.least_mass else "position" if some_right else "content"] += 1
         return counts
 
     @property
@@ -149,7 +143,7 @@ class ManipulationCheck(Stored):
         """Whether the check kept far more, or far fewer, right answers at A than expected by chance."""
         expected = sum(1 / p.n_choices for p in self.prompts) / max(len(self.prompts), 1)
         # the position of a completion has no label
-        return bool(self.prompts and self.labels) and abs(self.right_at_a_after - expected) > LOPSIDED
+        return bool(self.prompts and self.asked.labels) and abs(self.right_at_a_after - expected) > LOPSIDED
 
     def summary(self) -> str:
         """Summary in one or two sentences."""
@@ -223,12 +217,11 @@ def _next_tokens(model: Model, prompts: PromptSet) -> tuple[tuple[str, float], .
     probed = prompts[:MOST_PROBED]
 
     def compute(_: int) -> Tensors:
-        total = 0.0
         with torch.no_grad():
-            for _rows, logits in prompt_logits(model, probed):
-                total = total + logits.softmax(-1).sum(0)  # [row, vocab] -> [vocab]
-        assert isinstance(total, Tensor)
-        highest = (total / len(probed)).topk(min(N_NEXT, len(total)))
+            # [row, vocab] -> [vocab]
+            sums = [logits.softmax(-1).sum(0) for _, logits in prompt_logits(model, probed)]
+        mean = torch.stack(sums).sum(0) / len(probed)
+        highest = mean.topk(min(N_NEXT, len(mean)))
         return {"ids": highest.indices.cpu(), "probabilities": highest.values.cpu()}
 
     (chunk,) = map_chunks("next_tokens", [chunk_key("next tokens", probed)], compute)

@@ -117,8 +117,8 @@ class Bridge(Backend):
         """Reject models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: attention that is not causal, an encoder, a mixture of experts, a layer without separate attention and MLP, or processed weights
-                (`enable_compatibility_mode` without `no_processing`).
+            BadInput: attention that is not causal, an encoder, a mixture of experts, a layer without separate attention
+                and MLP, or processed weights (`enable_compatibility_mode` without `no_processing`).
         """
         if getattr(self.model.original_model.config, "is_encoder_decoder", False):
             raise BadInput(f"{self.name} is an encoder-decoder model; use a decoder-only language model")

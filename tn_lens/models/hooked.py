@@ -120,7 +120,8 @@ class Hooked(Backend):
         """Reject, or warn about, models in which hook_z and hook_post are not the neurons of the paper.
 
         Raises:
-            BadInput: attention that is not causal, a mixture of experts, or `refactor_factored_attn_matrices`, which rotates the basis of z.
+            BadInput: attention that is not causal, a mixture of experts, or `refactor_factored_attn_matrices`, which
+                rotates the basis of z.
         """
         super().check()
         cfg = self.model.cfg

@@ -66,7 +66,7 @@ def load_sets(
         known = {key: value for key, value in options.items() if key in options_of(name)}
         questions = load_questions(name, source=source or None, **known)
         questions = questions.part("report") or questions
-        # sets with examples of their own do not take them from their questions
+        # MMLU's examples are not taken from its questions
         shots = {"n_shots": 0} if "n_shots" in known else {}
         questions = questions.with_format(**{**(asked_as or {}), **shots})
         sets.append(questions.sample(limit, generator(seed, 10)))

@@ -184,8 +184,7 @@ def checked(folder: RunFolder, model: Model, prompts: PromptSet, *, force: bool)
     if not check.prompts:
         folder.workers.wait()
         folder.remove()
-        raise BadInput(say("check.stop", check, LEAST_KEPT))
-    if not force and (check.has_little_mass or check.n_kept < LEAST_KEPT):
+    if not check.prompts or (not force and (check.has_little_mass or check.n_kept < LEAST_KEPT)):
         raise BadInput(say("check.stop", check, LEAST_KEPT))
     return check
 

@@ -116,7 +116,8 @@ def check_thinking(text: str) -> None:
     Raises:
         BadInput: the last thinking block is open.
     """
-    for begin, end in open_thoughts(text):
+    if opened := open_thoughts(text):
+        begin, end = opened[0]
         raise BadInput(
             f"the prompt ends inside an open thinking block ({begin}), where the model would not write its answer; close it "
             f"with prefill={end + chr(10) * 2!r} (--prefill), or turn thinking off with template_kwargs (--template-kwargs)"

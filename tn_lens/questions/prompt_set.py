@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 from tn_lens.core.errors import BadInput
+from tn_lens.questions.formats import VERDICTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,16 @@ class PromptSet(Sequence[Prompt]):
     def labels(self) -> tuple[str, ...]:
         """The labels of the positions, such as A and B; empty if the answers are the choices themselves."""
         return max((prompt.labels for prompt in self.prompts), key=len, default=())
+
+    @property
+    def first_label(self) -> str:
+        """The label of the first position; empty if the answers are the choices themselves."""
+        return next(iter(self.labels), "")
+
+    @property
+    def are_statements(self) -> bool:
+        """Whether the prompts are statements, which are answered with True or False."""
+        return tuple(map(str.casefold, self.labels)) == tuple(map(str.casefold, VERDICTS))
 
     def only(self, questions: Iterable[str]) -> PromptSet:
         """The prompts of these questions, in the order of the set."""

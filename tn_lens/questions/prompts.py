@@ -74,11 +74,16 @@ def _orders(question: Question, template: PromptTemplate, order: Order, seed: in
     # a statement about a choice has two orders of the verdicts: true and false statements
     is_about_choice = _is_judged(question, template)
     n = 2 if is_about_choice else len(question.choices)
-    # labels that name the choices themselves have no position to balance
-    has_positions = template.kind == "letters" or is_about_choice
     match order:
+        case "both" | "random" | "given" if template.kind != "letters" and not is_about_choice:
+            # answers that name the choices have no position to balance; True is the first label of every statement
+            return [
+                tuple(
+                    sorted(range(n), key=lambda i: question.is_statement and question.choices[i].casefold() == "false")
+                )
+            ]
         case "both":
-            return rotations(n) if has_positions else rotations(n)[:1]
+            return rotations(n)
         case "random":
             return [random_order(question, seed, n)]
         case "given":

@@ -64,7 +64,7 @@ def write_report(found: TruthNeurons) -> str:
         python_call=python_call(found),
         label=lambda name: condition_label(name, evaluation.intervention),
         paper=PAPER.get(evaluation.model_name) if evaluation.name == "truthfulqa" else None,
-        bias=say("evaluation.bias", found.evaluation) if found.evaluation.labels else "",
+        bias=say("evaluation.bias", found.evaluation) if found.evaluation.prompts.labels else "",
         welch=say("evaluation.welch_legend", evaluation.welch_p, LEVEL) if found.neurons else "",
         level=LEVEL,
         table2=table2([evaluation, *others]) if others and found.neurons else None,

@@ -72,7 +72,8 @@ class Card(Stored):
     """Fraction of these with D > 0, in [0, 1]."""
     activations: Mapping[str, Activation]
     """At the last position of the prompt, whose logits are the answer; zero-ablation removes it. By group of prompts: those
-    that the model answers correctly, those that it answers incorrectly, and those whose right answer is shown at A, at B and so on."""
+    that the model answers correctly, those that it answers incorrectly, and those whose right answer is shown at A, at B and
+    so on."""
     promotes: tuple[Token, ...]
     """The tokens with the highest direct logit attribution, without later layers (see `Backend.direct_logits`)."""
     demotes: tuple[Token, ...]
