@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,13 @@ from torch import Tensor
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix, plan, unsupported
 from tn_lens.attribution.methods import METHODS, BatchScores
+from tn_lens.attribution.quadrature import MOST_STEPS, N_INNER, N_NODES
 from tn_lens.attribution.result import Attribution, PassSize
 from tn_lens.attribution.target import TARGETS, Target, probability_difference, right_probability, wrong_probability
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES, BaselineName, EngineName, Positions, TargetName
 from tn_lens.core.sentences import count
-from tn_lens.core.settings import default_memory
+from tn_lens.core.settings import MAX_NODES, default_memory
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.isolation import isolated
@@ -40,6 +41,8 @@ def attribute(
     *,
     n_steps: int = 20,
     method: str = "riemann_right",
+    tolerance: float | None = None,
+    max_nodes: int = MAX_NODES,
     baseline: Baseline = "zero",
     positions: Positions = "last",
     sites: Sequence[SiteName] | SiteName = NEURON_SITES,
@@ -54,8 +57,13 @@ def attribute(
     Args:
         model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
         prompts: see `build_prompts` and `build_prompt`.
-        n_steps: number of interpolation steps, m in the paper.
-        method: name of a registered method; the built-in ones differ in the quadrature rule, see `quadrature_rule`.
+        n_steps: number of interpolation steps, m in the paper; not used by `"adaptive"`.
+        method: name of a registered method: a quadrature rule, see `quadrature_rule`, or `"adaptive"`, which evaluates five
+            nodes at every site and layer, and more where the estimated error exceeds the tolerance.
+        tolerance: largest error of the scores of a prompt and site, as a fraction of its largest score; by default 1e-3 for
+            `"adaptive"`, and 0 for the others. For these it is the deviation from the sum over all n_steps nodes, which
+            takes fewer nodes where the path is smooth; 0 evaluates all of them.
+        max_nodes: number of nodes at a site and layer of a prompt from which `"adaptive"` does not refine any further.
         baseline: start of the integration path; see `mean_activations` for means over other prompts.
         positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
             prompt together and sums the scores over positions.
@@ -82,7 +90,8 @@ def attribute(
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
     attribution_method = METHODS[method]
     attribution_method.check(n_steps)
-    targets = _targets(target, separate)
+    control = _error_control(method, n_steps, tolerance, max_nodes)
+    targets = _targets(target, separate, is_controlled=bool(control.get("tolerance")))
     start = resolve_baseline(model, prompts, baseline, space, positions)
     engine_name = choose_engine(model, engine, positions)
     planned = internal_batch_size or BATCH_SIZE
@@ -92,14 +101,16 @@ def attribute(
     if engine_name == "shared_prefix" and internal_batch_size is None:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         memory = max_memory or default_memory(backend_of(model).device.type)
-        planned = plan(model, longest, len(space.sites), n_steps, memory)
+        n_planned = N_INNER if control.get("tolerance") else n_steps
+        planned = plan(model, longest, len(space.sites), n_planned, memory)
 
     def scores_of(batch: Sequence[Prompt], n_rows: int) -> BatchScores:
         shared = engine_name == "shared_prefix"
         prepared = (
             SharedPrefix(model, batch, space.sites) if shared else Direct(model, batch[0], space.sites, positions)
         )
-        return attribution_method.attribute(prepared, targets=targets, baseline=start, n_steps=n_steps, n_rows=n_rows)
+        options = {"targets": targets, "baseline": start, "n_steps": n_steps, "n_rows": n_rows, **control}
+        return attribution_method.attribute(prepared, **options)
 
     results = _Results(model, prompts, space, len(targets))
     size = planned
@@ -123,6 +134,8 @@ class _Results:
             {s: torch.empty(*shape, space.width(s), dtype=dtype) for s in space.sites} for _ in range(n_targets)
         ]
         self.change = [{s: torch.empty(*shape, dtype=dtype) for s in space.sites} for _ in range(n_targets)]
+        self.error: dict[SiteName, Tensor] = {}
+        self.n_nodes: dict[SiteName, Tensor] = {}
 
     def put(self, rows: slice, batch: BatchScores) -> None:
         for index, scores in enumerate(batch.scores):
@@ -130,6 +143,10 @@ class _Results:
                 _refuse_not_finite(scores[site], site, self.model)
                 self.scores[index][site][rows] = scores[site].cpu()
                 self.change[index][site][rows] = batch.change[index][site].cpu()
+        for of_all, of_batch in ((self.error, batch.error), (self.n_nodes, batch.n_nodes)):
+            for site, values in (of_batch or {}).items():
+                empty = torch.zeros(len(self.prompts), self.space.n_layers, dtype=values.dtype)
+                of_all.setdefault(site, empty)[rows] = values.cpu()
 
     def attribution(self, separate: bool, **about: object) -> Attribution:
         """Build the result. If only Attr_t and Attr_f were attributed, D is their difference (eq. 8), by linearity."""
@@ -145,6 +162,8 @@ class _Results:
             change=change,
             right=right,
             wrong=wrong,
+            error=self.error or None,
+            n_nodes=self.n_nodes or None,
             **about,  # pyright: ignore[reportArgumentType]
         )
 
@@ -155,8 +174,11 @@ def space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
     return neuron_space(model, tuple(site for site in sites if space.width(site)))
 
 
-def _targets(target: Target | TargetName, separate: bool) -> list[Target]:
-    """The functions to attribute. With `separate`, the probability difference is omitted, since D = Attr_t - Attr_f."""
+def _targets(target: Target | TargetName, separate: bool, *, is_controlled: bool) -> list[Target]:
+    """The functions to attribute.
+
+    With `separate`, the probability difference is omitted, since D = Attr_t - Attr_f, unless its own error is controlled.
+    """
     if isinstance(target, str):
         if target not in TARGETS:
             raise BadInput(
@@ -164,7 +186,30 @@ def _targets(target: Target | TargetName, separate: bool) -> list[Target]:
             )
         target = TARGETS[target]
     targets: list[Target] = [right_probability, wrong_probability] if separate else []
-    return targets if separate and target is probability_difference else [target, *targets]
+    is_implied = separate and target is probability_difference and not is_controlled
+    return targets if is_implied else [target, *targets]
+
+
+def _error_control(method: str, n_steps: int, tolerance: float | None, max_nodes: int) -> dict[str, Any]:
+    """The arguments `tolerance` and `max_nodes` of a method; none if it does not control its error.
+
+    Raises:
+        BadInput: a number is out of range, or the method has no tolerance.
+    """
+    default = METHODS[method].tolerance
+    if default is None:
+        if tolerance:
+            raise BadInput(f"the method {method!r} does not control its error; use 'adaptive', or leave out tolerance")
+        return {}
+    wanted = default if tolerance is None else tolerance
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 <= wanted < 1:
+        raise BadInput(f"tolerance must be a number in [0, 1); got {wanted!r}")
+    if method == "adaptive" and not wanted:
+        raise BadInput("the method 'adaptive' needs a tolerance above 0; got 0")
+    if isinstance(max_nodes, bool) or not isinstance(max_nodes, int) or not N_NODES <= max_nodes <= MOST_STEPS:
+        raise BadInput(f"max_nodes must be a whole number from {N_NODES} to {MOST_STEPS:,}; got {max_nodes!r}")
+    # a panel has as many nodes, so that there is nothing to save
+    return {"tolerance": float(wanted) if method == "adaptive" or n_steps > N_NODES else 0.0, "max_nodes": max_nodes}
 
 
 def _check_arguments(

@@ -14,6 +14,10 @@ from tn_lens.core.errors import BadInput
 
 MOST_STEPS = 10_000
 """Maximum n_steps; larger values are assumed to be typos, and would exhaust memory."""
+N_NODES = 5
+"""Number of nodes of a panel."""
+N_INNER = 3
+"""Number of nodes of a panel besides its ends."""
 GRADING = 6
 """The exponent k of the graded rule, alpha = u^k."""
 
@@ -29,6 +33,69 @@ class QuadratureRule:
     def n_steps(self) -> int:
         """The number of gradients taken, m in the paper."""
         return len(self.nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Five nodes in [0, 1] with both ends, and linear maps from the values of a function at them.
+
+    The interpolating polynomial through the values gives its sum, and its antiderivative at the nodes, which can be compared
+    with the known antiderivative f along a path.
+    """
+
+    nodes: Float[Tensor, "5"]
+    weights: Float[Tensor, "5"]
+    """Weights of the integral, or of the sum that the panel replaces: exact for polynomials up to degree 7."""
+    coarse: Float[Tensor, "5"]
+    """Weights on the ends and the middle node only: exact up to degree 2."""
+    antiderivative: Float[Tensor, "5 5"]
+    """Row j gives the integral of the interpolating polynomial from 0 to node j."""
+
+
+def lobatto_panel(rule: QuadratureRule | None = None) -> Panel:
+    """The Gauss-Lobatto panel of the integral over [0, 1], or of the weighted sum of a rule.
+
+    The end points are nodes because they cost nothing: all paths share alpha = 1, and alpha = 0 is run for the change. The
+    three inner nodes are those of the Gauss rule for the measure x (1 - x) dmu, where mu is the uniform measure or the one
+    with the rule's weights at its nodes. So the panel reproduces sums of any rule, such as the paper's equation 4, of
+    functions that are smooth.
+
+    Args:
+        rule: a rule with more than five nodes. None: the integral.
+    """
+    measure = rule or _gausslegendre(20)  # exact for all polynomials that occur here
+    points, masses = measure.nodes.numpy(), measure.weights.numpy()
+    nodes = np.concatenate([[0.0], _gauss_nodes(points, masses * points * (1 - points), 3), [1.0]])
+
+    def fitted(at: list[int]) -> np.ndarray:
+        """Weights at some nodes that sum polynomials of the measure exactly."""
+        degree = len(at) - 1
+        matrix = np.polynomial.legendre.legvander(2 * nodes[at] - 1, degree).T
+        weights = np.zeros(5)
+        weights[at] = np.linalg.solve(matrix, np.polynomial.legendre.legvander(2 * points - 1, degree).T @ masses)
+        return weights
+
+    coefficients = np.linalg.inv(np.polynomial.legendre.legvander(2 * nodes - 1, 4))
+    integrals = np.polynomial.legendre.legint(coefficients) / 2  # [degree, node]; from [-1, 1] to [0, 1]
+    at_nodes = np.polynomial.legendre.legval(2 * nodes - 1, integrals).T  # [upper end, node]
+    maps = nodes, fitted([0, 1, 2, 3, 4]), fitted([0, 2, 4]), at_nodes - at_nodes[0]
+    return Panel(*map(torch.from_numpy, maps))
+
+
+def _gauss_nodes(
+    points: Float[np.ndarray, " point"], masses: Float[np.ndarray, " point"], n: int
+) -> Float[np.ndarray, " n"]:
+    """The nodes of the n-point Gauss rule for a discrete measure: roots of its orthogonal polynomial (Stieltjes, Golub-Welsch)."""
+    diagonal, off_diagonal = [], []
+    before, current, norm_before = np.zeros_like(points), np.ones_like(points), 1.0
+    for degree in range(n):
+        norm = (masses * current**2).sum()
+        ratio = norm / norm_before if degree else 0.0
+        diagonal.append((masses * points * current**2).sum() / norm)
+        off_diagonal.append(np.sqrt(ratio))
+        before, current = current, (points - diagonal[-1]) * current - ratio * before
+        norm_before = norm
+    return np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off_diagonal[1:], 1) + np.diag(off_diagonal[1:], -1))
 
 
 def quadrature_rule(method: str = "riemann_right", n_steps: int = 20) -> QuadratureRule:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tn_lens.core.errors import BadInput
@@ -116,6 +116,10 @@ class Attribution(ScoreSource, Stored):
     """Attr_t, if it was attributed separately."""
     wrong: Mapping[str, Float[Tensor, "prompt layer _"]] | None = None
     """Attr_f, if it was attributed separately."""
+    error: Mapping[str, Float[Tensor, "prompt layer"]] | None = None
+    """Estimated largest error of a layer's D, in the unit of D; None if the method does not estimate it."""
+    n_nodes: Mapping[str, Shaped[Tensor, "prompt layer"]] | None = None
+    """Number of nodes at which the path was evaluated; None for methods that have none."""
     engine: str = "direct"
     """The engine that was used."""
     pass_size: tuple[int, int] = ONE_ROW
@@ -134,7 +138,7 @@ class Attribution(ScoreSource, Stored):
         def pick(scores: Mapping[SiteName, Tensor] | None) -> dict[SiteName, Tensor] | None:
             return None if scores is None else {site: values[place : place + 1] for site, values in scores.items()}
 
-        names = ("difference", "change", "right", "wrong")
+        names = ("difference", "change", "right", "wrong", "error", "n_nodes")
         picked = {name: pick(getattr(self, name)) for name in names}
         return replace(self, prompts=self.prompts[place : place + 1], **picked)
 

@@ -19,6 +19,8 @@ from tn_lens.core.options import (
 )
 
 GIB = 2**30
+MAX_NODES = 512
+"""Default of the largest number of nodes at one site and layer of a prompt."""
 MAX_MEMORY = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 """Memory limit of one pass of the shared-prefix engine in bytes, besides the weights, by device type. Device types that
 are not listed use the value of the CPU.
@@ -77,6 +79,13 @@ class Settings:
     """Number of interpolation steps m (paper eq. 4)."""
     method: str = _option("riemann_right", "Attribution method; use 'graded' for post-norm models.")
     """Name of a registered attribution method; see `tn_lens.core.options.Method` for the built-in ones."""
+    tolerance: float | None = _option(
+        None,
+        "Error of the scores, relative to the largest. Default: 0.001 for 'adaptive', 0 (all nodes) for the others.",
+    )
+    """Largest error of a prompt's scores at a site, as a fraction of its largest score; see `attribute`."""
+    max_nodes: int = _option(MAX_NODES, "Number of nodes from which 'adaptive' does not refine a layer.")
+    """Number of nodes at a site and layer of a prompt from which "adaptive" does not refine any further."""
     baseline: BaselineName = _option("zero", "Baseline of integrated gradients.")
     positions: Positions = _option("last", "Positions to interpolate.")
     sites: Sequence[str] = _option(NEURON_SITES, "Sites to attribute.")
@@ -98,7 +107,7 @@ class Settings:
 
     def of_attribution(self) -> dict[str, Any]:
         """Keyword arguments of `attribute`, without `baseline` (whose mean is computed from prompts) and `separate`."""
-        names = ("n_steps", "method", "positions", "sites", "target", "engine", "max_memory")
+        names = ("n_steps", "method", "tolerance", "max_nodes", "positions", "sites", "target", "engine", "max_memory")
         return {name: getattr(self, name) for name in names}
 
     def of_format(self) -> dict[str, Any]:

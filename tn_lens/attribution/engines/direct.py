@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.attribution.methods.integrated_gradients import replacing
 from tn_lens.attribution.methods.method import Place
+from tn_lens.attribution.methods.paths import replacing
 from tn_lens.core.options import Positions
 from tn_lens.models import Model, backend_of
 from tn_lens.models.tensors import at_least_float32
@@ -23,6 +23,7 @@ class Direct:
 
     def __init__(self, model: Model, prompt: Prompt, sites: Sequence[SiteName], positions: Positions) -> None:
         self.backend, self.prompts, self.positions = backend_of(model), [prompt], positions
+        self.precision = torch.finfo(self.backend.dtype).eps
         self.tokens = torch.tensor([prompt.token_ids], device=self.backend.device)  # [1, position]
         n_layers = self.backend.space.n_layers
         activations: dict[str, Tensor] = {}

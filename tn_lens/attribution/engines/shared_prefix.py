@@ -17,12 +17,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tn_lens.attribution.engines.direct import stack_layers
-from tn_lens.attribution.methods.integrated_gradients import ROWS_UNEMBEDDED, replacing
 from tn_lens.attribution.methods.method import Place
+from tn_lens.attribution.methods.paths import ROWS_UNEMBEDDED, replacing
 from tn_lens.attribution.result import PassSize
 from tn_lens.inference.forward import pad_left
 from tn_lens.models import Model, backend_of
@@ -31,6 +32,8 @@ from tn_lens.questions.prompts import Prompt
 
 LAYERS_PER_PASS = 8
 """Maximum number of layers whose rows run together. More layers use the hardware better, but cost memory."""
+STEPS = 20
+"""Number of steps to which LAYERS_PER_PASS applies."""
 RESERVED = 24 * 2**20
 """Bytes of `max_memory` that are reserved for buffers of matrix products and a prompt's cache, but at most half."""
 PROMPTS_PER_PASS = 16
@@ -57,8 +60,9 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
     backend = backend_of(model)
     space, size = backend.space, backend.dtype.itemsize
     n_rows = space.n_layers * n_places * (n_steps + 1)  # one more row for the baseline
-    # the rows are divided evenly among the passes
-    n_rows = math.ceil(n_rows / math.ceil(space.n_layers / LAYERS_PER_PASS))
+    # the rows are divided evenly among the passes; of few steps, more layers run together
+    layers_per_pass = LAYERS_PER_PASS * max(1, STEPS // n_steps)
+    n_rows = math.ceil(n_rows / math.ceil(space.n_layers / layers_per_pass))
     d_mlp, d_attn = space.d_mlp, space.n_heads * space.d_head
     d_cached = 2 * space.d_head * backend.n_key_value_heads  # keys and values
     row_bytes, logit_bytes = backend.bytes_per_row(n_tokens, n_rows), 5 * backend.wide_dtype.itemsize * backend.d_vocab
@@ -79,6 +83,7 @@ class SharedPrefix:
     def __init__(self, model: Model, prompts: Sequence[Prompt], sites: Sequence[SiteName]) -> None:
         backend = backend_of(model)
         self.prompts = list(prompts)
+        self.precision = torch.finfo(backend.dtype).eps
         n_layers = backend.space.n_layers
         names = {hook_name(site, layer) for site in sites for layer in range(n_layers)}
         # both [prompt, position]; padded on the left, so that the last positions are aligned

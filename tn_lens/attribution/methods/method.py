@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tn_lens.core.registry import Registry
@@ -22,6 +22,8 @@ class Engine(Protocol):
     """Prompts that were run once and can be run again with activations replaced."""
 
     prompts: list[Prompt]
+    precision: float
+    """Relative precision of the activations, the machine epsilon of their dtype."""
     own: dict[SiteName, Float[Tensor, "prompt layer position _"]]
     """The activations at the attributed positions, in at least float32."""
     logits: Float[Tensor, "prompt vocab"]
@@ -63,6 +65,10 @@ class BatchScores:
     scores: list[dict[SiteName, Float[Tensor, "prompt layer _"]]]
     change: list[dict[SiteName, Float[Tensor, "prompt layer"]]]
     """target(activation) - target(baseline)."""
+    error: dict[SiteName, Float[Tensor, "prompt layer"]] | None = None
+    """Estimated largest error of the first target's scores at a site and layer; None if it was not estimated."""
+    n_nodes: dict[SiteName, Shaped[Tensor, "prompt layer"]] | None = None
+    """Number of nodes at which the path was evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +77,11 @@ class Method:
 
     attribute: Callable[..., BatchScores]
     """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron]),
-    n_steps, and n_rows (rows in one pass)."""
+    n_steps, and n_rows (rows in one pass); with tolerance and max_nodes as well if the method has a `tolerance`."""
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
+    tolerance: float | None = None
+    """Default tolerance of a method that controls its error, 0 for one that does so only on request; None for others."""
     sees_edge: bool = False
     """Whether some nodes lie close enough to the baseline for the scores of post-norm models to be accurate."""
 
