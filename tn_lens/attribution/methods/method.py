@@ -70,10 +70,12 @@ class Method:
     """An attribution method."""
 
     attribute: Callable[..., BatchScores]
-    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron]),
-    n_steps, and n_rows (rows in one pass)."""
+    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron],
+    or [prompt, layer, neuron]), n_steps, and n_rows (rows in one pass)."""
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
+    uses_counterparts: bool = False
+    """Whether the baseline of each prompt consists of the activations of its counterpart; see `counterpart_activations`."""
     sees_edge: bool = False
     """Whether some nodes lie close enough to the baseline for the scores of post-norm models to be accurate."""
 
