@@ -215,7 +215,7 @@ def choose_pass_size(
 
 def rows_of(
     baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]], rows: slice
-) -> Mapping[SiteName, Float[Tensor, "*prompt layer _"]]:
+) -> Mapping[SiteName, Float[Tensor, "*row layer _"]]:
     """The baseline of some of the prompts, or of all if they share it."""
     return {site: values if values.ndim == 2 else values[rows] for site, values in baseline.items()}
 
