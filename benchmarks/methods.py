@@ -12,11 +12,12 @@ import csv
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 from measuring import machine, timed
@@ -26,7 +27,7 @@ from torch import Tensor
 import tn_lens as tn
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix
-from tn_lens.attribution.methods import METHODS
+from tn_lens.attribution.methods import METHODS, Engine
 from tn_lens.inference.counterparts import counterparts
 from tn_lens.models import Model
 
@@ -59,9 +60,9 @@ CANDIDATES = (
 """The methods to compare. Times are relative to the first one, which is the paper's."""
 
 
-def reference_of(n_nodes: int) -> Candidate:
+def reference_of(method: str, n_nodes: int) -> Candidate:
     """The converged integral with which the methods are compared."""
-    return Candidate(f"gausslegendre, m = {n_nodes}", {"method": "gausslegendre", "n_steps": n_nodes})
+    return Candidate(f"{method}, m = {n_nodes}", {"method": method, "n_steps": n_nodes})
 
 
 def city_questions(path: Path, n: int) -> tn.QuestionSet:
@@ -97,20 +98,19 @@ def has_counterparts(prompts: tn.PromptSet) -> bool:
 def counted_rows() -> Iterator[list[int]]:
     """Collect the number of rows of every pass of the engines, summed over the prompts of the pass."""
     counts: list[int] = []
-    originals = {engine: engine.run for engine in (Direct, SharedPrefix)}
 
-    def run(original: Any, engine: Any, paths: Any, nudges: Any) -> Tensor:
-        final = original(engine, paths, nudges)
-        counts.append(final.shape[0] * final.shape[1])
-        return final
+    def counting(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def count(engine: Engine, paths: Any, nudges: Any) -> Tensor:
+            final = run(engine, paths, nudges)
+            counts.append(final.shape[0] * final.shape[1])
+            return final
 
-    for engine, original in originals.items():
-        engine.run = lambda self, paths, nudges, original=original: run(original, self, paths, nudges)
-    try:
+        return count
+
+    with ExitStack() as stack:
+        for engine in (Direct, SharedPrefix):
+            stack.enter_context(patch.object(engine, "run", counting(engine.run)))
         yield counts
-    finally:
-        for engine, original in originals.items():
-            engine.run = original
 
 
 def flat(attribution: tn.Attribution, site: str) -> np.ndarray:
@@ -131,6 +131,11 @@ def jaccard(one: set[int], other: set[int]) -> float:
 def strongest(scores: np.ndarray, n: int) -> list[int]:
     """The indices of the `n` highest scores; of equal ones, those of the lowest indices."""
     return np.argsort(-scores, kind="stable")[:n].tolist()
+
+
+def completeness_error(attribution: tn.Attribution, site: str) -> float:
+    """The mean |gap| of all prompts and layers of a site, relative to the mean |change|."""
+    return float(attribution.gap[site].abs().mean() / attribution.change[site].abs().mean())
 
 
 class Judged(NamedTuple):
@@ -159,9 +164,9 @@ def agreement(scores: np.ndarray, reference: np.ndarray, judged: Sequence[Judged
     rows: list[dict[str, float]] = []
     for own, exact, (sample, effects) in zip(scores, reference, judged, strict=True):
         by_score = set(strongest(own[sample], N_TOP))
-        row = {"correlation": stats.pearsonr(own, exact).statistic}
+        row = {"correlation": np.corrcoef(own, exact)[0, 1]}
         row |= {f"jaccard_{t:.0%}": jaccard(salient(own, t), salient(exact, t)) for t in THRESHOLDS}
-        row["effect_rank_correlation"] = stats.spearmanr(own[sample], effects).statistic
+        row["effect_rank_correlation"] = stats.spearmanr(own[sample], effects)[0]
         row["effect_top"] = len(by_score & set(strongest(effects, N_TOP))) / N_TOP
         rows.append(row)
     return {name: round(float(np.nanmean([row[name] for row in rows])), 4) for name in rows[0]}
@@ -190,7 +195,7 @@ def measure(
             n_rows, seconds = costs[candidate.label]
             row = {**about, "n_prompts": len(prompts), "reference": reference.label, "site": site}
             row |= {"method": candidate.label, **agreement(own, scores[-1], judged)}
-            row["completeness_gap"] = round(attributions[candidate.label].completeness_gap, 4)
+            row["completeness_error"] = round(completeness_error(attributions[candidate.label], site), 4)
             row |= {"rows_per_prompt": round(n_rows, 1), "relative_seconds": round(seconds / paper, 3)}
             results.append(row)
             print(row, flush=True)
@@ -208,6 +213,8 @@ separately for each site:
 - `effect`: Spearman correlation of the scores with the effect of zero-ablating each neuron alone at the last position
   (`ablation_effects`), over a sample of neurons: the 30 strongest of each method, and 100 random ones.
 - `top 10`: fraction of the ten strongest neurons of the sample, by score, that are among the ten with the largest effect.
+- `error`: completeness error, mean |gap| relative to mean |change| over prompts and layers. A reference with a large error has
+  not converged.
 - `rows`: rows that the engine runs per prompt. `time`: duration relative to riemann_right with 20 steps.
 
 Integrated gradients share out the change that all neurons of a layer cause together, but the effect is that of one neuron in the
@@ -224,12 +231,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for group in groups:
         name, questions, n_prompts, place = group
         page += f"\n## {name}, {questions}\n\n{n_prompts} prompts, on {place}.\n\n"
-        page += "| site | method | r | J 20 % | J 5 % | effect | top 10 | rows | time |\n|---|---|---|---|---|---|---|---|---|\n"
+        page += "| site | method | r | J 20 % | J 5 % | effect | top 10 | error | rows | time |\n|---|---|---|---|---|---|---|---|---|---|\n"
         for row in rows:
             if (row["model"], row["questions"], row["n_prompts"], row["machine"]) == group:
                 numbers = [row[key] for key in ("correlation", "jaccard_20%", "jaccard_5%")]
                 numbers += [row["effect_rank_correlation"], row["effect_top"]]
                 cells = [f"{number:.2f}" if abs(number) < 0.995 else f"{number:.3f}" for number in numbers]
+                cells.append(f"{100 * row['completeness_error']:.1f} %")
                 cells += [f"{row['rows_per_prompt']:.0f}", f"{row['relative_seconds']:.2f}"]
                 method = re.sub("_", r"\\_", row["method"])
                 page += f"| {row['site']} | {method} | {' | '.join(cells)} |\n"
@@ -253,6 +261,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="toy", help="name or folder of a model")
     parser.add_argument("--prompts", type=int, default=40, help="maximum number of prompts")
+    parser.add_argument("--reference-method", default="gausslegendre", help="quadrature rule of the converged integral")
     parser.add_argument("--reference-nodes", type=int, default=64, help="nodes of the converged integral")
     parser.add_argument("--dry-run", action="store_true", help="print the results without writing them")
     arguments = parser.parse_args()
@@ -269,7 +278,9 @@ def main() -> None:
     # like a run, attribute only what the model answers correctly
     prompts = tn.manipulation_check(model, prompts).prompts.chunks(arguments.prompts)[0]
     about = {"model": Path(arguments.model).name, "questions": questions.name, "machine": machine()}
-    rows = measure(model, prompts, CANDIDATES, reference_of(arguments.reference_nodes), about)
+    rows = measure(
+        model, prompts, CANDIDATES, reference_of(arguments.reference_method, arguments.reference_nodes), about
+    )
     if not arguments.dry_run:
         write(rows)
 
