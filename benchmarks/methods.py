@@ -179,7 +179,7 @@ def measure(
     candidates = [
         c for c in candidates if not METHODS[c.options["method"]].uses_counterparts or has_counterparts(prompts)
     ]
-    tn.attribute(model, prompts[:4], n_steps=2)  # warm-up, which is not measured
+    tn.attribute(model, prompts, **candidates[0].options)  # warm-up, which is not measured
     attributions, costs = {}, {}
     for candidate in (*candidates, reference):
         with counted_rows() as rows:
