@@ -15,7 +15,6 @@ import json
 import random
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -90,17 +90,17 @@ def gradient_times_activation(
 
 def test_an_attribution_method(toy: Any, toy_questions: tn.QuestionSet, registered: Any, tmp_path: Path) -> None:
     method = Method(attribute=gradient_times_activation, check=lambda n_steps: None)
-    registered(METHODS, "gradient_x_activation", method)
+    registered(METHODS, "gradient_at_activation", method)
     prompt = tn.build_prompts(toy, toy_questions[:1], order="given")[0]
-    scores = tn.attribute(toy, prompt, method="gradient_x_activation")
+    scores = tn.attribute(toy, prompt, method="gradient_at_activation")
     one_node = tn.attribute(toy, prompt, n_steps=1)  # a single Riemann node at alpha = 1 gives the same scores
     for site in scores.difference:
         torch.testing.assert_close(scores.difference[site], one_node.difference[site], atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(scores.change[site], one_node.change[site], atol=1e-6, rtol=1e-4)
-    found = run(toy, toy_questions, tmp_path / "run", method="gradient_x_activation")
-    assert found.settings.method == "gradient_x_activation"
+    found = run(toy, toy_questions, tmp_path / "run", method="gradient_at_activation")
+    assert found.settings.method == "gradient_at_activation"
     assert len(found.neurons)
-    assert "gradient_x_activation" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "gradient_at_activation" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_question_set(toy: Any, toy_questions: tn.QuestionSet, registered: Any, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_estimate_is_not_smaller_than_a_tenth_of_the_error_of_a_panel() -> N
     generator = np.random.default_rng(0)
     for _ in range(200):
         frequency, phase, power = generator.uniform(0.5, 30), generator.uniform(0, 6), generator.uniform(1, 5)
-        layers = (lambda n, a=frequency, b=phase, c=power: torch.sin(a * n[..., 0] + b) * n[..., 1] ** c,)  # noqa: B023
+        layers = (lambda n, a=frequency, b=phase, c=power: torch.sin(a * n[..., 0] + b) * n[..., 1] ** c,)
         scores = integrated(*layers, max_nodes=5)
         assert scores.error is not None
         error = (scores.scores[0]["mlp"][0] - true_scores(*layers)).abs().amax(1)

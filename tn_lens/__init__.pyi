@@ -15,6 +15,7 @@ from .inference.manipulation import ManipulationCheck as ManipulationCheck
 from .inference.manipulation import manipulation_check as manipulation_check
 from .inference.means import mean_activations as mean_activations
 from .attribution.attribute import attribute as attribute
+from .attribution.ablation import ablation_effects as ablation_effects
 from .attribution.quadrature import quadrature_rule as quadrature_rule
 from .attribution.result import Attribution as Attribution
 from .selection.select import select_neurons as select_neurons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -12,14 +13,21 @@ from torch import Tensor
 
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix, plan, unsupported
-from tn_lens.attribution.methods import METHODS, BatchScores
+from tn_lens.attribution.methods import METHODS, BatchScores, Method
 from tn_lens.attribution.quadrature import MOST_STEPS, N_INNER, N_NODES
 from tn_lens.attribution.result import Attribution, PassSize
-from tn_lens.attribution.target import TARGETS, Target, probability_difference, right_probability, wrong_probability
+from tn_lens.attribution.target import (
+    Target,
+    probability_difference,
+    resolve_target,
+    right_probability,
+    wrong_probability,
+)
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES, BaselineName, EngineName, Positions, TargetName
 from tn_lens.core.sentences import count
 from tn_lens.core.settings import MAX_NODES, default_memory
+from tn_lens.inference.counterparts import counterpart_activations
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.isolation import isolated
@@ -27,8 +35,9 @@ from tn_lens.neurons import NeuronSpace, SiteName
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
 
-Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "layer _"]]
-"""Start of the integration path: zero activation (the paper), the mean over the prompts, or given values by site."""
+Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
+"""Start of the integration path: zero activation (the paper), the mean over the prompts, or given values by site, for all
+prompts together or for each prompt."""
 
 BATCH_SIZE = 64
 """Default number of rows (copies of the prompt) in one pass of the direct engine."""
@@ -58,8 +67,9 @@ def attribute(
         model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
         prompts: see `build_prompts` and `build_prompt`.
         n_steps: number of interpolation steps, m in the paper; not used by `"adaptive"`.
-        method: name of a registered method: a quadrature rule, see `quadrature_rule`, or `"adaptive"`, which evaluates five
-            nodes at every site and layer, and more where the estimated error exceeds the tolerance.
+        method: name of a registered method: integrated gradients with a quadrature rule (see `quadrature_rule`), or with as
+            many nodes as the tolerance takes (`"adaptive"`); `"gradient_x_activation"`; or `"attribution_patching"`, whose
+            baseline is the prompt in another order.
         tolerance: largest error of the scores of a prompt and site, as a fraction of its largest score; by default 1e-3 for
             `"adaptive"`, and 0 for the others. For these it is the deviation from the sum over all n_steps nodes, which
             takes fewer nodes where the path is smooth; 0 evaluates all of them.
@@ -88,28 +98,30 @@ def attribute(
     prompts = PromptSet.of(prompts)
     space = space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
-    attribution_method = METHODS[method]
-    attribution_method.check(n_steps)
+    attribution_method = check_method(method, n_steps, baseline, positions)
     control = _error_control(method, n_steps, tolerance, max_nodes)
     targets = _targets(target, separate, is_controlled=bool(control.get("tolerance")))
+    if attribution_method.uses_counterparts:
+        baseline = counterpart_activations(model, prompts, sites=space.sites)
     start = resolve_baseline(model, prompts, baseline, space, positions)
     engine_name = choose_engine(model, engine, positions)
-    planned = internal_batch_size or BATCH_SIZE
-    if not isinstance(planned, PassSize):
-        planned = PassSize(1, planned)
-    # planned for the longest prompt, so that all passes of a call have the same size
-    if engine_name == "shared_prefix" and internal_batch_size is None:
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        memory = max_memory or default_memory(backend_of(model).device.type)
-        n_planned = N_INNER if control.get("tolerance") else n_steps
-        planned = plan(model, longest, len(space.sites), n_planned, memory)
+    planned = choose_pass_size(
+        model,
+        prompts,
+        engine_name,
+        n_places=len(space.sites),
+        n_steps=N_INNER if control.get("tolerance") else n_steps,
+        max_memory=max_memory,
+        internal_batch_size=internal_batch_size,
+    )
 
-    def scores_of(batch: Sequence[Prompt], n_rows: int) -> BatchScores:
+    def scores_of(first: int, batch: Sequence[Prompt], n_rows: int) -> BatchScores:
         shared = engine_name == "shared_prefix"
         prepared = (
             SharedPrefix(model, batch, space.sites) if shared else Direct(model, batch[0], space.sites, positions)
         )
-        options = {"targets": targets, "baseline": start, "n_steps": n_steps, "n_rows": n_rows, **control}
+        begin = rows_of(start, slice(first, first + len(batch)))
+        options = {"targets": targets, "baseline": begin, "n_steps": n_steps, "n_rows": n_rows, **control}
         return attribution_method.attribute(prepared, **options)
 
     results = _Results(model, prompts, space, len(targets))
@@ -117,7 +129,7 @@ def attribute(
     for first in track(range(0, len(prompts), planned.n_prompts), "attribution"):
         last = min(first + planned.n_prompts, len(prompts))
         while first < last:  # more than once if memory runs out
-            batch, size = _within_memory(scores_of, prompts[first:last], size)
+            batch, size = _within_memory(partial(scores_of, first), prompts[first:last], size)
             rows = slice(first, min(first + size.n_prompts, last))
             results.put(rows, batch)
             first = rows.stop
@@ -179,12 +191,7 @@ def _targets(target: Target | TargetName, separate: bool, *, is_controlled: bool
 
     With `separate`, the probability difference is omitted, since D = Attr_t - Attr_f, unless its own error is controlled.
     """
-    if isinstance(target, str):
-        if target not in TARGETS:
-            raise BadInput(
-                f"unknown target {target!r}: expected {', '.join(TARGETS)}, or a function of the logits at the last position"
-            )
-        target = TARGETS[target]
+    target = resolve_target(target)
     targets: list[Target] = [right_probability, wrong_probability] if separate else []
     is_implied = separate and target is probability_difference and not is_controlled
     return targets if is_implied else [target, *targets]
@@ -210,6 +217,51 @@ def _error_control(method: str, n_steps: int, tolerance: float | None, max_nodes
         raise BadInput(f"max_nodes must be a whole number from {N_NODES} to {MOST_STEPS:,}; got {max_nodes!r}")
     # a panel has as many nodes, so that there is nothing to save
     return {"tolerance": float(wanted) if method == "adaptive" or n_steps > N_NODES else 0.0, "max_nodes": max_nodes}
+
+
+def check_method(method: str, n_steps: int, baseline: Baseline, positions: Positions) -> Method:
+    """The method of this name.
+
+    Raises:
+        BadInput: the name is unknown, or the method cannot be used with these options.
+    """
+    found = METHODS[method]
+    found.check(n_steps)
+    is_zero = isinstance(baseline, str) and baseline == "zero"
+    if found.uses_counterparts and not (is_zero and positions == "last"):
+        raise BadInput(
+            f"{method} takes its baseline from the last position of each question in another order; leave out baseline and "
+            "positions, or use gradient_x_activation for another baseline"
+        )
+    return found
+
+
+def choose_pass_size(
+    model: Model,
+    prompts: PromptSet,
+    engine: Literal["shared_prefix", "direct"],
+    *,
+    n_places: int,
+    n_steps: int,
+    max_memory: int | None,
+    internal_batch_size: int | PassSize | None,
+) -> PassSize:
+    """Numbers of prompts and rows in one pass: the given ones, or those that the memory limit of the engine allows."""
+    if isinstance(internal_batch_size, PassSize):
+        return internal_batch_size
+    if engine == "direct" or internal_batch_size is not None:
+        return PassSize(1, internal_batch_size or BATCH_SIZE)
+    # planned for the longest prompt, so that all passes of a call have the same size
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    memory = max_memory or default_memory(backend_of(model).device.type)
+    return plan(model, longest, n_places, n_steps, memory)
+
+
+def rows_of(
+    baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]], rows: slice
+) -> Mapping[SiteName, Float[Tensor, "*row layer _"]]:
+    """The baseline of some of the prompts, or of all if they share it."""
+    return {site: values if values.ndim == 2 else values[rows] for site, values in baseline.items()}
 
 
 def _check_arguments(
@@ -288,7 +340,12 @@ def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Lit
 def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | None:
     """The warning about a zero baseline in a model that normalizes after W_O and W_out; None if it does not apply."""
     is_zero = isinstance(baseline, str) and baseline == "zero"
-    if not backend_of(model).is_post_norm or METHODS[method].sees_edge or not is_zero:
+    if (
+        not backend_of(model).is_post_norm
+        or not is_zero
+        or METHODS[method].sees_edge
+        or METHODS[method].uses_counterparts
+    ):
         return None
     return (
         "this model normalizes after W_O and W_out, so f(alpha z) hardly depends on alpha except close to the zero baseline, "
@@ -299,8 +356,10 @@ def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | No
 
 def resolve_baseline(
     model: Model, prompts: PromptSet, baseline: Baseline, space: NeuronSpace, positions: Positions
-) -> Mapping[SiteName, Float[Tensor, "layer _"]]:
-    """The values of a named baseline, or given values after validation, on the model's device.
+) -> Mapping[SiteName, Float[Tensor, "*prompt layer _"]]:
+    """The values of a named baseline, or given values after validation.
+
+    Values that all prompts share are moved to the model's device; those of single prompts may need too much of its memory.
 
     Raises:
         BadInput: the name is unknown, or the values have the wrong shape.
@@ -317,10 +376,11 @@ def resolve_baseline(
     else:
         values = baseline
     for site, expected in shapes.items():
-        if site not in values or tuple(values[site].shape) != expected:
+        if site not in values or tuple(values[site].shape) not in (expected, (len(prompts), *expected)):
             given = tuple(values[site].shape) if site in values else "nothing"
             raise BadInput(f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, got {given}")
-    return {site: values[site].to(backend_of(model).device) for site in space.sites}
+    device = backend_of(model).device
+    return {site: values[site].to(device) if values[site].ndim == 2 else values[site] for site in space.sites}
 
 
 def _refuse_not_finite(scores: Float[Tensor, "prompt layer neuron"], site: SiteName, model: Model) -> None:

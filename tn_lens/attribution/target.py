@@ -8,6 +8,8 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
+from tn_lens.core.errors import BadInput
+from tn_lens.core.options import TargetName
 from tn_lens.questions.prompts import Prompt
 
 Target: TypeAlias = Callable[[Float[Tensor, "row vocab"], Prompt], Float[Tensor, " row"]]
@@ -49,3 +51,18 @@ TARGETS: Mapping[str, Target] = {
     "log_ratio": log_ratio,
 }
 """The targets by name."""
+
+
+def resolve_target(target: Target | TargetName) -> Target:
+    """The function of a named target, or the given function.
+
+    Raises:
+        BadInput: the name is unknown.
+    """
+    if not isinstance(target, str):
+        return target
+    if target not in TARGETS:
+        raise BadInput(
+            f"unknown target {target!r}: expected {', '.join(TARGETS)}, or a function of the logits at the last position"
+        )
+    return TARGETS[target]

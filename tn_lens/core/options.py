@@ -14,9 +14,18 @@ BackendName = Literal["hooked", "bridge"]
 Order = Literal["random", "both", "given"]
 """Order of the choices: one random order (the paper), every cyclic rotation, or the order given in the question."""
 
-Method = Literal["riemann_right", "riemann_middle", "riemann_trapezoid", "gausslegendre", "graded", "adaptive"]
-"""Built-in attribution methods. All are integrated gradients: with a quadrature rule, called by captum's name if captum has
-it, or with as many nodes as a tolerance takes."""
+Method = Literal[
+    "riemann_right",
+    "riemann_middle",
+    "riemann_trapezoid",
+    "gausslegendre",
+    "graded",
+    "adaptive",
+    "gradient_x_activation",
+    "attribution_patching",
+]
+"""Built-in attribution methods: integrated gradients with a quadrature rule (rules that captum also has are called by captum's
+names) or with as many nodes as a tolerance takes, and two methods that take a single gradient, at the activation."""
 
 BaselineName = Literal["zero", "mean"]
 """Baseline of integrated gradients: zero activation (the paper) or the mean activation over the prompts."""

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from tn_lens.attribution.attribute import attribute
+from tn_lens.attribution.methods import METHODS
 from tn_lens.attribution.result import at_neurons
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored
@@ -168,11 +169,16 @@ def diagnose(
         if label_means is not None:
             right, wrong = label_means
         elif kept:
-            apart = attribute_columns(model, kept[:MOST_CASES], neurons, separate=True, **options)
+            apart = attribute_columns(model, kept.chunks(MOST_CASES)[0], neurons, separate=True, **options)
             right, wrong = apart["right"].mean(0), apart["wrong"].mean(0)
         attributed = mistaken.only(list(mistaken.groups)[:MOST_WRONG])
         if attributed:
-            columns = attribute_columns(model, attributed, neurons, **options)["difference"]
+            # a method that compares the orders of a question needs the correctly answered ones as well
+            paired = METHODS[options.get("method", "riemann_right")].uses_counterparts
+            asked = check.asked.only(attributed.groups) if paired else attributed
+            columns = attribute_columns(model, asked, neurons, **options)["difference"]
+            wanted = set(attributed)
+            columns = columns[[prompt in wanted for prompt in asked]]
             # the question is the unit of the interval: mean over its orders first
             rows = [columns[rows.start : rows.stop].mean(0) for rows in attributed.groups.values()]
             moments = Moments.of(np.stack(rows))

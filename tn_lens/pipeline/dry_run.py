@@ -50,7 +50,7 @@ def plan_run(
     prompts = build_prompts(
         model, parts.finding, order=settings.order or "random", seed=settings.seed, drop_long=drop_long
     )
-    probe = prompts[:N_PROBES]
+    probe = prompts.chunks(N_PROBES)[0]  # whole questions, since some methods compare their orders
     ask(model, probe)  # warm-up, which is not measured
     started = time.perf_counter()
     attribute(model, probe, **settings.of_attribution())

@@ -8,8 +8,7 @@ from dataclasses import fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tn_lens.attribution.attribute import choose_engine
-from tn_lens.attribution.methods import METHODS
+from tn_lens.attribution.attribute import check_method, choose_engine
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
@@ -55,7 +54,12 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
             f"separate stores Attr_t as well as D, which requires the target probability_difference; got {settings.target!r}"
         )
     intervention_called(settings.intervention)
-    METHODS[settings.method].check(settings.n_steps)
+    method = check_method(settings.method, settings.n_steps, settings.baseline, settings.positions)
+    if method.uses_counterparts and settings.order != "both":
+        raise BadInput(
+            f"{settings.method} compares each prompt with the same question in another order; use order='both' "
+            f"(--order both) instead of {settings.order!r}"
+        )
     generator(settings.seed)
     return replace(settings, engine=choose_engine(model, settings.engine, settings.positions))
 

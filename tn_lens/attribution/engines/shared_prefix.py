@@ -61,7 +61,7 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
     space, size = backend.space, backend.dtype.itemsize
     n_rows = space.n_layers * n_places * (n_steps + 1)  # one more row for the baseline
     # the rows are divided evenly among the passes; of few steps, more layers run together
-    layers_per_pass = LAYERS_PER_PASS * max(1, STEPS // n_steps)
+    layers_per_pass = LAYERS_PER_PASS * max(1, STEPS // max(1, n_steps))
     n_rows = math.ceil(n_rows / math.ceil(space.n_layers / layers_per_pass))
     d_mlp, d_attn = space.d_mlp, space.n_heads * space.d_head
     d_cached = 2 * space.d_head * backend.n_key_value_heads  # keys and values

@@ -34,7 +34,7 @@ def integrate(
     *,
     rule: QuadratureRule,
     targets: Sequence[Target],
-    baseline: Mapping[SiteName, Float[Tensor, "layer _"]],
+    baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]],
     n_rows: int,
 ) -> BatchScores:
     """Integrate the gradients of every target for every layer of every site with all nodes of a rule.

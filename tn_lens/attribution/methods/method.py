@@ -76,12 +76,15 @@ class Method:
     """An attribution method."""
 
     attribute: Callable[..., BatchScores]
-    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron]),
-    n_steps, and n_rows (rows in one pass); with tolerance and max_nodes as well if the method has a `tolerance`."""
+    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron],
+    or [prompt, layer, neuron]), n_steps, and n_rows (rows in one pass); with tolerance and max_nodes as well if the method
+    has a `tolerance`."""
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
     tolerance: float | None = None
     """Default tolerance of a method that controls its error, 0 for one that does so only on request; None for others."""
+    uses_counterparts: bool = False
+    """Whether the baseline of each prompt consists of the activations of its counterpart; see `counterpart_activations`."""
     sees_edge: bool = False
     """Whether some nodes lie close enough to the baseline for the scores of post-norm models to be accurate."""
 

@@ -30,20 +30,26 @@ Alphas: TypeAlias = Mapping[Place, Float[Tensor, "_ node"]]
 class Paths:
     """The straight paths of all sites and layers, from the baseline to the activations of the prompts."""
 
-    def __init__(self, engine: Engine, baseline: Mapping[SiteName, Float[Tensor, "layer _"]]) -> None:
+    def __init__(self, engine: Engine, baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]]) -> None:
         self.engine = engine
         n_layers = next(iter(engine.own.values())).shape[1]
         self.places: list[Place] = [(site, layer) for layer in range(n_layers) for site in engine.own]
-        start = {site: baseline[site].to(activation) for site, activation in engine.own.items()}
-        self.delta = {site: activation - start[site][:, None] for site, activation in engine.own.items()}
+        # [prompt, layer, position, neuron], with one prompt if all prompts share the baseline
+        start = {
+            site: baseline[site].to(activation).reshape(-1, n_layers, 1, activation.shape[-1])
+            for site, activation in engine.own.items()
+        }
+        self.delta = {site: activation - start[site] for site, activation in engine.own.items()}
         """n - n', [prompt, layer, position, neuron]."""
         self.start: dict[Place, Tensor] = {}
         self.direction: dict[Place, Tensor] = {}
         for site, layer in self.places:
-            # the baseline and all prompts' differences go through the engine's linear map together
-            begin = start[site][layer].expand_as(engine.own[site][:1, layer])
+            # the baselines and all prompts' differences go through the engine's linear map together
+            begin = start[site][:, layer].expand(-1, self.delta[site].shape[2], -1)
             carried = engine.carry((site, layer), torch.cat([begin, self.delta[site][:, layer]]))
-            self.start[site, layer], self.direction[site, layer] = carried[0, 0], carried[1:]
+            # [prompt, 1 (all nodes), 1 (all positions), vector] and [prompt, position, vector]
+            n = len(begin)
+            self.start[site, layer], self.direction[site, layer] = carried[:n, None, :1], carried[n:]
 
     def points(self, place: Place, alphas: Float[Tensor, "_ node"]) -> Float[Tensor, "prompt node position _"]:
         """The points of a path at some nodes."""

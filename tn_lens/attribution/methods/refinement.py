@@ -79,7 +79,7 @@ def integrate_adaptively(
     engine: Engine,
     *,
     targets: Sequence[Target],
-    baseline: Mapping[SiteName, Float[Tensor, "layer _"]],
+    baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]],
     n_rows: int,
     tolerance: float,
     max_nodes: int,
@@ -105,7 +105,7 @@ def sum_adaptively(
     *,
     rule: QuadratureRule,
     targets: Sequence[Target],
-    baseline: Mapping[SiteName, Float[Tensor, "layer _"]],
+    baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]],
     n_rows: int,
     tolerance: float,
 ) -> BatchScores:
@@ -141,7 +141,7 @@ class _RefinedPaths:
         self,
         engine: Engine,
         targets: Sequence[Target],
-        baseline: Mapping[SiteName, Float[Tensor, "layer _"]],
+        baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]],
         n_rows: int,
         panel: Panel,
     ) -> None:
