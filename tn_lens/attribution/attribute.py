@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -16,9 +17,10 @@ from tn_lens.attribution.methods import METHODS, BatchScores
 from tn_lens.attribution.result import Attribution, PassSize
 from tn_lens.attribution.target import TARGETS, Target, probability_difference, right_probability, wrong_probability
 from tn_lens.core.errors import BadInput
-from tn_lens.core.options import NEURON_SITES, BaselineName, EngineName, Positions, TargetName
+from tn_lens.core.options import NEURON_SITES, BaselineInput, BaselineName, EngineName, Positions, TargetName
 from tn_lens.core.sentences import count
 from tn_lens.core.settings import default_memory
+from tn_lens.inference.baselines import input_activations
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.isolation import isolated
@@ -26,8 +28,9 @@ from tn_lens.neurons import NeuronSpace, SiteName
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
 
-Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "layer _"]]
-"""Start of the integration path: zero activation (the paper), the mean over the prompts, or given values by site."""
+Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
+"""Start of the integration path: zero activation, the mean over the prompts, the activation on a baseline input, or given values
+by site, for all prompts [layer, neuron] or for each [prompt, layer, neuron]."""
 
 BATCH_SIZE = 64
 """Default number of rows (copies of the prompt) in one pass of the direct engine."""
@@ -41,6 +44,7 @@ def attribute(
     n_steps: int = 20,
     method: str = "riemann_right",
     baseline: Baseline = "zero",
+    baseline_input: BaselineInput = "end_of_text",
     positions: Positions = "last",
     sites: Sequence[SiteName] | SiteName = NEURON_SITES,
     target: Target | TargetName = "probability_difference",
@@ -57,6 +61,7 @@ def attribute(
         n_steps: number of interpolation steps, m in the paper.
         method: name of a registered method; the built-in ones differ in the quadrature rule, see `quadrature_rule`.
         baseline: start of the integration path; see `mean_activations` for means over other prompts.
+        baseline_input: input whose activations are the baseline `"input"`; see `tn_lens.inference.baselines`.
         positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
             prompt together and sums the scores over positions.
         sites: names of registered sites: `"mlp"` (hook_post), `"attn"` (hook_z), or the residual stream's.
@@ -83,7 +88,7 @@ def attribute(
     attribution_method = METHODS[method]
     attribution_method.check(n_steps)
     targets = _targets(target, separate)
-    start = resolve_baseline(model, prompts, baseline, space, positions)
+    start = resolve_baseline(model, prompts, baseline, space, positions, baseline_input)
     engine_name = choose_engine(model, engine, positions)
     planned = internal_batch_size or BATCH_SIZE
     if not isinstance(planned, PassSize):
@@ -94,19 +99,20 @@ def attribute(
         memory = max_memory or default_memory(backend_of(model).device.type)
         planned = plan(model, longest, len(space.sites), n_steps, memory)
 
-    def scores_of(batch: Sequence[Prompt], n_rows: int) -> BatchScores:
+    def scores_of(first: int, batch: Sequence[Prompt], n_rows: int) -> BatchScores:
         shared = engine_name == "shared_prefix"
+        begin = {site: v if v.ndim == 2 else v[first : first + len(batch)] for site, v in start.items()}
         prepared = (
             SharedPrefix(model, batch, space.sites) if shared else Direct(model, batch[0], space.sites, positions)
         )
-        return attribution_method.attribute(prepared, targets=targets, baseline=start, n_steps=n_steps, n_rows=n_rows)
+        return attribution_method.attribute(prepared, targets=targets, baseline=begin, n_steps=n_steps, n_rows=n_rows)
 
     results = _Results(model, prompts, space, len(targets))
     size = planned
     for first in track(range(0, len(prompts), planned.n_prompts), "attribution"):
         last = min(first + planned.n_prompts, len(prompts))
         while first < last:  # more than once if memory runs out
-            batch, size = _within_memory(scores_of, prompts[first:last], size)
+            batch, size = _within_memory(partial(scores_of, first), prompts[first:last], size)
             rows = slice(first, min(first + size.n_prompts, last))
             results.put(rows, batch)
             first = rows.stop
@@ -240,9 +246,13 @@ def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Lit
     return "direct"
 
 
-def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | None:
+def post_norm_warning(
+    model: Model, method: str, baseline: Baseline, baseline_input: BaselineInput = "end_of_text"
+) -> str | None:
     """The warning about a zero baseline in a model that normalizes after W_O and W_out; None if it does not apply."""
-    is_zero = isinstance(baseline, str) and baseline == "zero"
+    # these models have no biases, so zero embeddings give zero activations
+    zeros = ("zero",) if baseline_input != "zero_embeddings" else ("zero", "input")
+    is_zero = isinstance(baseline, str) and baseline in zeros
     if not backend_of(model).is_post_norm or METHODS[method].sees_edge or not is_zero:
         return None
     return (
@@ -252,14 +262,35 @@ def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | No
     )
 
 
+def check_baseline(baseline: Baseline, positions: Positions) -> None:
+    """Check that a baseline is defined at the attributed positions.
+
+    Raises:
+        BadInput: the activation on a baseline input was requested at all positions.
+    """
+    if isinstance(baseline, str) and baseline == "input" and positions == "all":
+        raise BadInput(
+            "the baseline 'input' is an activation at the last position, but positions is 'all'; use positions='last', or the "
+            "baseline 'zero' or 'mean'"
+        )
+
+
 def resolve_baseline(
-    model: Model, prompts: PromptSet, baseline: Baseline, space: NeuronSpace, positions: Positions
-) -> Mapping[SiteName, Float[Tensor, "layer _"]]:
-    """The values of a named baseline, or given values after validation, on the model's device.
+    model: Model,
+    prompts: PromptSet,
+    baseline: Baseline,
+    space: NeuronSpace,
+    positions: Positions,
+    baseline_input: BaselineInput = "end_of_text",
+) -> Mapping[SiteName, Float[Tensor, "*prompt layer _"]]:
+    """The values of a named baseline, or given values after validation.
+
+    Values that all prompts share are on the model's device; those of single prompts stay where they are.
 
     Raises:
         BadInput: the name is unknown, or the values have the wrong shape.
     """
+    check_baseline(baseline, positions)
     shapes = {site: (space.n_layers, space.width(site)) for site in space.sites}
     if isinstance(baseline, str):
         match baseline:
@@ -267,15 +298,21 @@ def resolve_baseline(
                 values = {site: torch.zeros(shape) for site, shape in shapes.items()}
             case "mean":
                 values = mean_activations(model, prompts, positions=positions, sites=space.sites)
+            case "input":
+                values = input_activations(model, prompts, baseline_input, sites=space.sites)
             case _:
-                raise BadInput(f"expected baseline 'zero', 'mean' or a tensor per site, got {baseline!r}")
+                raise BadInput(f"expected baseline 'zero', 'mean', 'input' or a tensor per site, got {baseline!r}")
     else:
         values = baseline
     for site, expected in shapes.items():
-        if site not in values or tuple(values[site].shape) != expected:
-            given = tuple(values[site].shape) if site in values else "nothing"
-            raise BadInput(f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, got {given}")
-    return {site: values[site].to(backend_of(model).device) for site in space.sites}
+        given = tuple(values[site].shape) if site in values else "nothing"
+        if given not in (expected, (len(prompts), *expected)):
+            raise BadInput(
+                f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, or {(len(prompts), *expected)} with "
+                f"one row per prompt, got {given}"
+            )
+    device = backend_of(model).device
+    return {site: values[site].to(device) if values[site].ndim == 2 else values[site] for site in space.sites}
 
 
 def _refuse_not_finite(scores: Float[Tensor, "prompt layer neuron"], site: SiteName, model: Model) -> None:

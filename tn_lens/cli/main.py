@@ -59,6 +59,7 @@ def run(
     revision: options.Revision = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
+    preset: options.Preset = None,
     drop_long: options.DropLong = False,
     force: Annotated[
         bool, typer.Option(help="Continue even if the manipulation check keeps too few questions.")
@@ -82,7 +83,9 @@ def run(
     from tn_lens.runs.workers import workers
 
     hf_logging.disable_progress_bar()
-    asked, settings = load_questions(questions), Settings(**given)
+    values = options.only_given(given)
+    settings = Settings(**values) if preset is None else Settings.preset(preset, **values)
+    asked = load_questions(questions)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
     loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
@@ -122,7 +125,7 @@ def select(
     from tn_lens.selection.stored import StoredScores
 
     scores = StoredScores.load(folder)
-    changes = {name: value for name, value in {"adaptive_threshold": t, **given}.items() if value is not None}
+    changes = options.only_given({"adaptive_threshold": t, **given})
     settings = replace(settings_of(read_manifest(folder / "manifest.json")["settings"]), **changes)
     threshold: Any = settings.adaptive_threshold
     if threshold == "auto":

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tn_lens.attribution.attribute import choose_engine
+from tn_lens.attribution.attribute import check_baseline, choose_engine
 from tn_lens.attribution.methods import METHODS
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
@@ -54,6 +54,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
         raise BadInput(
             f"separate stores Attr_t as well as D, which requires the target probability_difference; got {settings.target!r}"
         )
+    check_baseline(settings.baseline, settings.positions)
     intervention_called(settings.intervention)
     METHODS[settings.method].check(settings.n_steps)
     generator(settings.seed)

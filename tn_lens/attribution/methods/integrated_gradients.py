@@ -41,7 +41,7 @@ def integrate(
     *,
     rule: QuadratureRule,
     targets: Sequence[Target],
-    baseline: Mapping[SiteName, Float[Tensor, "layer _"]],
+    baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]],
     n_rows: int,
 ) -> BatchScores:
     """Integrate the gradients of every target for every layer of every site, one row for each (site, layer, node).
@@ -54,7 +54,7 @@ def integrate(
         engine: an engine that has run the prompts once.
         rule: nodes and weights of the quadrature.
         targets: functions of the last logits.
-        baseline: activations at which the paths begin, by site.
+        baseline: activations at which the paths begin, by site; for all prompts, or one row per prompt.
         n_rows: number of rows in one pass.
     """
     paths = Paths(engine, rule, baseline)
@@ -79,21 +79,26 @@ class Paths:
     """
 
     def __init__(
-        self, engine: Engine, rule: QuadratureRule, baseline: Mapping[SiteName, Float[Tensor, "layer _"]]
+        self, engine: Engine, rule: QuadratureRule, baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
     ) -> None:
         self.engine, self.rule = engine, rule
         n_layers = next(iter(engine.own.values())).shape[1]
         self.places: list[Place] = [(site, layer) for layer in range(n_layers) for site in engine.own]
-        start = {site: baseline[site].to(activation) for site, activation in engine.own.items()}
-        self.delta = {site: activation - start[site][:, None] for site, activation in engine.own.items()}
+        # [1 or prompt, layer, 1, neuron]: one row that all prompts share, or one per prompt
+        start = {
+            site: baseline[site].to(activation).reshape(-1, n_layers, 1, activation.shape[-1])
+            for site, activation in engine.own.items()
+        }
+        self.delta = {site: activation - start[site] for site, activation in engine.own.items()}
         """n - n', [prompt, layer, position, neuron]."""
         self.start: dict[Place, Tensor] = {}
         self.direction: dict[Place, Tensor] = {}
         for site, layer in self.places:
-            # the baseline and all prompts' differences go through the engine's linear map together
-            begin = start[site][layer].expand_as(engine.own[site][:1, layer])
-            carried = engine.carry((site, layer), torch.cat([begin, self.delta[site][:, layer]]))
-            self.start[site, layer], self.direction[site, layer] = carried[0, 0], carried[1:]
+            # the baselines and all prompts' differences go through the engine's linear map together
+            delta, begin = self.delta[site][:, layer], start[site][:, layer]
+            carried = engine.carry((site, layer), torch.cat([begin.expand(-1, delta.shape[1], -1), delta]))
+            # [1 or prompt, 1, position, vector] and [prompt, position, vector]
+            self.start[site, layer], self.direction[site, layer] = carried[: len(begin), None], carried[len(begin) :]
         self.nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes])
         self.weight_at_end = float(rule.weights[rule.nodes == 1].sum())
         # at alpha = 1 nothing is replaced: one row serves all places

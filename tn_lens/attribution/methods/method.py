@@ -70,8 +70,8 @@ class Method:
     """An attribution method."""
 
     attribute: Callable[..., BatchScores]
-    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron]),
-    n_steps, and n_rows (rows in one pass)."""
+    """Called with an engine and the keyword arguments targets (a list of `Target`), baseline (site -> [layer, neuron], or
+    [prompt, layer, neuron] if it differs between the engine's prompts), n_steps, and n_rows (rows in one pass)."""
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
     sees_edge: bool = False
