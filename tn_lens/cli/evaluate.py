@@ -77,7 +77,7 @@ def evaluate(
     provenance, found = run_of(folder) if folder else (Provenance(settings={}), NeuronSet.load(str(neurons)))
     if model is None and not provenance.model_source:
         raise BadInput("expected a model; give one with --model")
-    chosen = Settings(**options.only_given(settings))
+    chosen = Settings(**settings)
     intervention = retest.intervention_of(mode, factor=factor, positions=positions, seed=chosen.seed)
     reading = {"n_shots": chosen.n_shots, "wrong_answers": wrong_answers, "strict": strict}
     sets = load_sets(on or [], limit=chosen.limit, seed=chosen.seed, asked_as=chosen.of_format(), **reading)

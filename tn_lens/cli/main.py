@@ -51,6 +51,7 @@ def top(
 @app.command()
 @options.with_settings()
 def run(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
     questions: Annotated[str, typer.Option(help="A .csv or .jsonl file, truthfulqa, triviaqa, mmlu, or toy.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; the run is resumed if the folder contains it.")] = None,
@@ -83,8 +84,7 @@ def run(
     from tn_lens.runs.workers import workers
 
     hf_logging.disable_progress_bar()
-    values = options.only_given(given)
-    settings = Settings(**values) if preset is None else Settings.preset(preset, **values)
+    settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
     asked = load_questions(questions)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
@@ -125,7 +125,7 @@ def select(
     from tn_lens.selection.stored import StoredScores
 
     scores = StoredScores.load(folder)
-    changes = options.only_given({"adaptive_threshold": t, **given})
+    changes = {name: value for name, value in {"adaptive_threshold": t, **given}.items() if value is not None}
     settings = replace(settings_of(read_manifest(folder / "manifest.json")["settings"]), **changes)
     threshold: Any = settings.adaptive_threshold
     if threshold == "auto":

@@ -29,7 +29,7 @@ Preset: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar=f"<{'|'.join(PRESETS)}>",
-        help="Values of several settings (baseline, method, steps, order); options that are given take precedence.",
+        help="Values of several settings; options that are given take precedence. Default: the defaults below.",
     ),
 ]
 DropLong: TypeAlias = Annotated[bool, typer.Option(help="Leave out questions that exceed the context window.")]
@@ -52,12 +52,11 @@ def choices(names: Sequence[str]) -> str:
 def with_settings(*names: str, unset: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each of these settings; the command receives them as keyword arguments.
 
-    Name, type and help of an option are those of the field of `Settings`. The value is None if the option is not given, see
-    `only_given`; the help shows the field's default.
+    Name, type, help and default of an option are those of the field of `Settings`.
 
     Args:
         names: fields of `Settings`; all by default.
-        unset: whether the help shows no defaults, for commands whose defaults are the settings of a run.
+        unset: whether the default of every option is None, for commands whose defaults are the settings of a run.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -74,40 +73,28 @@ def with_settings(*names: str, unset: bool = False) -> Callable[[Callable[..., N
 def _parameter(field: Field[Any], unset: bool) -> inspect.Parameter:
     """The parameter of a command that sets a field of `Settings`."""
     hint: Any = get_type_hints(Settings)[field.name]
+    default: Any = field.default
     details: dict[str, Any] = {"help": field.metadata["help"], "rich_help_panel": "Settings"}
     if field.name in CONVERTED:
         hint, details["callback"] = CONVERTED[field.name]
     elif get_origin(hint) is Sequence:
-        hint, details["callback"] = list[str], lambda values: tuple(values) if values else None
+        hint, default, details["callback"] = list[str], list(default), lambda values: tuple(values)
     if field.name in BUILT_IN:
         details["metavar"] = choices(BUILT_IN[field.name])
-    details["show_default"] = not unset and _default_shown(field)
     flags = [field.metadata["flag"]] if field.metadata["flag"] else []
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[hint | None, typer.Option(*flags, **details)],
+        default=None if unset else default,
+        annotation=Annotated[hint | None if unset else hint, typer.Option(*flags, **details)],
     )
 
 
-def _default_shown(field: Field[Any]) -> str | Literal[False]:
-    """The default of a setting as the help shows it; False if there is none to show."""
-    match field.default:
-        case None | "" | ():
-            return False
-        case bool() as value:
-            name = field.name.replace("_", "-")
-            return name if value else f"no-{name}"
-        case tuple() as values:
-            return ", ".join(values)
-        case value:
-            return str(value)
-
-
-def only_given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings whose options were given on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
+def only_given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the options that were given on the command line, without defaults."""
+    # the enumeration of sources has different classes in typer and click
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: value for name, value in values.items() if (source := sources[name]) and source.name != "DEFAULT"}
 
 
 def _threshold(text: str | None) -> float | Literal["auto"] | None:
