@@ -91,8 +91,8 @@ def attribute(
     start = resolve_baseline(model, prompts, baseline, space, positions, baseline_input)
     engine_name = choose_engine(model, engine, positions)
     planned = internal_batch_size or BATCH_SIZE
-    if not isinstance(planned, PassSize):
-        planned = PassSize(1, planned)
+    if not isinstance(planned, PassSize) or engine_name == "direct":  # the direct engine runs one prompt at a time
+        planned = PassSize(1, getattr(planned, "n_rows", planned))
     # planned for the longest prompt, so that all passes of a call have the same size
     if engine_name == "shared_prefix" and internal_batch_size is None:
         longest = max(len(prompt.token_ids) for prompt in prompts)
