@@ -33,7 +33,7 @@ from tn_lens.core.settings import PRESETS
 from tn_lens.inference.baselines import baseline_tokens, input_activations, padding_token
 from tn_lens.models import Model
 from tn_lens.neurons import NEURON_SITES
-from tn_lens.pipeline.settings import resolve_settings
+from tn_lens.questions.formats import FORMATS
 from tn_lens.questions.prompts import PromptSet
 from tn_lens.questions.toy import binary
 
@@ -266,23 +266,14 @@ def test_a_baseline_input_needs_the_last_position(name: BaselineInput, toy: Mode
         find_truth_neurons(toy, binary(), Settings(baseline="input", baseline_input=name, positions="all"))
 
 
-def settings_without_types(**changes: str) -> Settings:
-    """Settings whose values have not been checked by the tests."""
-    settings = Settings()
-    vars(settings).update(changes)
-    return settings
-
-
 def test_bad_baselines(toy: Model) -> None:
     prompts = build_prompts(toy, binary()[:2])
     with pytest.raises(BadInput, match=r"baseline_input must be one of 'zero_embeddings', .*; got 'silence'"):
         unwrap(baseline_tokens)(toy, prompts, "silence")  # the tests check types
-    with pytest.raises(BadInput, match=r"baseline_input must be one of .*; got 'silence'"):
-        unwrap(resolve_settings)(toy, settings_without_types(baseline_input="silence"))
     free = build_prompt(toy, prompts[0].text, right=" A", wrong=" B")
     with pytest.raises(BadInput, match="'blanked' needs prompts of build_prompts"):
         attribute(toy, free, baseline="input", baseline_input="blanked")
-    completions = build_prompts(toy, binary()[:2].with_format("completion"))
+    completions = build_prompts(toy, replace(binary()[:2], template=FORMATS["completion"]))
     with pytest.raises(BadInput, match="'blanked' needs prompts of build_prompts"):
         attribute(toy, completions, baseline="input", baseline_input="blanked")
     values = input_activations(toy, prompts)
@@ -296,7 +287,7 @@ def test_a_run_from_a_baseline_input(name: BaselineInput, toy: Model, few: Quest
     found = find_truth_neurons(toy, few, replace(QUICK, baseline="input", baseline_input=name), progress=False)
     assert found.settings.baseline_input == name
     assert found.provenance.settings["baseline_input"] == name
-    assert all(abs(gaps["change"]) < float("inf") for gaps in found.completeness.values())
+    assert all(max(map(abs, gaps["change"])) < float("inf") for gaps in found.completeness.values())
 
 
 def test_presets() -> None:

@@ -51,7 +51,7 @@ def top(
 @app.command()
 @options.with_settings()
 def run(
-    context: typer.Context,
+    context: Any,
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
     questions: Annotated[str, typer.Option(help="A .csv or .jsonl file, truthfulqa, triviaqa, mmlu, or toy.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; the run is resumed if the folder contains it.")] = None,

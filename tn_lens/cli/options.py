@@ -62,6 +62,9 @@ def with_settings(*names: str, unset: bool = False) -> Callable[[Callable[..., N
     def add(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         explicit = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        if "context" in signature.parameters:
+            # typer recognizes its context by this annotation, but passes an object of the base class
+            command.__annotations__ = {**command.__annotations__, "context": typer.Context}
         generated = [_parameter(field, unset) for field in fields(Settings) if not names or field.name in names]
         # typer reads the parameters of a command from its signature
         command.__signature__ = signature.replace(parameters=[*explicit, *generated])  # pyright: ignore
@@ -90,7 +93,7 @@ def _parameter(field: Field[Any], unset: bool) -> inspect.Parameter:
     )
 
 
-def only_given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+def only_given(context: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the options that were given on the command line, without defaults."""
     # the enumeration of sources has different classes in typer and click
     sources = {name: context.get_parameter_source(name) for name in values}
