@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from tests.conftest import contents
-from tn_lens import Settings, find_truth_neurons, load_model, load_questions, load_run
+from tn_lens import BadInput, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix
 from tn_lens.core.settings import PRESETS
 from tn_lens.questions.toy import binary
@@ -166,9 +166,12 @@ def test_given_options_take_precedence_over_a_preset(
     preset: str | None, arguments: tuple[str, ...], changes: dict, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received = []
-    monkeypatch.setattr(
-        "tn_lens.pipeline.dry_run.plan_run", lambda model, asked, settings, **_: received.append(settings)
-    )
+
+    def record(model: object, asked: object, settings: Settings, **_: object) -> None:
+        received.append(settings)
+        raise BadInput("recorded")
+
+    monkeypatch.setattr("tn_lens.pipeline.dry_run.plan_run", record)
     run(*TOY, "--dry-run", *(["--preset", preset] if preset else []), *arguments)
     expected = {**(PRESETS[preset] if preset else {}), **changes}
     values = {field.name: getattr(received[0], field.name) for field in fields(Settings)}
