@@ -143,7 +143,8 @@ def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
         rough = {f"{site} {layer}": n for (site, layer), n in known[-1][2].items() if n > 20}
         print(f"  reference {index}: {time.perf_counter() - started:.0f} s, composite at {rough}", flush=True)
     true = {
-        s: torch.stack([torch.stack([f[s, l] for l in range(n_layers)]) for f, _, _ in known]) for s in NEURON_SITES
+        s: torch.stack([torch.stack([f[s, layer] for layer in range(n_layers)]) for f, _, _ in known])
+        for s in NEURON_SITES
     }
     scale = {site: values.abs().amax((1, 2)) for site, values in true.items()}
     unconverged = sum(d > AGREEMENT["composite"] for _, differences, _ in known for d in differences.values())

@@ -82,6 +82,10 @@ CASES = [
     option("--threads", "0"),
     option("--max-memory", "0"),
     option("--order", "chaos"),
+    option("--preset", "best"),
+    option("--baseline", "one"),
+    option("--baseline", "input", "--baseline-input", "silence"),
+    option("--baseline", "input", "--positions", "all"),
     option("--sites", "mlp", "brain"),
     option("--controls", "placebo"),
     option("--intervention", "scale"),
@@ -219,6 +223,15 @@ CASES = [
     call(
         "`attribute(..., internal_batch_size=PassSize(0, 1))`",
         lambda folder, toy, few: tn.attribute(toy, tn.build_prompts(toy, few), internal_batch_size=PassSize(0, 1)),
+    ),
+    call(
+        '`attribute(..., baseline="input", baseline_input="blanked")` with `build_prompt`',
+        lambda folder, toy, few: tn.attribute(
+            toy,
+            tn.build_prompt(toy, "Question :", right=" red", wrong=" blue"),
+            baseline="input",
+            baseline_input="blanked",
+        ),
     ),
     call(
         '`attribute(..., target="truth")`',

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from tests.conftest import contents
-from tn_lens import Settings, find_truth_neurons, load_model, load_questions, load_run
+from tn_lens import BadInput, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix
+from tn_lens.core.settings import PRESETS
 from tn_lens.questions.toy import binary
 from tn_lens.questions.toy_world import facts
 from tn_lens.report.page import command, python_call
@@ -125,6 +126,9 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
         ([*TOY, "--out", "X", "--method", "riemann_trapezoid", "--n-steps", "1"], "from 2 to 10,000"),
         ([*TOY, "--out", "X", "--method", "simpson"], "unknown attribution method 'simpson'"),
         ([*TOY, "--out", "X", "--sites", "mlp", "brain"], "unknown site 'brain'"),
+        ([*TOY, "--out", "X", "--preset", "best"], "unknown preset 'best'; expected 'paper' or 'recommended'"),
+        ([*TOY, "--out", "X", "--baseline-input", "silence"], "'--baseline-input'"),
+        ([*TOY, "--out", "X", "--baseline", "input", "--positions", "all"], "the baseline 'input' is an activation at"),
         ([*TOY, "--out", "X", "--controls", "random", "placebo"], "unknown control 'placebo'"),
         ([*TOY, "--out", "X", "--intervention", "scale"], "the intervention 'scale' needs an argument"),
         ([*TOY, "--out", "X", "--t", "abc"], "'--t'"),
@@ -139,6 +143,42 @@ def test_bad_input(arguments: list[str], said: str, run: Callable, tmp_path: Pat
     assert said in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        ((), {}),
+        (("--n-steps", "3"), {"n_steps": 3}),
+        # the default of an option takes precedence too if it is given
+        (
+            ("--n-steps", "20", "--baseline", "zero", "--order=random"),
+            {"n_steps": 20, "baseline": "zero", "order": "random"},
+        ),
+        (
+            ("--sites", "mlp", "--t", "0.3", "--separate"),
+            {"sites": ["mlp"], "adaptive_threshold": 0.3, "separate": True},
+        ),
+    ],
+)
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_given_options_take_precedence_over_a_preset(
+    preset: str | None, arguments: tuple[str, ...], changes: dict, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = []
+
+    def record(model: object, asked: object, settings: Settings, **_: object) -> None:
+        received.append(settings)
+        raise BadInput("recorded")
+
+    monkeypatch.setattr("tn_lens.pipeline.dry_run.plan_run", record)
+    run(*TOY, "--dry-run", *(["--preset", preset] if preset else []), *arguments)
+    expected = {**(PRESETS[preset] if preset else {}), **changes}
+    values = {field.name: getattr(received[0], field.name) for field in fields(Settings)}
+    assert {name: values[name] for name in expected} == expected
+    others = {field.name: field.default for field in fields(Settings) if field.name not in expected}
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    assert {name: plain[name] for name in others} == others
 
 
 def test_the_version(run: Callable) -> None:

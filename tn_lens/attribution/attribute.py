@@ -24,9 +24,10 @@ from tn_lens.attribution.target import (
     wrong_probability,
 )
 from tn_lens.core.errors import BadInput
-from tn_lens.core.options import NEURON_SITES, BaselineName, EngineName, Positions, TargetName
+from tn_lens.core.options import NEURON_SITES, BaselineInput, BaselineName, EngineName, Positions, TargetName
 from tn_lens.core.sentences import count
 from tn_lens.core.settings import MAX_NODES, default_memory
+from tn_lens.inference.baselines import input_activations
 from tn_lens.inference.counterparts import counterpart_activations
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
@@ -36,8 +37,8 @@ from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
 
 Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
-"""Start of the integration path: zero activation (the paper), the mean over the prompts, or given values by site, for all
-prompts together or for each prompt."""
+"""Start of the integration path: zero activation, the mean over the prompts, the activation on a baseline input, or given values
+by site, for all prompts [layer, neuron] or for each [prompt, layer, neuron]."""
 
 BATCH_SIZE = 64
 """Default number of rows (copies of the prompt) in one pass of the direct engine."""
@@ -53,6 +54,7 @@ def attribute(
     tolerance: float | None = None,
     max_nodes: int = MAX_NODES,
     baseline: Baseline = "zero",
+    baseline_input: BaselineInput = "end_of_text",
     positions: Positions = "last",
     sites: Sequence[SiteName] | SiteName = NEURON_SITES,
     target: Target | TargetName = "probability_difference",
@@ -75,6 +77,7 @@ def attribute(
             takes fewer nodes where the path is smooth; 0 evaluates all of them.
         max_nodes: number of nodes at a site and layer of a prompt from which `"adaptive"` does not refine any further.
         baseline: start of the integration path; see `mean_activations` for means over other prompts.
+        baseline_input: input whose activations are the baseline `"input"`; see `tn_lens.inference.baselines`.
         positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
             prompt together and sums the scores over positions.
         sites: names of registered sites: `"mlp"` (hook_post), `"attn"` (hook_z), or the residual stream's.
@@ -99,11 +102,11 @@ def attribute(
     space = space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
     attribution_method = check_method(method, n_steps, baseline, positions)
-    control = _error_control(method, n_steps, tolerance, max_nodes)
+    control = error_control(method, n_steps, tolerance, max_nodes)
     targets = _targets(target, separate, is_controlled=bool(control.get("tolerance")))
     if attribution_method.uses_counterparts:
         baseline = counterpart_activations(model, prompts, sites=space.sites)
-    start = resolve_baseline(model, prompts, baseline, space, positions)
+    start = resolve_baseline(model, prompts, baseline, space, positions, baseline_input)
     engine_name = choose_engine(model, engine, positions)
     planned = choose_pass_size(
         model,
@@ -197,7 +200,7 @@ def _targets(target: Target | TargetName, separate: bool, *, is_controlled: bool
     return targets if is_implied else [target, *targets]
 
 
-def _error_control(method: str, n_steps: int, tolerance: float | None, max_nodes: int) -> dict[str, Any]:
+def error_control(method: str, n_steps: int, tolerance: float | None, max_nodes: int) -> dict[str, Any]:
     """The arguments `tolerance` and `max_nodes` of a method; none if it does not control its error.
 
     Raises:
@@ -247,10 +250,10 @@ def choose_pass_size(
     internal_batch_size: int | PassSize | None,
 ) -> PassSize:
     """Numbers of prompts and rows in one pass: the given ones, or those that the memory limit of the engine allows."""
-    if isinstance(internal_batch_size, PassSize):
+    if engine == "direct" or isinstance(internal_batch_size, int):  # the direct engine runs one prompt at a time
+        return PassSize(1, getattr(internal_batch_size, "n_rows", internal_batch_size) or BATCH_SIZE)
+    if internal_batch_size is not None:
         return internal_batch_size
-    if engine == "direct" or internal_batch_size is not None:
-        return PassSize(1, internal_batch_size or BATCH_SIZE)
     # planned for the longest prompt, so that all passes of a call have the same size
     longest = max(len(prompt.token_ids) for prompt in prompts)
     memory = max_memory or default_memory(backend_of(model).device.type)
@@ -337,15 +340,15 @@ def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Lit
     return "direct"
 
 
-def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | None:
+def post_norm_warning(
+    model: Model, method: str, baseline: Baseline, baseline_input: BaselineInput = "end_of_text"
+) -> str | None:
     """The warning about a zero baseline in a model that normalizes after W_O and W_out; None if it does not apply."""
-    is_zero = isinstance(baseline, str) and baseline == "zero"
-    if (
-        not backend_of(model).is_post_norm
-        or not is_zero
-        or METHODS[method].sees_edge
-        or METHODS[method].uses_counterparts
-    ):
+    # these models have no biases, so zero embeddings give zero activations
+    zeros = ("zero",) if baseline_input != "zero_embeddings" else ("zero", "input")
+    is_zero = isinstance(baseline, str) and baseline in zeros
+    used = METHODS[method]
+    if not backend_of(model).is_post_norm or not is_zero or used.sees_edge or used.uses_counterparts:
         return None
     return (
         "this model normalizes after W_O and W_out, so f(alpha z) hardly depends on alpha except close to the zero baseline, "
@@ -354,16 +357,35 @@ def post_norm_warning(model: Model, method: str, baseline: Baseline) -> str | No
     )
 
 
+def check_baseline(baseline: Baseline, positions: Positions) -> None:
+    """Check that a baseline is defined at the attributed positions.
+
+    Raises:
+        BadInput: the activation on a baseline input was requested at all positions.
+    """
+    if isinstance(baseline, str) and baseline == "input" and positions == "all":
+        raise BadInput(
+            "the baseline 'input' is an activation at the last position, but positions is 'all'; use positions='last', or the "
+            "baseline 'zero' or 'mean'"
+        )
+
+
 def resolve_baseline(
-    model: Model, prompts: PromptSet, baseline: Baseline, space: NeuronSpace, positions: Positions
+    model: Model,
+    prompts: PromptSet,
+    baseline: Baseline,
+    space: NeuronSpace,
+    positions: Positions,
+    baseline_input: BaselineInput = "end_of_text",
 ) -> Mapping[SiteName, Float[Tensor, "*prompt layer _"]]:
     """The values of a named baseline, or given values after validation.
 
-    Values that all prompts share are moved to the model's device; those of single prompts may need too much of its memory.
+    Values that all prompts share are on the model's device; those of single prompts stay where they are.
 
     Raises:
         BadInput: the name is unknown, or the values have the wrong shape.
     """
+    check_baseline(baseline, positions)
     shapes = {site: (space.n_layers, space.width(site)) for site in space.sites}
     if isinstance(baseline, str):
         match baseline:
@@ -371,14 +393,19 @@ def resolve_baseline(
                 values = {site: torch.zeros(shape) for site, shape in shapes.items()}
             case "mean":
                 values = mean_activations(model, prompts, positions=positions, sites=space.sites)
+            case "input":
+                values = input_activations(model, prompts, baseline_input, sites=space.sites)
             case _:
-                raise BadInput(f"expected baseline 'zero', 'mean' or a tensor per site, got {baseline!r}")
+                raise BadInput(f"expected baseline 'zero', 'mean', 'input' or a tensor per site, got {baseline!r}")
     else:
         values = baseline
     for site, expected in shapes.items():
-        if site not in values or tuple(values[site].shape) not in (expected, (len(prompts), *expected)):
-            given = tuple(values[site].shape) if site in values else "nothing"
-            raise BadInput(f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, got {given}")
+        given = tuple(values[site].shape) if site in values else "nothing"
+        if given not in (expected, (len(prompts), *expected)):
+            raise BadInput(
+                f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, or {(len(prompts), *expected)} with "
+                f"one row per prompt, got {given}"
+            )
     device = backend_of(model).device
     return {site: values[site].to(device) if values[site].ndim == 2 else values[site] for site in space.sites}
 

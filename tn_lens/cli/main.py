@@ -51,6 +51,7 @@ def top(
 @app.command()
 @options.with_settings()
 def run(
+    context: Any,
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
     questions: Annotated[str, typer.Option(help="A .csv or .jsonl file, truthfulqa, triviaqa, mmlu, or toy.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; the run is resumed if the folder contains it.")] = None,
@@ -59,6 +60,7 @@ def run(
     revision: options.Revision = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
+    preset: options.Preset = None,
     drop_long: options.DropLong = False,
     force: Annotated[
         bool, typer.Option(help="Continue even if the manipulation check keeps too few questions.")
@@ -82,7 +84,8 @@ def run(
     from tn_lens.runs.workers import workers
 
     hf_logging.disable_progress_bar()
-    asked, settings = load_questions(questions), Settings(**given)
+    settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
+    asked = load_questions(questions)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
     loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)

@@ -14,7 +14,7 @@ import typer
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName, Condition, Method, Mode
-from tn_lens.core.settings import GIB, Settings
+from tn_lens.core.settings import GIB, PRESETS, Settings
 
 Dtype: TypeAlias = Annotated[str | None, typer.Option(help="Dtype: float32, bfloat16, float16 or float64.")]
 Device: TypeAlias = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1 or mps.")]
@@ -24,6 +24,13 @@ Backend: TypeAlias = Annotated[
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(help="Torch threads of each worker; by default as in the existing run, else torch's own.")
+]
+Preset: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar=f"<{'|'.join(PRESETS)}>",
+        help="Values of several settings; options that are given take precedence. Default: the defaults below.",
+    ),
 ]
 DropLong: TypeAlias = Annotated[bool, typer.Option(help="Leave out questions that exceed the context window.")]
 TrustRemoteCode: TypeAlias = Annotated[bool, typer.Option(help="Run Python code that is part of the checkpoint.")]
@@ -55,6 +62,9 @@ def with_settings(*names: str, unset: bool = False) -> Callable[[Callable[..., N
     def add(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         explicit = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        if "context" in signature.parameters:
+            # typer recognizes its context by this annotation, but passes an object of the base class
+            command.__annotations__ = {**command.__annotations__, "context": typer.Context}
         generated = [_parameter(field, unset) for field in fields(Settings) if not names or field.name in names]
         # typer reads the parameters of a command from its signature
         command.__signature__ = signature.replace(parameters=[*explicit, *generated])  # pyright: ignore
@@ -81,6 +91,13 @@ def _parameter(field: Field[Any], unset: bool) -> inspect.Parameter:
         default=None if unset else default,
         annotation=Annotated[hint | None if unset else hint, typer.Option(*flags, **details)],
     )
+
+
+def only_given(context: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the options that were given on the command line, without defaults."""
+    # the enumeration of sources has different classes in typer and click
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: value for name, value in values.items() if (source := sources[name]) and source.name != "DEFAULT"}
 
 
 def _threshold(text: str | None) -> float | Literal["auto"] | None:

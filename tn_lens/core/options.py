@@ -27,8 +27,13 @@ Method = Literal[
 """Built-in attribution methods: integrated gradients with a quadrature rule (rules that captum also has are called by captum's
 names) or with as many nodes as a tolerance takes, and two methods that take a single gradient, at the activation."""
 
-BaselineName = Literal["zero", "mean"]
-"""Baseline of integrated gradients: zero activation (the paper) or the mean activation over the prompts."""
+BaselineName = Literal["zero", "mean", "input"]
+"""Baseline of integrated gradients: zero activation (Dai et al.), the mean activation over the prompts, or the activation on a
+baseline input. The paper uses a baseline input and does not name it."""
+
+BaselineInput = Literal["zero_embeddings", "end_of_text", "blanked"]
+"""Input whose activations are the baseline "input": zero token embeddings, padding tokens, or the prompt's template without the
+question and its choices; see `tn_lens.inference.baselines`."""
 
 Positions = Literal["last", "all"]
 """Positions whose activations are interpolated: the last one, whose logits are read (Dai et al.), or all jointly."""

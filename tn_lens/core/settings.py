@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tn_lens.core.errors import BadInput
 from tn_lens.core.options import (
     NEURON_SITES,
+    BaselineInput,
     BaselineName,
     Correction,
     EngineName,
@@ -27,6 +29,13 @@ are not listed use the value of the CPU.
 
 Small passes on a GPU are bound by kernel launches; on a CPU, larger passes are not faster.
 """
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"baseline": "zero", "method": "riemann_right", "n_steps": 20, "order": "random"},
+    "recommended": {"baseline": "mean", "method": "adaptive", "order": "both"},
+}
+"""Values of some settings by the name of a preset; see `Settings.preset`."""
 
 
 def default_memory(device: str) -> int:
@@ -87,6 +96,7 @@ class Settings:
     max_nodes: int = _option(MAX_NODES, "Number of nodes from which 'adaptive' does not refine a layer.")
     """Number of nodes at a site and layer of a prompt from which "adaptive" does not refine any further."""
     baseline: BaselineName = _option("zero", "Baseline of integrated gradients.")
+    baseline_input: BaselineInput = _option("end_of_text", "Input whose activations are the baseline 'input'.")
     positions: Positions = _option("last", "Positions to interpolate.")
     sites: Sequence[str] = _option(NEURON_SITES, "Sites to attribute.")
     """Names of registered sites."""
@@ -105,10 +115,28 @@ class Settings:
     seed: int = _option(0, "Random seed (answer orders, half split, controls).")
     limit: int | None = _option(None, "Maximum number of questions, sampled with the seed.")
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Settings:
+        """The settings of a preset, with changes.
+
+        A preset consists of values only, so its name is not stored.
+
+        Args:
+            name: `"paper"` (zero activation as the baseline, the paper's Riemann sum with 20 steps, one random order) or
+                `"recommended"`.
+            changes: settings whose values differ from the preset's.
+
+        Raises:
+            BadInput: there is no preset of this name.
+        """
+        if name not in tuple(PRESETS):
+            raise BadInput(f"unknown preset {name!r}; expected {' or '.join(map(repr, PRESETS))}")
+        return cls(**{**PRESETS[name], **changes})
+
     def of_attribution(self) -> dict[str, Any]:
         """Keyword arguments of `attribute`, without `baseline` (whose mean is computed from prompts) and `separate`."""
-        names = ("n_steps", "method", "tolerance", "max_nodes", "positions", "sites", "target", "engine", "max_memory")
-        return {name: getattr(self, name) for name in names}
+        names = ("n_steps", "method", "tolerance", "max_nodes", "baseline_input", "positions", "sites", "target")
+        return {name: getattr(self, name) for name in (*names, "engine", "max_memory")}
 
     def of_format(self) -> dict[str, Any]:
         """Arguments of `QuestionSet.with_format`."""

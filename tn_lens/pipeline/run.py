@@ -190,7 +190,10 @@ def checked(folder: RunFolder, model: Model, prompts: PromptSet, *, force: bool)
 
 
 def attribution_options(model: Model, check: ManipulationCheck, settings: Settings) -> dict[str, Any]:
-    """The keyword arguments of `attribute`; a mean baseline is that of the kept prompts."""
+    """The keyword arguments of `attribute`; a mean baseline is that of the kept prompts.
+
+    The baseline "input" stays a name, since it differs between prompts.
+    """
     baseline: Any = settings.baseline
     if baseline == "mean":
         baseline = mean_activations(model, check.prompts, positions=settings.positions, sites=settings.sites)
@@ -253,7 +256,7 @@ def notes_of(run: Run, model: Model, settings: Settings) -> tuple[str, ...]:
     assert run.folder is not None
     fitted = run.folder.noted(BACKED_OFF)
     first = Run()
-    first.note(post_norm_warning(model, settings.method, settings.baseline))
+    first.note(post_norm_warning(model, settings.method, settings.baseline, settings.baseline_input))
     first.note(fitted and back_off_warning(PassSize(**fitted)))
     return tuple(first.notes | run.notes)
 

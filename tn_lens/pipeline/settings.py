@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tn_lens.attribution.attribute import check_method, choose_engine
+from tn_lens.attribution.attribute import check_baseline, check_method, choose_engine
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
@@ -53,6 +53,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
         raise BadInput(
             f"separate stores Attr_t as well as D, which requires the target probability_difference; got {settings.target!r}"
         )
+    check_baseline(settings.baseline, settings.positions)
     intervention_called(settings.intervention)
     method = check_method(settings.method, settings.n_steps, settings.baseline, settings.positions)
     if method.uses_counterparts and settings.order != "both":

@@ -30,6 +30,8 @@ class Prompt:
     """The rendered prompt."""
     start: int = field(default=0, repr=False)
     """Position of the first token of the question itself, after the instruction and examples."""
+    blank_ids: tuple[int, ...] = field(default=(), repr=False)
+    """Token ids of the prompt without its question and choices; empty if the prompt has no template around them."""
     labels: tuple[str, ...] = ()
     """The labels that the positions have in every prompt, such as A and B; empty if the answers are the choices themselves."""
     group: str = field(default="", repr=False)

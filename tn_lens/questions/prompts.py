@@ -174,10 +174,12 @@ class PromptEncoder:
         """Text that the chat template writes between the prompt and the answer."""
         self.heads: dict[str, list[int]] = {"": []}
         """Token ids of the text before a question, by this text."""
+        self.blanks: dict[tuple[str, ...], tuple[int, ...]] = {}
+        """Token ids of prompts without question and choices, by the labels of the choices."""
 
-    def render(self, question: Question, order: tuple[int, ...]) -> Rendered:
-        """Render the text of a prompt and of its answers."""
-        user = self._user(question, order)
+    def render(self, question: Question, order: tuple[int, ...], *, is_blank: bool = False) -> Rendered:
+        """Render the text of a prompt, optionally without question and choices, and of its answers."""
+        user = self._user(question, order, is_blank=is_blank)
         if self.chat is None:
             text = self._plain(user.text)
         else:
@@ -238,6 +240,7 @@ class PromptEncoder:
                     category=question.category,
                     text=each.text + self._decode(ending),
                     start=self._start(question, each, ids),
+                    blank_ids=self._blank(question, order, each.user.labels),
                     labels=() if self.template.kind == "completion" else each.user.labels,
                     group=self.groups[question.id],
                 )
@@ -260,7 +263,17 @@ class PromptEncoder:
         wrong = [choice for index, choice in enumerate(question.choices) if index != question.answer]
         return statement_about(question.text, wrong[stream_of(question.id) % len(wrong)])
 
-    def _user(self, question: Question, order: tuple[int, ...]) -> UserTurn:
+    def _blank(self, question: Question, order: tuple[int, ...], labels: tuple[str, ...]) -> tuple[int, ...]:
+        """Token ids of a prompt without question and choices; empty for completions, which consist of the question."""
+        if labels not in self.blanks and self.template.kind != "completion":
+            try:
+                ((ids, ending),) = self._encode([self.render(question, order, is_blank=True)])
+                self.blanks[labels] = (*ids[: len(ids) - ending.n_replaced], *ending.shared)
+            except BadInput:  # only one baseline needs them, and names prompts that have none
+                self.blanks[labels] = ()
+        return self.blanks.get(labels, ())
+
+    def _user(self, question: Question, order: tuple[int, ...], *, is_blank: bool = False) -> UserTurn:
         """The user turn of a question."""
         template = self.template
         if template.kind == "letters":
@@ -275,16 +288,16 @@ class PromptEncoder:
         else:
             labels = tuple(question.choices[choice] for choice in order)
         lines = [
-            fill(template.choice, label=label, choice=question.choices[choice])
+            fill(template.choice, label=label, choice="" if is_blank else question.choices[choice])
             for label, choice in zip(labels, order, strict=True)
         ]
-        asked = self._asked(question, order)
+        asked = "" if is_blank else self._asked(question, order)
         text = fill(
             template.user,
             question=asked,
             choices=template.separator.join(lines),
             labels=f"{', '.join(labels[:-1])} and {labels[-1]}",
-            context=question.context,
+            context="" if is_blank else question.context,
         )
         return UserTurn(text, asked, labels)
 

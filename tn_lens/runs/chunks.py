@@ -37,7 +37,7 @@ def _plain(part: Any) -> Any:
         case Mapping():
             return {str(key): _plain(value) for key, value in part.items()}
         case Prompt():  # only what the computation depends on, without text and question id
-            return [part.token_ids, part.label_ids, part.right, part.start]
+            return [part.token_ids, part.label_ids, part.right, part.start, part.blank_ids]
         case _ if is_dataclass(part) and not isinstance(part, type):
             # with the class, since two interventions may have the same fields
             return [type(part).__name__, {field.name: _plain(getattr(part, field.name)) for field in fields(part)}]
