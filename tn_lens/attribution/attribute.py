@@ -114,6 +114,7 @@ def attribute(
         engine_name,
         n_places=len(space.sites),
         n_steps=N_INNER if control.get("tolerance") else n_steps,
+        is_refined=bool(control.get("tolerance")),
         max_memory=max_memory,
         internal_batch_size=internal_batch_size,
     )
@@ -136,7 +137,13 @@ def attribute(
             rows = slice(first, min(first + size.n_prompts, last))
             results.put(rows, batch)
             first = rows.stop
-    return results.attribution(separate, engine=engine_name, pass_size=size, planned=planned)
+    about = {
+        "tolerance": control.get("tolerance") or None,
+        "engine": engine_name,
+        "pass_size": size,
+        "planned": planned,
+    }
+    return results.attribution(separate, **about)
 
 
 class _Results:
@@ -246,6 +253,7 @@ def choose_pass_size(
     *,
     n_places: int,
     n_steps: int,
+    is_refined: bool = False,
     max_memory: int | None,
     internal_batch_size: int | PassSize | None,
 ) -> PassSize:
@@ -257,7 +265,7 @@ def choose_pass_size(
     # planned for the longest prompt, so that all passes of a call have the same size
     longest = max(len(prompt.token_ids) for prompt in prompts)
     memory = max_memory or default_memory(backend_of(model).device.type)
-    return plan(model, longest, n_places, n_steps, memory)
+    return plan(model, longest, n_places, n_steps, memory, is_refined=is_refined)
 
 
 def rows_of(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Shaped
@@ -20,6 +21,8 @@ from tn_lens.core.stored import Stored
 from tn_lens.neurons import Neuron, NeuronSpace, SiteName
 from tn_lens.questions.prompts import PromptSet, stream_of
 
+ROUNDING = 1 + 1e-3
+"""Factor on the tolerance, since errors are stored in single precision."""
 Scores: TypeAlias = Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
 """One number per neuron, by site; attention neurons are flat, head * d_head + index."""
 OfOrders: TypeAlias = Mapping[SiteName, Float[Tensor, "order layer _"]]
@@ -45,6 +48,69 @@ class PassSize(NamedTuple):
 ONE_ROW = PassSize(1, 1)
 
 
+class Unconverged(NamedTuple):
+    """A site and layer where the estimated error of some prompts exceeds the tolerance."""
+
+    site: SiteName
+    layer: int
+    n_prompts: int
+    """Number of these prompts."""
+    error: float
+    """The largest error, as a fraction of the largest score of the prompt and site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convergence:
+    """How far the scores are from the exact integral, or from the whole sum of a rule, by estimate; see `attribute`."""
+
+    tolerance: float
+    n_prompts: int
+    error: Mapping[SiteName, tuple[float, ...]]
+    """Largest error of every layer, as a fraction of the largest score of the prompt and site."""
+    n_above: Mapping[SiteName, tuple[int, ...]]
+    """Number of prompts whose error exceeds the tolerance."""
+    n_nodes: Mapping[SiteName, tuple[float, ...]]
+    """Mean number of nodes."""
+
+    @classmethod
+    def of(
+        cls,
+        tolerance: float,
+        error: Mapping[SiteName, Float[Tensor, "prompt layer"]],
+        n_nodes: Mapping[SiteName, Shaped[Tensor, "prompt layer"]],
+        largest: Mapping[SiteName, Float[Tensor, " prompt"]],
+    ) -> Convergence:
+        """Summarize the errors of all prompts, given the largest score of each prompt and site."""
+        relative = {s: (e / largest[s][:, None]).nan_to_num(0, posinf=float("inf")) for s, e in error.items()}
+        above = {site: values > tolerance * ROUNDING for site, values in relative.items()}
+        return cls(
+            tolerance=tolerance,
+            n_prompts=len(next(iter(error.values()))),
+            error={site: tuple(values.amax(0).tolist()) for site, values in relative.items()},
+            n_above={site: tuple(values.sum(0).tolist()) for site, values in above.items()},
+            n_nodes={site: tuple(values.double().mean(0).tolist()) for site, values in n_nodes.items()},
+        )
+
+    def unconverged(self) -> list[Unconverged]:
+        """The sites and layers that have not converged on all prompts, the largest error first."""
+        places = [
+            Unconverged(site, layer, n, self.error[site][layer])
+            for site, counts in self.n_above.items()
+            for layer, n in enumerate(counts)
+            if n
+        ]
+        return sorted(places, key=lambda place: -place.error)
+
+    @property
+    def nodes_per_place(self) -> float:
+        """Mean number of nodes over sites, layers and prompts."""
+        return float(np.mean([n for by_layer in self.n_nodes.values() for n in by_layer]))
+
+    def summary(self) -> str:
+        """Summary in one or two sentences."""
+        return say("attribution.convergence", self)
+
+
 class ScoreSource(ABC):
     """Scores question by question: an `Attribution`, or the scores that are stored in a run folder."""
 
@@ -62,6 +128,10 @@ class ScoreSource(ABC):
         Raises:
             BadInput: the model has no such neuron, or its site was not attributed.
         """
+
+    @abstractmethod
+    def convergence(self) -> Convergence | None:
+        """The estimated errors of the scores; None if the method does not estimate them."""
 
     @property
     def categories(self) -> dict[str, str]:
@@ -120,6 +190,8 @@ class Attribution(ScoreSource, Stored):
     """Estimated largest error of a layer's D, in the unit of D; None if the method does not estimate it."""
     n_nodes: Mapping[str, Shaped[Tensor, "prompt layer"]] | None = None
     """Number of nodes at which the path was evaluated; None for methods that have none."""
+    tolerance: float | None = None
+    """The tolerance of `error`, as a fraction of the largest |D| of the prompt and site."""
     engine: str = "direct"
     """The engine that was used."""
     pass_size: tuple[int, int] = ONE_ROW
@@ -175,6 +247,13 @@ class Attribution(ScoreSource, Stored):
             site: {name: by_site[site].abs().mean(0).tolist() for name, by_site in values.items()} for site in self.gap
         }
 
+    def convergence(self) -> Convergence | None:
+        """The estimated errors of the scores; None if the method does not estimate them."""
+        if self.error is None or self.n_nodes is None or self.tolerance is None:
+            return None
+        largest = {site: scores.abs().amax((1, 2)) for site, scores in self.difference.items()}
+        return Convergence.of(self.tolerance, self.error, self.n_nodes, largest)
+
     def each_question(self, questions: Collection[str] | None = None) -> Iterator[tuple[str, OfOrders]]:
         """D of each question (or of some) in each order in which it was asked: [order, layer, neuron] by site."""
         for question, rows in self.prompts.groups.items():
@@ -202,7 +281,8 @@ class Attribution(ScoreSource, Stored):
 
     def summary(self) -> str:
         """One sentence: how much was attributed, and the completeness error."""
-        return say("attribution.summary", self, worst_gap(self.mean_gaps()) if len(self) else None)
+        worst = worst_gap(self.mean_gaps()) if len(self) else None
+        return say("attribution.summary", self, worst, self.convergence() if len(self) else None)
 
 
 def at_neurons(

@@ -112,6 +112,7 @@ def find_truth_neurons(
             settings=settings,
             check=check,
             completeness=scores.completeness(),
+            convergence=scores.convergence(),
             selection=selection,
             evaluation=evaluation,
             is_held_out=parts.is_held_out,

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tn_lens.attribution.attribute import check_baseline, check_method, choose_engine
+from tn_lens.attribution.attribute import check_baseline, check_method, choose_engine, error_control
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
@@ -61,6 +61,7 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
             f"{settings.method} compares each prompt with the same question in another order; use order='both' "
             f"(--order both) instead of {settings.order!r}"
         )
+    error_control(settings.method, settings.n_steps, settings.tolerance, settings.max_nodes)
     generator(settings.seed)
     return replace(settings, engine=choose_engine(model, settings.engine, settings.positions))
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from tn_lens.attribution.quadrature import RULES
 from tn_lens.attribution.result import worst_gap
 from tn_lens.core.options import Theme
 from tn_lens.core.sentences import environment, say, say_each
@@ -58,6 +59,7 @@ def write_report(found: TruthNeurons) -> str:
         abstract=say_each("run.abstract", found),
         cautions=say_each("run.cautions", found, worst, SITES[worst.site].label),
         asked=say("run.order", found),
+        method=say("run.method", found, RULES),
         unseen=None if found.unseen is None else say("run.unseen", found.unseen),
         seeds=say_each("run.seeds", settings),
         command=command(found),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tn_lens.attribution.result import Unconverged
 from tn_lens.core.sentences import environment, say, say_each
 from tn_lens.core.stored import Stored
 from tn_lens.core.tokens import visible
@@ -80,6 +81,8 @@ class Card(Stored):
     """The tokens with the lowest."""
     labels: tuple[Token, ...]
     """The answer labels, if they are the same in all prompts."""
+    unconverged: Unconverged | None = None
+    """The error of its site and layer, if it exceeds the tolerance on some prompts."""
 
     def __post_init__(self) -> None:
         for name in ("statistics", "diagnosis"):

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tn_lens.attribution.result import Gaps, worst_gap
+from tn_lens.attribution.result import Convergence, Gaps, worst_gap
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.settings import Settings
@@ -56,6 +56,7 @@ class _Rest(Stored):
 
     is_held_out: bool
     completeness: Gaps
+    convergence: Convergence | None
     stability: Stability
     found_again: float | None
     tuning: Tuning | None
@@ -72,6 +73,8 @@ class TruthNeurons:
     check: ManipulationCheck
     completeness: Gaps
     """For each site: mean |gap| and mean |change| of every layer; a gap of 0 is an exact integral."""
+    convergence: Convergence | None = None
+    """The estimated errors of the scores; None if the method does not estimate them."""
     selection: Selection
     evaluation: Evaluation
     """The evaluation on the reporting questions of a set that has them (the toy), otherwise on those used for finding."""

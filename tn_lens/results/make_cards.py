@@ -99,6 +99,8 @@ def make_cards(
     attributions = _direct_logits(model, chosen, check, n_tokens)
     texts = _texts(scores.prompts, check.asked, questions)
     groups = _groups(check)
+    convergence = scores.convergence()
+    unconverged = {} if convergence is None else {(u.site, u.layer): u for u in convergence.unconverged()}
     return tuple(
         Card(
             neuron=neuron,
@@ -112,6 +114,7 @@ def make_cards(
             share_positive=float((differences[:, place] > 0).mean()) if texts else float("nan"),
             activations={name: _activation(activations[rows, place]) for name, rows in groups.items()},
             **attributions[place],
+            unconverged=unconverged.get((neuron.site, neuron.layer)),
         )
         for place, neuron in enumerate(chosen)
     )

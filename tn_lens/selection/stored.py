@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from tn_lens.attribution.result import Attribution, Gaps, OfOrders, PassSize, ScoreSource, at_neurons
+from tn_lens.attribution.result import Attribution, Convergence, Gaps, OfOrders, PassSize, ScoreSource, at_neurons
 from tn_lens.core.errors import BadInput
 from tn_lens.neurons import Neuron, NeuronSpace
 from tn_lens.questions.prompts import PromptSet
@@ -23,6 +23,8 @@ from tn_lens.runs.seals import is_sealed, read_manifest, sealed
 
 BACKED_OFF = "backed_off"
 """Key of the pass size that fitted after memory ran out, in chunks and in the manifest."""
+TOLERANCE = "tolerance"
+"""Key of the tolerance of the stored errors in chunks."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,23 @@ class StoredScores(ScoreSource):
             site: {name: (total / n).tolist() for name, total in by_name.items()} for site, by_name in totals.items()
         }
 
+    def convergence(self) -> Convergence | None:
+        """The estimated errors of the scores; None if the method does not estimate them."""
+        error, n_nodes, largest = ({site: [] for site in self.space.sites} for _ in range(3))
+        tolerance = None
+        for index in range(len(self.chunks)):
+            with self._open(index) as chunk:
+                if TOLERANCE not in chunk.keys():  # noqa: SIM118 (it is not a mapping)
+                    return None
+                tolerance = float(chunk.get_tensor(TOLERANCE))
+                for site in self.space.sites:
+                    for kept, name in ((error, "error"), (n_nodes, "n_nodes"), (largest, "scale")):
+                        kept[site].append(chunk.get_tensor(f"{site}.{name}"))
+        if tolerance is None:
+            return None
+        joined = ({site: torch.cat(parts) for site, parts in kept.items()} for kept in (error, n_nodes, largest))
+        return Convergence.of(tolerance, *joined)
+
     def backed_off(self) -> PassSize | None:
         """The smallest pass size of the chunks during which memory ran out; None if it never did."""
         sizes = []
@@ -182,6 +201,11 @@ def pack_scores(attribution: Attribution, backed_off: PassSize | None = None) ->
     for site in attribution.difference:
         tensors[f"{site}.gap"] = attribution.gap[site].float().contiguous()
         tensors[f"{site}.change"] = attribution.change[site].float().contiguous()
+    if attribution.error is not None and attribution.n_nodes is not None and attribution.tolerance is not None:
+        tensors[TOLERANCE] = torch.tensor(attribution.tolerance, dtype=torch.float64)
+        for site in attribution.difference:
+            tensors[f"{site}.error"] = attribution.error[site].float().contiguous()
+            tensors[f"{site}.n_nodes"] = attribution.n_nodes[site].int().contiguous()
     if backed_off is not None:
         tensors[BACKED_OFF] = torch.tensor(backed_off)
     return tensors

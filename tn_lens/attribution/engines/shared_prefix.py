@@ -34,6 +34,8 @@ LAYERS_PER_PASS = 8
 """Maximum number of layers whose rows run together. More layers use the hardware better, but cost memory."""
 STEPS = 20
 """Number of steps to which LAYERS_PER_PASS applies."""
+ENOUGH_ROWS = 200
+"""Number of rows from which matrix products on a CPU are efficient."""
 RESERVED = 24 * 2**20
 """Bytes of `max_memory` that are reserved for buffers of matrix products and a prompt's cache, but at most half."""
 PROMPTS_PER_PASS = 16
@@ -46,7 +48,9 @@ def unsupported(model: Model) -> str | None:
     return backend.unshareable or ("layers on several devices" if backend.n_devices > 1 else None)
 
 
-def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int) -> PassSize:
+def plan(
+    model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int, *, is_refined: bool = False
+) -> PassSize:
     """Number of prompts and rows in one pass, from the shapes of the model and the budget, never from free memory.
 
     Args:
@@ -56,6 +60,8 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
         n_steps: number of steps.
         max_memory: maximum memory of one pass in bytes, without the weights. It is compared with estimates of what the
             backward pass keeps and of what the pass over the prompts requires.
+        is_refined: whether prompts get further rows, which differ between them. Prompts in a pass run equally many rows, so
+            on a CPU no more prompts run together than are needed for efficient matrix products.
     """
     backend = backend_of(model)
     space, size = backend.space, backend.dtype.itemsize
@@ -74,6 +80,8 @@ def plan(model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: i
     if max_rows >= ROWS_UNEMBEDDED:
         max_rows = (free - ROWS_UNEMBEDDED * logit_bytes) // row_bytes
     n_prompts = min(PROMPTS_PER_PASS, max_rows // n_rows, max_memory // (size * n_tokens * d_position))
+    if is_refined and backend.device.type == "cpu":
+        n_prompts = min(n_prompts, math.ceil(ENOUGH_ROWS / n_rows))
     return PassSize(max(1, n_prompts), max(1, min(n_rows, max_rows)))
 
 

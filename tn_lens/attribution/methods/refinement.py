@@ -122,7 +122,9 @@ def sum_adaptively(
         tolerance: largest deviation from the sum, relative to the largest score of the prompt and site.
     """
     paths = _RefinedPaths(engine, targets, baseline, n_rows, lobatto_panel(rule))
-    paths.sum_over(rule, paths.above(tolerance, max_nodes=rule.n_steps))
+    # more than once, since the largest score, to which the tolerance refers, may change
+    while rough := paths.above(tolerance, max_nodes=rule.n_steps):
+        paths.sum_over(rule, rough)
     return paths.batch_scores()
 
 
