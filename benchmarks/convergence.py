@@ -190,7 +190,8 @@ def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
                 record["rough_places_by_prompt"] = (nodes > 16).sum((0, 2)).tolist()
         print(f"  {record}", flush=True)
         records.append(record)
-    return [{"n_prompts": len(prompts), "n_places": len(flat), "reference_not_converged": unconverged}, *records]
+    n_places = len(prompts) * n_layers * len(NEURON_SITES)
+    return [{"n_prompts": len(prompts), "n_places": n_places, "reference_not_converged": unconverged}, *records]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.conftest import PAPER_MODELS, POST_NORM, PRE_NORM
 from tn_lens import Prompt, PromptSet, attribute, build_prompts, mean_activations
-from tn_lens.attribution.attribute import post_norm_warning
+from tn_lens.attribution.baseline import post_norm_warning
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.quadrature import quadrature_rule
 from tn_lens.attribution.target import TARGETS, probability_difference, right_probability

@@ -25,7 +25,7 @@ from tn_lens import (
     find_truth_neurons,
     load_model,
 )
-from tn_lens.attribution.attribute import post_norm_warning
+from tn_lens.attribution.baseline import post_norm_warning
 from tn_lens.attribution.methods.method import METHODS
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.options import BaselineInput

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tn_lens.attribution.attribute import Baseline, choose_engine, choose_pass_size, resolve_baseline, rows_of, space_of
-from tn_lens.attribution.engines.direct import Direct
-from tn_lens.attribution.engines.shared_prefix import SharedPrefix
+from tn_lens.attribution.attribute import choose_engine, choose_pass_size, prepare, space_of
+from tn_lens.attribution.baseline import Baseline, resolve_baseline, rows_of
 from tn_lens.attribution.methods import Engine, Place
 from tn_lens.attribution.methods.paths import ROWS_UNEMBEDDED
 from tn_lens.attribution.result import PassSize
@@ -83,11 +82,7 @@ def ablation_effects(
     for first in track(range(0, len(prompts), size.n_prompts), "ablation effects"):
         rows = slice(first, first + size.n_prompts)
         batch = prompts[rows]
-        prepared = (
-            SharedPrefix(model, batch, space.sites)
-            if engine_name == "shared_prefix"
-            else Direct(model, batch[0], space.sites, "last")
-        )
+        prepared = prepare(engine_name, model, batch, space.sites, "last")
         effects.append(_effects(prepared, space, neurons, compute, rows_of(start, rows), size.n_rows).cpu())
     return torch.cat(effects)
 

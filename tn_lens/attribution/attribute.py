@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tn_lens.attribution.baseline import Baseline, resolve_baseline, rows_of
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix, plan, unsupported
-from tn_lens.attribution.methods import METHODS, BatchScores, Method
+from tn_lens.attribution.methods import METHODS, BatchScores, Engine, Method
 from tn_lens.attribution.quadrature import MOST_STEPS, N_INNER, N_NODES
 from tn_lens.attribution.result import Attribution, PassSize
 from tn_lens.attribution.target import (
@@ -24,21 +25,15 @@ from tn_lens.attribution.target import (
     wrong_probability,
 )
 from tn_lens.core.errors import BadInput
-from tn_lens.core.options import NEURON_SITES, BaselineInput, BaselineName, EngineName, Positions, TargetName
+from tn_lens.core.options import NEURON_SITES, BaselineInput, EngineName, Positions, TargetName
 from tn_lens.core.sentences import count
 from tn_lens.core.settings import MAX_NODES, default_memory
-from tn_lens.inference.baselines import input_activations
 from tn_lens.inference.counterparts import counterpart_activations
-from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSpace, SiteName
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.context import track
-
-Baseline: TypeAlias = BaselineName | Mapping[SiteName, Float[Tensor, "*prompt layer _"]]
-"""Start of the integration path: zero activation, the mean over the prompts, the activation on a baseline input, or given values
-by site, for all prompts [layer, neuron] or for each [prompt, layer, neuron]."""
 
 BATCH_SIZE = 64
 """Default number of rows (copies of the prompt) in one pass of the direct engine."""
@@ -69,27 +64,22 @@ def attribute(
         model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
         prompts: see `build_prompts` and `build_prompt`.
         n_steps: number of interpolation steps, m in the paper; not used by `"adaptive"`.
-        method: name of a registered method: integrated gradients with a quadrature rule (see `quadrature_rule`), or with as
-            many nodes as the tolerance takes (`"adaptive"`); `"gradient_x_activation"`; or `"attribution_patching"`, whose
-            baseline is the prompt in another order.
-        tolerance: largest error of the scores of a prompt and site, as a fraction of its largest score; by default 1e-3 for
-            `"adaptive"`, and 0 for the others. For these it is the deviation from the sum over all n_steps nodes, which
-            takes fewer nodes where the path is smooth; 0 evaluates all of them.
+        method: name of a registered method: a quadrature rule (see `quadrature_rule`), `"adaptive"`, which takes as many nodes
+            as the tolerance asks for, `"gradient_x_activation"`, or `"attribution_patching"` from the prompt in another order.
+        tolerance: largest error of the scores of a prompt and site, as a fraction of its largest score, 1e-3 by default. For a
+            quadrature rule, the deviation from the sum over all its nodes, 0 by default, which evaluates all of them.
         max_nodes: number of nodes at a site and layer of a prompt from which `"adaptive"` does not refine any further.
         baseline: start of the integration path; see `mean_activations` for means over other prompts.
         baseline_input: input whose activations are the baseline `"input"`; see `tn_lens.inference.baselines`.
-        positions: `"last"` interpolates the position whose logits are read; `"all"` interpolates every position of the
-            prompt together and sums the scores over positions.
+        positions: `"last"`, the position whose logits are read, or `"all"` together, whose scores are summed.
         sites: names of registered sites: `"mlp"` (hook_post), `"attn"` (hook_z), or the residual stream's.
         target: `"probability_difference"` (the paper), `"normalized_difference"`, `"log_ratio"`, or a function of the last
             logits [row, vocab] and the prompt that returns one number per row.
         separate: also attribute f_t and f_f separately (Attr_t and Attr_f), which takes one more backward pass.
         engine: `"shared_prefix"` runs each prompt once and every step as one position after it; `"direct"` runs whole
             prompts in every step, and also supports `positions="all"`. `"auto"` uses the shared prefix if it is supported.
-        max_memory: maximum memory of one pass of the shared-prefix engine in bytes, in addition to the weights; 2 GiB by
-            default, 8 GiB on CUDA.
-        internal_batch_size: number of rows in one pass (for the direct engine copies of the prompt, 64 by default), or the
-            numbers of prompts and rows as a `PassSize`. Overrides `max_memory`.
+        max_memory: bytes for one pass of the shared-prefix engine, besides the weights; 2 GiB by default, 8 GiB on CUDA.
+        internal_batch_size: rows in one pass (64 for the direct engine), or prompts and rows. Overrides `max_memory`.
 
     Returns:
         Scores on the CPU in at least float32, one row per prompt.
@@ -103,7 +93,8 @@ def attribute(
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
     attribution_method = check_method(method, n_steps, baseline, positions)
     control = error_control(method, n_steps, tolerance, max_nodes)
-    targets = _targets(target, separate, is_controlled=bool(control.get("tolerance")))
+    is_refined = bool(control.get("tolerance"))
+    targets = _targets(target, separate, is_controlled=is_refined)
     if attribution_method.uses_counterparts:
         baseline = counterpart_activations(model, prompts, sites=space.sites)
     start = resolve_baseline(model, prompts, baseline, space, positions, baseline_input)
@@ -113,37 +104,22 @@ def attribute(
         prompts,
         engine_name,
         n_places=len(space.sites),
-        n_steps=N_INNER if control.get("tolerance") else n_steps,
-        is_refined=bool(control.get("tolerance")),
+        n_steps=N_INNER if is_refined else n_steps,
+        is_refined=is_refined,
         max_memory=max_memory,
         internal_batch_size=internal_batch_size,
     )
 
     def scores_of(first: int, batch: Sequence[Prompt], n_rows: int) -> BatchScores:
-        shared = engine_name == "shared_prefix"
-        prepared = (
-            SharedPrefix(model, batch, space.sites) if shared else Direct(model, batch[0], space.sites, positions)
-        )
+        prepared = prepare(engine_name, model, batch, space.sites, positions)
         begin = rows_of(start, slice(first, first + len(batch)))
         options = {"targets": targets, "baseline": begin, "n_steps": n_steps, "n_rows": n_rows, **control}
         return attribution_method.attribute(prepared, **options)
 
     results = _Results(model, prompts, space, len(targets))
-    size = planned
-    for first in track(range(0, len(prompts), planned.n_prompts), "attribution"):
-        last = min(first + planned.n_prompts, len(prompts))
-        while first < last:  # more than once if memory runs out
-            batch, size = _within_memory(partial(scores_of, first), prompts[first:last], size)
-            rows = slice(first, min(first + size.n_prompts, last))
-            results.put(rows, batch)
-            first = rows.stop
-    about = {
-        "tolerance": control.get("tolerance") or None,
-        "engine": engine_name,
-        "pass_size": size,
-        "planned": planned,
-    }
-    return results.attribution(separate, **about)
+    size = results.fill(scores_of, planned)
+    about = {"engine": engine_name, "pass_size": size, "planned": planned}
+    return results.attribution(separate, tolerance=control.get("tolerance") or None, **about)
 
 
 class _Results:
@@ -158,6 +134,26 @@ class _Results:
         self.change = [{s: torch.empty(*shape, dtype=dtype) for s in space.sites} for _ in range(n_targets)]
         self.error: dict[SiteName, Tensor] = {}
         self.n_nodes: dict[SiteName, Tensor] = {}
+
+    def fill(self, scores_of: Callable[[int, Sequence[Prompt], int], BatchScores], planned: PassSize) -> PassSize:
+        """Attribute all prompts, batch by batch.
+
+        Args:
+            scores_of: function of the index of the first prompt of a batch, its prompts, and the number of rows in a pass.
+            planned: size of a pass, which is reduced if memory runs out.
+
+        Returns:
+            The size of the last pass.
+        """
+        size = planned
+        for first in track(range(0, len(self.prompts), planned.n_prompts), "attribution"):
+            last = min(first + planned.n_prompts, len(self.prompts))
+            while first < last:  # more than once if memory runs out
+                batch, size = _within_memory(partial(scores_of, first), self.prompts[first:last], size)
+                rows = slice(first, min(first + size.n_prompts, last))
+                self.put(rows, batch)
+                first = rows.stop
+        return size
 
     def put(self, rows: slice, batch: BatchScores) -> None:
         for index, scores in enumerate(batch.scores):
@@ -188,6 +184,19 @@ class _Results:
             n_nodes=self.n_nodes or None,
             **about,  # pyright: ignore[reportArgumentType]
         )
+
+
+def prepare(
+    engine: Literal["shared_prefix", "direct"],
+    model: Model,
+    prompts: Sequence[Prompt],
+    sites: Sequence[SiteName],
+    positions: Positions,
+) -> Engine:
+    """Run prompts (a single one for the direct engine) in preparation for rows that differ from them."""
+    if engine == "shared_prefix":
+        return SharedPrefix(model, prompts, sites)
+    return Direct(model, prompts[0], sites, positions)
 
 
 def space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
@@ -259,20 +268,14 @@ def choose_pass_size(
 ) -> PassSize:
     """Numbers of prompts and rows in one pass: the given ones, or those that the memory limit of the engine allows."""
     if engine == "direct" or isinstance(internal_batch_size, int):  # the direct engine runs one prompt at a time
-        return PassSize(1, getattr(internal_batch_size, "n_rows", internal_batch_size) or BATCH_SIZE)
+        given = internal_batch_size.n_rows if isinstance(internal_batch_size, PassSize) else internal_batch_size
+        return PassSize(1, given or BATCH_SIZE)
     if internal_batch_size is not None:
         return internal_batch_size
     # planned for the longest prompt, so that all passes of a call have the same size
     longest = max(len(prompt.token_ids) for prompt in prompts)
     memory = max_memory or default_memory(backend_of(model).device.type)
     return plan(model, longest, n_places, n_steps, memory, is_refined=is_refined)
-
-
-def rows_of(
-    baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]], rows: slice
-) -> Mapping[SiteName, Float[Tensor, "*row layer _"]]:
-    """The baseline of some of the prompts, or of all if they share it."""
-    return {site: values if values.ndim == 2 else values[rows] for site, values in baseline.items()}
 
 
 def _check_arguments(
@@ -346,76 +349,6 @@ def choose_engine(model: Model, engine: EngineName, positions: Positions) -> Lit
             f"the shared-prefix engine does not support {reason}; use engine='direct', which gives the same scores"
         )
     return "direct"
-
-
-def post_norm_warning(
-    model: Model, method: str, baseline: Baseline, baseline_input: BaselineInput = "end_of_text"
-) -> str | None:
-    """The warning about a zero baseline in a model that normalizes after W_O and W_out; None if it does not apply."""
-    # these models have no biases, so zero embeddings give zero activations
-    zeros = ("zero",) if baseline_input != "zero_embeddings" else ("zero", "input")
-    is_zero = isinstance(baseline, str) and baseline in zeros
-    used = METHODS[method]
-    if not backend_of(model).is_post_norm or not is_zero or used.sees_edge or used.uses_counterparts:
-        return None
-    return (
-        "this model normalizes after W_O and W_out, so f(alpha z) hardly depends on alpha except close to the zero baseline, "
-        f"where {method} has no nodes: the ranking within a site is meaningful, but the magnitude of the scores is not, and "
-        "completeness does not hold; use method='graded' or baseline='mean'"
-    )
-
-
-def check_baseline(baseline: Baseline, positions: Positions) -> None:
-    """Check that a baseline is defined at the attributed positions.
-
-    Raises:
-        BadInput: the activation on a baseline input was requested at all positions.
-    """
-    if isinstance(baseline, str) and baseline == "input" and positions == "all":
-        raise BadInput(
-            "the baseline 'input' is an activation at the last position, but positions is 'all'; use positions='last', or the "
-            "baseline 'zero' or 'mean'"
-        )
-
-
-def resolve_baseline(
-    model: Model,
-    prompts: PromptSet,
-    baseline: Baseline,
-    space: NeuronSpace,
-    positions: Positions,
-    baseline_input: BaselineInput = "end_of_text",
-) -> Mapping[SiteName, Float[Tensor, "*prompt layer _"]]:
-    """The values of a named baseline, or given values after validation.
-
-    Values that all prompts share are on the model's device; those of single prompts stay where they are.
-
-    Raises:
-        BadInput: the name is unknown, or the values have the wrong shape.
-    """
-    check_baseline(baseline, positions)
-    shapes = {site: (space.n_layers, space.width(site)) for site in space.sites}
-    if isinstance(baseline, str):
-        match baseline:
-            case "zero":
-                values = {site: torch.zeros(shape) for site, shape in shapes.items()}
-            case "mean":
-                values = mean_activations(model, prompts, positions=positions, sites=space.sites)
-            case "input":
-                values = input_activations(model, prompts, baseline_input, sites=space.sites)
-            case _:
-                raise BadInput(f"expected baseline 'zero', 'mean', 'input' or a tensor per site, got {baseline!r}")
-    else:
-        values = baseline
-    for site, expected in shapes.items():
-        given = tuple(values[site].shape) if site in values else "nothing"
-        if given not in (expected, (len(prompts), *expected)):
-            raise BadInput(
-                f"expected a baseline of shape {expected} (layer, neuron) for site {site!r}, or {(len(prompts), *expected)} with "
-                f"one row per prompt, got {given}"
-            )
-    device = backend_of(model).device
-    return {site: values[site].to(device) if values[site].ndim == 2 else values[site] for site in space.sites}
 
 
 def _refuse_not_finite(scores: Float[Tensor, "prompt layer neuron"], site: SiteName, model: Model) -> None:

@@ -129,9 +129,9 @@ class ScoreSource(ABC):
             BadInput: the model has no such neuron, or its site was not attributed.
         """
 
-    @abstractmethod
     def convergence(self) -> Convergence | None:
         """The estimated errors of the scores; None if the method does not estimate them."""
+        return None
 
     @property
     def categories(self) -> dict[str, str]:

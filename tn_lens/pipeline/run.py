@@ -8,14 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tn_lens.attribution.attribute import attribute, back_off_warning, post_norm_warning, space_of
+from tn_lens.attribution.attribute import attribute, back_off_warning, space_of
+from tn_lens.attribution.baseline import post_norm_warning
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
 from tn_lens.evaluation.diagnosis import diagnose
 from tn_lens.evaluation.evaluate import evaluate
-from tn_lens.evaluation.tuning import THRESHOLDS, tune_threshold
+from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model
@@ -91,10 +92,8 @@ def find_truth_neurons(
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
         # 3. select (2.2, 2.3, A.3)
         table = run.stage("selection", selection_table, scores, settings)
-        t, tuning, rules = settings.adaptive_threshold, None, rules_of(settings)
-        if t == "auto":
-            about = {"rules": rules, "seed": settings.seed, "drop_long": drop_long, "table": table}
-            t = (tuning := run.stage("tuning", tune_threshold, model, scores, parts.tuning, **about)).t
+        rules = rules_of(settings)
+        t, tuning = threshold_of(run, model, scores, table, parts.tuning, settings, drop_long=drop_long)
         selection = table.select(t, Split(settings.seed), rules)
         # 4. ablate and evaluate (3.3)
         measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
@@ -241,6 +240,26 @@ def selection_table(scores: StoredScores, settings: Settings) -> SelectionTable:
     if scores.prompts.n_orders > 1:
         splits.append(Split(settings.seed, drawn=settings.seed))
     return SelectionTable(scores, ts=ts, splits=splits, share_threshold=settings.share_threshold)
+
+
+def threshold_of(
+    run: Run,
+    model: Model,
+    scores: StoredScores,
+    table: SelectionTable,
+    questions: QuestionSet,
+    settings: Settings,
+    *,
+    drop_long: bool,
+) -> tuple[float, Tuning | None]:
+    """The threshold t of the settings, or that tuned on the questions, and the search for it."""
+    t = settings.adaptive_threshold
+    if t != "auto":
+        assert t is not None
+        return t, None
+    about = {"rules": rules_of(settings), "seed": settings.seed, "drop_long": drop_long, "table": table}
+    tuning = run.stage("tuning", tune_threshold, model, scores, questions, **about)
+    return tuning.t, tuning
 
 
 def again_with_every_order(table: SelectionTable, selection: Selection) -> float | None:

@@ -8,7 +8,8 @@ from dataclasses import fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tn_lens.attribution.attribute import check_baseline, check_method, choose_engine, error_control
+from tn_lens.attribution.attribute import check_method, choose_engine, error_control
+from tn_lens.attribution.baseline import check_baseline
 from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
