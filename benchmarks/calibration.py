@@ -73,6 +73,7 @@ def toy_scores() -> ToyScores:
         prompts=PromptSet(tuple(replace(check.asked[row], category="") for row in starts)),
         difference={site: torch.stack([mean[site] for mean in means]) for site in by_prompt.difference},
         change={site: change[starts] for site, change in by_prompt.change.items()},
+        n_nodes=None,
     )
     wrong = [question for question, rows in check.asked.groups.items() if not check.right[list(rows)].any()]
     return ToyScores(scores=scores, right=tuple(check.questions), wrong=tuple(wrong))

@@ -58,6 +58,7 @@ def stored(scores: Attribution, tmp_path_factory: pytest.TempPathFactory) -> Sto
             prompts=chunk,
             difference={s: d[first : first + len(chunk)] for s, d in scores.difference.items()},
             change={s: c[first : first + len(chunk)] for s, c in scores.change.items()},
+            n_nodes=None,
         )
         folder.write_chunk(SCORES, index, pack_scores(part), key_of(index))
         first += len(chunk)
@@ -173,6 +174,7 @@ def test_neurons_of_one_letter_are_not_found_again_in_both_orders(
         prompts=PromptSet(tuple(kept[row] for row in at_a)),
         difference={site: values[at_a] for site, values in scores.difference.items()},
         change={site: values[at_a] for site, values in scores.change.items()},
+        n_nodes=None,
     )
     one_order = selection_table(in_one_chunk(single, tmp_path / "single"), settings)
     assert again_with_every_order(one_order, selection) is None

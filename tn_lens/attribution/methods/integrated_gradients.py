@@ -56,7 +56,9 @@ def integrate(
     for part in evaluate(paths, targets, alphas, n_rows, with_ends=bool(weight_at_end)):
         for index, each in enumerate(sums):
             each.add(part, index)
-    n_nodes = {site: torch.full_like(change, rule.n_steps) for site, change in sums[0].change.items()}
+    n_nodes = {
+        site: torch.full_like(change, rule.n_steps, dtype=torch.int32) for site, change in sums[0].change.items()
+    }
     return BatchScores([each.scores for each in sums], [each.change for each in sums], n_nodes=n_nodes)
 
 
