@@ -37,6 +37,8 @@ from tn_lens.questions.formats import FORMATS
 from tn_lens.questions.prompts import PromptSet
 from tn_lens.questions.toy import binary
 
+pytestmark = needs_hooked  # numbers are compared in float64, and TransformerLens 4 computes norms in float32
+
 INPUTS = get_args(BaselineInput)
 FAMILIES = ("Llama-3.1-8B-Instruct", "Qwen2.5-3B-Instruct", "OLMo-2-1124-7B-Instruct", "GPT-2")
 PAD, BOS, EOS = 0, 1, 2

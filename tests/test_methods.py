@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 import tn_lens as tn
-from tests.conftest import first_of_parts
+from tests.conftest import first_of_parts, needs_hooked
 from tn_lens.inference.counterparts import counterpart_activations, counterparts
 from tn_lens.models import Model, backend_of
 from tn_lens.neurons import NEURON_SITES, hook_name
 from tn_lens.questions.toy import binary, four_choice
+
+pytestmark = needs_hooked  # numbers are compared in float64, and TransformerLens 4 computes norms in float32
 
 MODELS = ("Llama-3.1-8B-Instruct", "OLMo-2-1124-7B-Instruct")
 ENGINES = ("direct", "shared_prefix")
