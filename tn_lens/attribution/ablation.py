@@ -12,7 +12,7 @@ from torch import Tensor
 from tn_lens.attribution.attribute import choose_engine, choose_pass_size, prepare, space_of
 from tn_lens.attribution.baseline import Baseline, resolve_baseline, rows_of
 from tn_lens.attribution.methods import Engine, Place
-from tn_lens.attribution.methods.paths import ROWS_UNEMBEDDED
+from tn_lens.attribution.methods.paths import reached, values_of
 from tn_lens.attribution.result import PassSize
 from tn_lens.attribution.target import Target, resolve_target
 from tn_lens.core.errors import BadInput
@@ -106,13 +106,9 @@ def _effects(
             place: _ablated(engine, place, [space.flat(neuron) for neuron in group], baseline)
             for place, group in groupby(chosen, key=lambda neuron: (neuron.site, neuron.layer))
         }
-        final = engine.run(paths, {})
-        # as in attribution, only the logits of ROWS_UNEMBEDDED rows exist at a time
-        parts += [_values(engine, part, target) for part in final.split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1)]
-    unablated = torch.stack(
-        [target(row[None], prompt) for row, prompt in zip(engine.logits, engine.prompts, strict=True)]
-    )
-    effects = unablated - torch.cat(parts, dim=1)
+        parts.append(values_of(engine, engine.run(paths, {}), target))
+    (unablated,) = reached(engine, [target])
+    effects = unablated[:, None] - torch.cat(parts, dim=1)
     # back to the order of the neurons
     return effects[:, torch.tensor(columns).argsort().to(effects.device)]
 
@@ -127,8 +123,3 @@ def _ablated(
     # the indexed entries have the shape [row, prompt, position]
     activation[:, range(len(flats)), :, flats] = values.reshape(-1, len(flats)).T[..., None]
     return engine.carry(place, activation)
-
-
-def _values(engine: Engine, final: Float[Tensor, "prompt row _"], target: Target) -> Float[Tensor, "prompt row"]:
-    logits = engine.logits_of(final)
-    return torch.stack([target(rows, prompt) for rows, prompt in zip(logits, engine.prompts, strict=True)])

@@ -230,12 +230,12 @@ def error_control(method: str, n_steps: int, tolerance: float | None, max_nodes:
     wanted = default if tolerance is None else tolerance
     if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 <= wanted < 1:
         raise BadInput(f"tolerance must be a number in [0, 1); got {wanted!r}")
-    if method == "adaptive" and not wanted:
-        raise BadInput("the method 'adaptive' needs a tolerance above 0; got 0")
+    if default and not wanted:
+        raise BadInput(f"the method {method!r} needs a tolerance above 0; got 0")
     if isinstance(max_nodes, bool) or not isinstance(max_nodes, int) or not N_NODES <= max_nodes <= MOST_STEPS:
         raise BadInput(f"max_nodes must be a whole number from {N_NODES} to {MOST_STEPS:,}; got {max_nodes!r}")
-    # a panel has as many nodes, so that there is nothing to save
-    return {"tolerance": float(wanted) if method == "adaptive" or n_steps > N_NODES else 0.0, "max_nodes": max_nodes}
+    # a rule with no more nodes than a panel has nothing to save
+    return {"tolerance": float(wanted) if default or n_steps > N_NODES else 0.0, "max_nodes": max_nodes}
 
 
 def check_method(method: str, n_steps: int, baseline: Baseline, positions: Positions) -> Method:

@@ -34,6 +34,16 @@ class QuadratureRule:
         """The number of gradients taken, m in the paper."""
         return len(self.nodes)
 
+    def before_end(self) -> QuadratureRule:
+        """The nodes below alpha = 1, where nothing is replaced and one row serves all places."""
+        is_before = self.nodes != 1
+        return QuadratureRule(self.nodes[is_before], self.weights[is_before])
+
+    @property
+    def weight_at_end(self) -> float:
+        """The weight of alpha = 1; 0 if it is not a node."""
+        return float(self.weights[self.nodes == 1].sum())
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES, BaselineInput
-from tn_lens.inference.forward import Layout, prompt_logits
-from tn_lens.models import Hooks, Model, backend_of, neuron_space
+from tn_lens.inference.activations import last_activations
+from tn_lens.models import Hooks, Model, backend_of
 from tn_lens.models.isolation import isolated
-from tn_lens.neurons import SiteName, hook_name
+from tn_lens.neurons import SiteName
 from tn_lens.questions.prompts import Prompt
 
 EMBEDDINGS = "hook_embed"
@@ -59,32 +59,10 @@ def input_activations(
     """
     inputs = baseline_tokens(model, prompts, baseline_input)
     row_of = {token_ids: row for row, token_ids in enumerate(dict.fromkeys(inputs))}
-    space, dtype = neuron_space(model), backend_of(model).wide_dtype
-    layers, wanted = range(space.n_layers), [site for site in sites if space.width(site)]
-    stored = {
-        hook_name(site, layer): torch.empty(len(row_of), space.width(site), dtype=dtype)
-        for site in wanted
-        for layer in layers
-    }
-
-    def hooks(layout: Layout) -> Hooks:
-        rows = list(layout.rows)
-
-        def keep(value: Tensor, hook: Any) -> None:
-            last = (layout.lengths - 1).to(value.device)
-            # [row, column, ...] -> [row, neuron]
-            stored[hook.name][rows] = (
-                value[torch.arange(len(rows), device=value.device), last].flatten(1).to("cpu", dtype)
-            )
-
-        blank: Hooks = [(EMBEDDINGS, _zeros)] if baseline_input == "zero_embeddings" else []
-        return [*blank, *((name, keep) for name in stored)]
-
     distinct = [Prompt(token_ids=token_ids, label_ids=(), right=0) for token_ids in row_of]
-    for _ in prompt_logits(model, distinct, hooks=hooks, share_prefix=False):
-        pass
+    blank: Hooks = [(EMBEDDINGS, _zeros)] if baseline_input == "zero_embeddings" else []
     rows = [row_of[token_ids] for token_ids in inputs]
-    return {site: torch.stack([stored[hook_name(site, layer)] for layer in layers], dim=1)[rows] for site in wanted}
+    return {site: values[rows] for site, values in last_activations(model, distinct, sites, also=blank).items()}
 
 
 def baseline_tokens(model: Model, prompts: Sequence[Prompt], baseline_input: BaselineInput) -> list[tuple[int, ...]]:

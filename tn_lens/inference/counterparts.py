@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES
-from tn_lens.inference.forward import Layout, prompt_logits
-from tn_lens.models import Hooks, Model, backend_of, neuron_space
+from tn_lens.inference.activations import last_activations
+from tn_lens.models import Model
 from tn_lens.models.isolation import isolated
-from tn_lens.neurons import SiteName, hook_name
+from tn_lens.neurons import SiteName
 from tn_lens.questions.prompts import Prompt, PromptSet
 
 
@@ -59,29 +58,3 @@ def counterpart_activations(
     """
     rows = counterparts(prompts)
     return {site: values[rows] for site, values in last_activations(model, prompts, sites).items()}
-
-
-def last_activations(
-    model: Model, prompts: Sequence[Prompt], sites: Sequence[SiteName]
-) -> dict[SiteName, Float[Tensor, "prompt layer _"]]:
-    """Activations at the last position of each prompt, on the CPU in at least float32."""
-    space, dtype = neuron_space(model), backend_of(model).wide_dtype
-    shapes = {site: (len(prompts), space.n_layers, space.width(site)) for site in sites if space.width(site)}
-    values = {site: torch.empty(shape, dtype=dtype) for site, shape in shapes.items()}
-    places = {hook_name(site, layer): (site, layer) for site in values for layer in range(space.n_layers)}
-
-    def hooks(layout: Layout) -> Hooks:
-        last = layout.lengths - layout.first - 1  # column of the last position of each row
-
-        def keep(value: Tensor, hook: Any) -> None:
-            site, layer = places[hook.name]
-            each = torch.arange(len(last), device=value.device)
-            # [row, column, ...] -> [row, neuron]
-            values[site][list(layout.rows), layer] = value[each, last.to(value.device)].flatten(1).to("cpu", dtype)
-
-        # a common prefix contains no last position
-        return [(name, keep) for name in places] if layout.rows else []
-
-    for _ in prompt_logits(model, prompts, hooks=hooks):
-        pass
-    return values

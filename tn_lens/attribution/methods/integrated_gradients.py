@@ -47,13 +47,11 @@ def integrate(
         n_rows: number of rows of each prompt in one pass.
     """
     paths = Paths(engine, baseline)
-    is_end = rule.nodes == 1  # where nothing is replaced: one row serves all places
     # the first node, alpha = 0, gives the change; its gradient is not needed
-    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.nodes[~is_end]])
-    weights, weight_at_end = rule.weights[~is_end], float(rule.weights[is_end].sum())
-    sums = [Sums(paths, weights, weight_at_end, value_at_end) for value_at_end in reached(paths, targets)]
+    nodes = torch.cat([torch.zeros(1, dtype=torch.float64), rule.before_end().nodes])
+    sums = [Sums(paths, rule, value_at_end) for value_at_end in reached(engine, targets)]
     alphas = dict.fromkeys(paths.places, nodes[None])
-    for part in evaluate(paths, targets, alphas, n_rows, with_ends=bool(weight_at_end)):
+    for part in evaluate(paths, targets, alphas, n_rows, with_ends=bool(rule.weight_at_end)):
         for index, each in enumerate(sums):
             each.add(part, index)
     n_nodes = {
@@ -67,15 +65,13 @@ class Sums:
 
     Args:
         paths: the paths of all places.
-        weights: weights of the nodes after the first, which is the baseline.
-        weight_at_end: weight of alpha = 1.
+        rule: the quadrature rule, whose nodes below alpha = 1 follow the first node, which is the baseline.
         reached: the target's value at the end of the paths.
     """
 
-    def __init__(
-        self, paths: Paths, weights: Float[Tensor, " step"], weight_at_end: float, reached: Float[Tensor, " prompt"]
-    ) -> None:
-        self.paths, self.weights, self.weight_at_end, self.reached = paths, weights, weight_at_end, reached
+    def __init__(self, paths: Paths, rule: QuadratureRule, reached: Float[Tensor, " prompt"]) -> None:
+        self.paths, self.reached = paths, reached
+        self.weights, self.weight_at_end = rule.before_end().weights, rule.weight_at_end
         self.scores, self.change = paths.zeros(), paths.zeros_by_layer()
 
     def add(self, part: Part | Ends, target: int) -> None:

@@ -82,7 +82,8 @@ class Method:
     check: Callable[[int], object]
     """Raises `BadInput` if the method cannot use this number of steps."""
     tolerance: float | None = None
-    """Default tolerance of a method that controls its error, 0 for one that does so only on request; None for others."""
+    """Default tolerance of a method that controls its error. 0: a quadrature rule, which does so only on request. None: the
+    method has no tolerance."""
     uses_counterparts: bool = False
     """Whether the baseline of each prompt consists of the activations of its counterpart; see `counterpart_activations`."""
     sees_edge: bool = False

@@ -90,9 +90,8 @@ class Ends:
     gradients: list[dict[Place, Float[Tensor, "prompt 1 position _"]]]
 
 
-def reached(paths: Paths, targets: Sequence[Target]) -> list[Float[Tensor, " prompt"]]:
-    """The value of each target at the ends of the paths."""
-    engine = paths.engine
+def reached(engine: Engine, targets: Sequence[Target]) -> list[Float[Tensor, " prompt"]]:
+    """The value of each target on the prompts themselves, at the ends of the paths."""
     return [_values(target, engine.logits[:, None], engine.prompts)[:, 0] for target in targets]
 
 
@@ -156,8 +155,7 @@ def read_targets(
 ) -> list[tuple[Float[Tensor, "prompt row"], Float[Tensor, "prompt row _"]]]:
     """Each target's values, and its gradient with respect to the rows' final vectors."""
     read: list[list[tuple[Tensor, Tensor]]] = [[] for _ in targets]
-    # [prompt, row, vector], in parts of at most ROWS_UNEMBEDDED rows over all prompts
-    for part in final.detach().split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1):
+    for part in _parts(final.detach()):
         leaf = part.requires_grad_()
         with torch.enable_grad():
             logits = engine.logits_of(leaf)  # [prompt, row, vocab], of these rows only
@@ -166,6 +164,16 @@ def read_targets(
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=index + 1 < len(values))
             read[index].append((value.detach(), gradient))
     return [(torch.cat([v for v, _ in parts], dim=1), torch.cat([g for _, g in parts], dim=1)) for parts in read]
+
+
+def values_of(engine: Engine, final: Float[Tensor, "prompt row _"], target: Target) -> Float[Tensor, "prompt row"]:
+    """A target's values, without gradients."""
+    return torch.cat([_values(target, engine.logits_of(part), engine.prompts) for part in _parts(final)], dim=1)
+
+
+def _parts(final: Float[Tensor, "prompt row _"]) -> Sequence[Float[Tensor, "prompt _ _"]]:
+    """The rows in parts of at most ROWS_UNEMBEDDED rows over all prompts."""
+    return final.split(max(1, ROWS_UNEMBEDDED // len(final)), dim=1)
 
 
 def replacing(

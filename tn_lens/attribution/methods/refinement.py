@@ -6,7 +6,7 @@ completeness of parts finds narrow peaks which the completeness of the whole pat
 lower order on the same nodes guards against errors that cancel in the sum.
 
 Every path begins with a panel of five nodes. A piece of a path whose estimated error is too large is divided at its nodes,
-and each part gets a panel of its own.
+and each part gets a separate panel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 import torch
@@ -149,7 +149,7 @@ class _RefinedPaths:
     ) -> None:
         self.paths, self.targets, self.n_rows = Paths(engine, baseline), targets, n_rows
         self.prompts = range(len(engine.prompts))
-        at_end = reached(self.paths, targets)
+        at_end = reached(engine, targets)
         self.scores = [self.paths.zeros() for _ in targets]
         self.change = [self.paths.zeros_by_layer() for _ in targets]
         self.pieces: dict[OfPrompt, list[Piece]] = {}
@@ -180,14 +180,12 @@ class _RefinedPaths:
             allowed = tolerance * scale
             if _total(pieces, scale) <= allowed or self.n_nodes[of] >= max_nodes:
                 continue
-            ranked, sum_of_squares = sorted(pieces, key=lambda piece: piece.error(scale)), 0.0
-            for place, piece in enumerate(ranked):
-                sum_of_squares += piece.error(scale) ** 2
-                if sum_of_squares > (MARGIN * allowed) ** 2:
-                    worst = [p for p in ranked[place:] if p.error(scale) > self.noise[of] and p.width > NARROWEST]
-                    divided = [(p, 4 if p.error(scale) > FAR * allowed else 2) for p in worst]
-                    chosen |= {of: divided} if divided else {}
-                    break
+            ranked = sorted(pieces, key=lambda piece: piece.error(scale))
+            sums_of_squares = accumulate(piece.error(scale) ** 2 for piece in ranked)
+            n_kept = sum(total <= (MARGIN * allowed) ** 2 for total in sums_of_squares)
+            worst = [p for p in ranked[n_kept:] if p.error(scale) > self.noise[of] and p.width > NARROWEST]
+            if worst:
+                chosen[of] = [(p, 4 if p.error(scale) > FAR * allowed else 2) for p in worst]
         return chosen
 
     def divide(self, chosen: Divisions) -> None:
@@ -237,16 +235,14 @@ class _RefinedPaths:
 
     def sum_over(self, rule: QuadratureRule, rough: Mapping[OfPrompt, object]) -> None:
         """Sum over all nodes of a rule at some places, whose error is then zero."""
-        is_end = rule.nodes == 1
-        at_places = {
-            place: rule.nodes[None, ~is_end] for place in self.paths.places if any(of[1] == place for of in rough)
-        }
-        _, slopes, _ = self._evaluate(at_places)
+        inner, rough_places = rule.before_end(), {place for _, place in rough}
+        in_order = [place for place in self.paths.places if place in rough_places]
+        _, slopes, _ = self._evaluate(dict.fromkeys(in_order, inner.nodes[None]))
         for prompt, place in rough:
             site, layer = place
-            weights, at_end = rule.weights[~is_end].to(slopes[place]), float(rule.weights[is_end].sum())
+            weights = inner.weights.to(slopes[place])
             summed = einsum(weights, slopes[place][prompt], "node, target node neuron -> target neuron")
-            summed = summed + at_end * self.slopes_at_end[place][prompt, :, 0]
+            summed = summed + rule.weight_at_end * self.slopes_at_end[place][prompt, :, 0]
             for scores, of_target in zip(self.scores, summed, strict=True):
                 scores[site][prompt, layer] = of_target
             self.pieces[prompt, place] = []
