@@ -10,9 +10,7 @@ Prompts are TruthfulQA questions in the form of figure 9, and completions ("The 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparing import city_questions, counted_rows, jaccard, salient
 from measuring import machine
 from torch import Tensor
 
@@ -48,20 +47,6 @@ METHODS: Mapping[str, dict[str, Any]] = {
 }
 
 Place = tuple[str, int]
-
-
-def city_completions(path: str, n: int, seed: int = 0) -> tn.QuestionSet:
-    """Completions "The city of ... is in the country of" with the right country and a random other one."""
-    with Path(path).open(encoding="utf-8") as file:
-        countries = {row["city"]: row["correct_country"] for row in csv.DictReader(file)}
-    names, draw = sorted(set(countries.values())), random.Random(seed)
-    questions = []
-    for city, country in countries.items():
-        # the first words differ, since they are compared
-        wrong = draw.choice([name for name in names if name.split()[0] != country.split()[0]])
-        questions.append(tn.Question(text=f"The city of {city} is in the country of", choices=(country, wrong)))
-    draw.shuffle(questions)
-    return tn.QuestionSet(name="cities", questions=tuple(questions[:n])).with_format("completion")
 
 
 def composite(n_panels: int, n: int = 8) -> tuple[Tensor, Tensor]:
@@ -108,31 +93,6 @@ def reference(model: Model, prompt: tn.Prompt) -> tuple[dict[Place, Tensor], dic
         n_nodes |= dict.fromkeys(rough, 8 * n_panels)
 
 
-def jaccard(a: Tensor, b: Tensor) -> float:
-    """Jaccard index of two sets of neurons, given as masks."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 1.0
-
-
-class RowCount:
-    """Counts the rows that the engine runs, with those that only fill a batch, and the layers that they pass."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._run = SharedPrefix.run
-
-    def __enter__(self) -> RowCount:
-        def run(engine: SharedPrefix, paths: Any, nudges: Any) -> Tensor:
-            self.rows += len(engine.prompts) * (sum(path.shape[1] for path in paths.values()) + bool(nudges))
-            return self._run(engine, paths, nudges)
-
-        SharedPrefix.run = run  # pyright: ignore
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        SharedPrefix.run = self._run  # pyright: ignore
-
-
 def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
     """One record for each method: errors, estimates, rows and sets, over all prompts and places."""
     n_layers = model.cfg.n_layers
@@ -150,17 +110,17 @@ def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
     unconverged = sum(d > AGREEMENT["composite"] for _, differences, _ in known for d in differences.values())
     records = []
     for name, options in METHODS.items():
-        with RowCount() as counted:
+        with counted_rows() as rows:
             started = time.perf_counter()
-            scores = tn.attribute(model, prompts, engine="shared_prefix", **options)
+            found = tn.attribute(model, prompts, engine="shared_prefix", **options)
             seconds = time.perf_counter() - started
-        errors = {s: (scores.difference[s] - true[s]).abs().amax(2) / scale[s][:, None] for s in NEURON_SITES}
+        errors = {s: (found.difference[s] - true[s]).abs().amax(2) / scale[s][:, None] for s in NEURON_SITES}
         flat = torch.cat([errors[s].flatten() for s in NEURON_SITES]).numpy()
-        assert scores.n_nodes is not None
-        nodes = torch.stack([scores.n_nodes[s] for s in NEURON_SITES])  # [site, prompt, layer]
+        assert found.n_nodes is not None
+        nodes = torch.stack([found.n_nodes[s] for s in NEURON_SITES])  # [site, prompt, layer]
         record: dict[str, Any] = {
             "method": name,
-            "rows_per_prompt": round(counted.rows / len(prompts), 1),
+            "rows_per_prompt": round(sum(rows) / len(prompts), 1),
             "nodes_per_place": round(float(nodes.float().mean()), 2),
             "seconds_per_prompt": round(seconds / len(prompts), 3),
             "within_1e-3": round(float((flat <= 1e-3).mean()), 4),
@@ -169,15 +129,14 @@ def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
         for share in SHARES:
             sets = [
                 jaccard(
-                    scores.difference[s][i] > share * scores.difference[s][i].max(),
-                    true[s][i] > share * true[s][i].max(),
+                    *(salient(scores[i].flatten().numpy(), share) for scores in (found.difference[site], true[site]))
                 )
-                for s in NEURON_SITES
+                for site in NEURON_SITES
                 for i in range(len(prompts))
             ]
             record[f"jaccard_{share:g}"] = {"mean": round(float(np.mean(sets)), 3), "least": round(min(sets), 3)}
-        if scores.error is not None:
-            estimates = torch.cat([(scores.error[s] / scale[s][:, None]).flatten() for s in NEURON_SITES]).numpy()
+        if found.error is not None:
+            estimates = torch.cat([(found.error[s] / scale[s][:, None]).flatten() for s in NEURON_SITES]).numpy()
             named = estimates > 1e-3 * 1.01
             record |= {
                 "least_estimate_to_error": round(float((estimates / np.maximum(flat, 1e-12)).min()), 3),
@@ -199,14 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--truthfulqa", help="TruthfulQA.csv")
-    parser.add_argument("--cities", help="a file with the columns city and correct_country")
+    parser.add_argument("--cities", type=Path, help="a file with the columns city and correct_country")
     parser.add_argument("-n", type=int, default=20, help="number of prompts of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     model = tn.load_model(arguments.model)
     sets = {}
     if arguments.cities:
-        sets["completions"] = city_completions(arguments.cities, arguments.n)
+        sets["completions"] = city_questions(arguments.cities, arguments.n)
     if arguments.truthfulqa:
         asked = tn.load_questions("truthfulqa", source=arguments.truthfulqa)
         sets["truthfulqa"] = asked.sample(arguments.n, np.random.default_rng(0))

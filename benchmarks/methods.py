@@ -8,26 +8,20 @@ table of all rows.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
+from comparing import city_questions, counted_rows, jaccard, salient
 from measuring import machine, timed
 from scipy import stats
-from torch import Tensor
 
 import tn_lens as tn
-from tn_lens.attribution.engines.direct import Direct
-from tn_lens.attribution.engines.shared_prefix import SharedPrefix
-from tn_lens.attribution.methods import METHODS, Engine
+from tn_lens.attribution.methods import METHODS
 from tn_lens.inference.counterparts import counterparts
 from tn_lens.models import Model
 
@@ -65,26 +59,6 @@ def reference_of(method: str, n_nodes: int) -> Candidate:
     return Candidate(f"{method}, m = {n_nodes}", {"method": method, "n_steps": n_nodes})
 
 
-def city_questions(path: Path, n: int) -> tn.QuestionSet:
-    """Completions of "The city of X is in the country of" with the right country and a random other one.
-
-    Args:
-        path: CSV file with the columns city and correct_country.
-        n: number of questions, drawn with the seed.
-    """
-    with path.open(encoding="utf-8", newline="") as file:
-        country_of = {row["city"]: row["correct_country"] for row in csv.DictReader(file)}
-    countries, rng = sorted(set(country_of.values())), random.Random(SEED)
-    questions = []
-    for city, right in country_of.items():
-        # completions must differ in their first token
-        others = [country for country in countries if country.split()[0] != right.split()[0]]
-        text = f"The city of {city} is in the country of"
-        questions.append(tn.Question(text=text, choices=(right, rng.choice(others))))
-    rng.shuffle(questions)
-    return tn.QuestionSet(name="cities", questions=tuple(questions[:n])).with_format("completion")
-
-
 def has_counterparts(prompts: tn.PromptSet) -> bool:
     """Whether every prompt can be attributed with attribution patching."""
     try:
@@ -94,38 +68,9 @@ def has_counterparts(prompts: tn.PromptSet) -> bool:
     return True
 
 
-@contextmanager
-def counted_rows() -> Iterator[list[int]]:
-    """Collect the number of rows of every pass of the engines, summed over the prompts of the pass."""
-    counts: list[int] = []
-
-    def counting(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def count(engine: Engine, paths: Any, nudges: Any) -> Tensor:
-            final = run(engine, paths, nudges)
-            counts.append(final.shape[0] * final.shape[1])
-            return final
-
-        return count
-
-    with ExitStack() as stack:
-        for engine in (Direct, SharedPrefix):
-            stack.enter_context(patch.object(engine, "run", counting(engine.run)))
-        yield counts
-
-
 def flat(attribution: tn.Attribution, site: str) -> np.ndarray:
     """The scores of a site as an array [prompt, neuron], in which the neurons of all layers are side by side."""
     return attribution.difference[site].flatten(1).double().numpy()
-
-
-def salient(scores: np.ndarray, t: float) -> set[int]:
-    """The neurons whose score exceeds the fraction `t` of the largest one."""
-    return set(np.flatnonzero(scores > t * scores.max()).tolist())
-
-
-def jaccard(one: set[int], other: set[int]) -> float:
-    """The size of the intersection of two sets relative to that of their union."""
-    return len(one & other) / len(one | other) if one | other else 1.0
 
 
 def strongest(scores: np.ndarray, n: int) -> list[int]:
@@ -273,7 +218,7 @@ def main() -> None:
             model, questions.sample(arguments.prompts, np.random.default_rng(SEED)), order="both"
         )
     else:
-        questions = city_questions(arguments.cities, arguments.prompts)
+        questions = city_questions(arguments.cities, arguments.prompts, SEED)
         prompts = tn.build_prompts(model, questions)
     # like a run, attribute only what the model answers correctly
     prompts = tn.manipulation_check(model, prompts).prompts.chunks(arguments.prompts)[0]
