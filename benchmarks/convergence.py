@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparing import city_questions, counted_rows, jaccard, salient
+from comparing import city_questions, composite, counted_rows, from_zero, jaccard, salient, summed
 from measuring import machine
 from torch import Tensor
 
 import tn_lens as tn
-from tn_lens.attribution.engines.shared_prefix import SharedPrefix
-from tn_lens.attribution.methods.paths import Part, Paths, evaluate
+from tn_lens.attribution.methods.method import Place
 from tn_lens.attribution.quadrature import quadrature_rule
-from tn_lens.attribution.target import probability_difference
 from tn_lens.models import Model
 from tn_lens.neurons import NEURON_SITES
 
@@ -34,44 +32,19 @@ RESULTS = Path(__file__).parent / "convergence.json"
 AGREEMENT = {"single": 1e-5, "composite": 1e-4}
 """Largest difference, relative to the largest score, of two rules that are taken to have converged."""
 MOST_PANELS = 512
-N_ROWS = 400
 SHARES = (0.2, 0.05, 0.01)
 """Thresholds t, as fractions of the largest score, at which sets of salient neurons are compared."""
 METHODS: Mapping[str, dict[str, Any]] = {
     "adaptive, 1e-3": {"method": "adaptive"},
     "riemann_right, 20": {"n_steps": 20},
     "riemann_right, 20, tolerance 1e-3": {"n_steps": 20, "tolerance": 1e-3},
-    "riemann_right, 64": {"n_steps": 64},
     "gausslegendre, 5": {"n_steps": 5, "method": "gausslegendre"},
-    "gausslegendre, 20": {"n_steps": 20, "method": "gausslegendre"},
 }
-
-Place = tuple[str, int]
-
-
-def composite(n_panels: int, n: int = 8) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a Gauss-Legendre rule on each of several equal panels."""
-    rule = quadrature_rule("gausslegendre", n)
-    low = torch.arange(n_panels, dtype=torch.float64)[:, None] / n_panels
-    return (low + rule.nodes / n_panels).flatten(), (rule.weights / n_panels).repeat(n_panels)
-
-
-def summed(paths: Paths, places: list[Place], nodes: Tensor, weights: Tensor) -> dict[Place, Tensor]:
-    """The integrals at some places by one rule, in float64."""
-    totals: dict[Place, Tensor] = {}
-    alphas = dict.fromkeys(places, nodes[None])
-    for part in evaluate(paths, [probability_difference], alphas, N_ROWS):
-        assert isinstance(part, Part)
-        site, layer = part.place
-        slopes = (paths.delta[site][:, layer, None] * paths.engine.carry_back(part.place, part.gradients[0]))[0, :, 0]
-        totals[part.place] = totals.get(part.place, 0) + weights[part.nodes] @ slopes.double()
-    return totals
 
 
 def reference(model: Model, prompt: tn.Prompt) -> tuple[dict[Place, Tensor], dict[Place, float], dict[Place, int]]:
     """Converged scores of one prompt, how far the last two rules differ, and the number of nodes, by place."""
-    engine = SharedPrefix(model, [prompt], NEURON_SITES)
-    paths = Paths(engine, {site: torch.zeros_like(own[0, :, 0]) for site, own in engine.own.items()})
+    paths = from_zero(model, prompt)
     rules = [quadrature_rule("gausslegendre", n) for n in (12, 20)]
     coarse, fine = (summed(paths, paths.places, rule.nodes, rule.weights) for rule in rules)
     rough, n_panels, kind = paths.places, 8, "single"

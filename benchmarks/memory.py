@@ -25,7 +25,9 @@ RESULTS = Path(__file__).with_suffix(".json")
 MIB = 2**20
 
 
-def run(model: Model, n_prompts: int, n_tokens: int, max_memory: int) -> tuple[Peak, int]:
+def run(
+    model: Model, n_prompts: int, n_tokens: int, max_memory: int, method: str = "riemann_right"
+) -> tuple[Peak, int]:
     """Attribute random prompts, and return the peak memory and the number of rows in one pass."""
     prompts = PromptSet(tuple(random_prompt(n_tokens, seed) for seed in range(n_prompts)))
     n_together = 0
@@ -34,7 +36,7 @@ def run(model: Model, n_prompts: int, n_tokens: int, max_memory: int) -> tuple[P
         nonlocal n_together
         with tempfile.TemporaryDirectory() as scratch, RunFolder.open(Path(scratch) / "run", {}) as folder:
             for index, chunk in enumerate(prompts.chunks(PROMPTS_ATTRIBUTED)):
-                scores = attribute(model, chunk, engine="shared_prefix", max_memory=max_memory)
+                scores = attribute(model, chunk, method=method, engine="shared_prefix", max_memory=max_memory)
                 prompts_per_pass, rows_per_prompt = scores.pass_size
                 n_together = rows_per_prompt * min(prompts_per_pass, len(chunk))
                 folder.write_chunk(SCORES, index, pack_scores(scores))
@@ -68,10 +70,11 @@ def main() -> None:
     model = lay_out_weights(random_model(512, 12))
     attribute(model, random_prompt(128), n_steps=1)
     budgets = []
-    for budget in (64, 128, 256, 512, 1024, 2048):
-        peak, rows = run(model, 4, 128, budget * MIB)
-        budgets.append({"max_memory_mib": budget, **mib(peak), "rows_in_a_pass": rows})
-        print(budgets[-1], flush=True)
+    for method in ("riemann_right", "adaptive"):
+        for budget in (64, 128, 256, 512, 1024, 2048):
+            peak, rows = run(model, 4, 128, budget * MIB, method)
+            budgets.append({"method": method, "max_memory_mib": budget, **mib(peak), "rows_in_a_pass": rows})
+            print(budgets[-1], flush=True)
     results = {"machine": machine(), "budgets": budgets, "prompts": counts}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -26,7 +26,7 @@ from tn_lens.runs import workers as distributed
 from tn_lens.runs.workers import Workers
 
 ROOT = Path(__file__).parents[1]
-SMALL = Settings(limit=80, n_steps=2, n_repetitions=2, order="both")
+METHODS = {"rule": {"n_steps": 2}, "adaptive": {"method": "adaptive", "tolerance": 0.01, "max_nodes": 30}}
 FEW = {"find": 80, "report": 16}
 
 RUN = """
@@ -47,8 +47,17 @@ RunFolder.write_chunk = write
 sys.argv = {command!r}
 cli.main()
 """
-OPTIONS = ["--limit", "80", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
+OPTIONS = ["--limit", "80", "--repetitions", "2", "--order", "both"]
 COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "run", *OPTIONS]
+
+
+def settings(method: str) -> Settings:
+    return Settings(limit=80, n_repetitions=2, order="both", **METHODS[method])
+
+
+def command(method: str) -> list[str]:
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in METHODS[method].items()]
+    return COMMAND + [word for option in options for word in option]
 
 
 def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -100,22 +109,27 @@ def work(rank: int, n_workers: int, port: int, script: str, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> Path:
-    """Folder of a run with one worker."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    find_truth_neurons(toy, first_of_parts(toy_questions, **FEW), SMALL, out=out, threads=1, command=COMMAND)
-    assert len(list((out / "scores").iterdir())) > 1
-    return out
+def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> dict[str, Path]:
+    """Folders of runs with one worker, by method."""
+    folders = {method: tmp_path_factory.mktemp("runs") / "run" for method in METHODS}
+    for method, out in folders.items():
+        options = {"out": out, "threads": 1, "command": command(method)}
+        find_truth_neurons(toy, first_of_parts(toy_questions, **FEW), settings(method), **options)
+        assert len(list((out / "scores").iterdir())) > 1
+    return folders
 
 
-@pytest.mark.parametrize("n_workers", [2, 4])
-def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_workers", "method"), [(2, "rule"), (2, "adaptive"), (4, "adaptive")])
+def test_any_number_of_workers_gives_the_same_bytes(
+    n_workers: int, method: str, alone: dict[str, Path], tmp_path: Path
+) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, command=COMMAND, dies=None))
-    done = torchrun(2, script, cwd=tmp_path) if n_workers == 2 else forked(n_workers, script.read_text(), tmp_path)
+    script.write_text(RUN.format(few=FEW, command=command(method), dies=None))
+    by_torchrun = method == "rule"
+    done = torchrun(n_workers, script, cwd=tmp_path) if by_torchrun else forked(n_workers, script.read_text(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report:") == done.stdout.count("│ unablated ") == 1, "only one worker prints"
-    assert contents(out) == contents(alone)
+    assert contents(out) == contents(alone[method])
     events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     chunks = [event for event in events if event["what"] == "chunk"]
     assert len({(event["name"], event["index"]) for event in chunks}) == len(chunks), "no chunk is computed twice"
@@ -123,18 +137,19 @@ def test_any_number_of_workers_gives_the_same_bytes(n_workers: int, alone: Path,
 
 
 def test_a_killed_worker_is_named_and_one_worker_goes_on(
-    alone: Path, toy: Model, toy_questions: QuestionSet, tmp_path: Path
+    alone: dict[str, Path], toy: Model, toy_questions: QuestionSet, tmp_path: Path
 ) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, command=COMMAND, dies=1))
+    script.write_text(RUN.format(few=FEW, command=command("adaptive"), dies=1))
     done = torchrun(2, script, cwd=tmp_path)
     assert done.returncode != 0
     assert "error: worker 1 of 2" in done.stderr
     assert "has died or does not respond; run the same command again" in done.stderr
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert any(path.parent.name == "scores" for path in held)
-    find_truth_neurons(toy, first_of_parts(toy_questions, **FEW), SMALL, out=out, command=COMMAND)
-    assert contents(out) == contents(alone), "a run of two workers resumes on one"
+    questions, about = first_of_parts(toy_questions, **FEW), {"out": out, "command": command("adaptive")}
+    find_truth_neurons(toy, questions, settings("adaptive"), **about)
+    assert contents(out) == contents(alone["adaptive"]), "a run of two workers resumes on one"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
 
 

@@ -20,6 +20,8 @@ from .attribution.quadrature import quadrature_rule as quadrature_rule
 from .attribution.result import Attribution as Attribution
 from .selection.select import select_neurons as select_neurons
 from .selection.result import Selection as Selection
+from .selection.convergence import ConvergenceCheck as ConvergenceCheck
+from .selection.convergence import convergence_check as convergence_check
 from .selection.stability import stability as stability
 from .selection.stability import sweep as sweep
 from .inference.interventions import Intervention as Intervention

@@ -95,6 +95,10 @@ class Settings:
     """Largest error of a prompt's scores at a site, as a fraction of its largest score; see `attribute`."""
     max_nodes: int = _option(MAX_NODES, "Number of nodes from which 'adaptive' does not refine a layer.")
     """Number of nodes at a site and layer of a prompt from which "adaptive" does not refine any further."""
+    convergence_sample: int = _option(
+        8, "Number of questions on which the scores of a quadrature rule are compared with converged ones; 0 for none."
+    )
+    """Number of questions on which the scores of a quadrature rule are compared with converged ones; see `convergence_check`."""
     baseline: BaselineName = _option("zero", "Baseline of integrated gradients.")
     baseline_input: BaselineInput = _option("end_of_text", "Input whose activations are the baseline 'input'.")
     positions: Positions = _option("last", "Positions to interpolate.")

@@ -1,4 +1,4 @@
-"""Attribution of one prompt, and the completeness error."""
+"""Attribution of one prompt, and the errors of the scores: completeness and convergence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tn_lens.core.options import Theme
 from tn_lens.core.sentences import count, percent, say_each
 from tn_lens.figures.layout import QUIET, ROW, Figure, colour_bar, finish, layer_axis, panels
 from tn_lens.figures.look import Look, look_of, name_of, short_site_name, site_name
+from tn_lens.selection.convergence import ConvergenceCheck
 
 SITE_ROW = 46
 """Height of a row of cells."""
@@ -91,6 +92,50 @@ def plot_completeness(completeness: Attribution | Gaps, *, title: str | None = N
     worst = worst_gap(means)
     sentences = say_each("figures.completeness", short_site_name(worst.site), worst)
     return finish(figure, sentences, title, theme, height=total, top=26, legend=True)
+
+
+def plot_convergence(check: ConvergenceCheck, *, title: str | None = None, theme: Theme = "light") -> Figure:
+    """The error of a quadrature rule's scores by site, layer and number of steps, next to that of converged scores.
+
+    Args:
+        check: result of `convergence_check`.
+        title: title of the figure; by default it names the site and layer with the largest error.
+        theme: "light" or "dark".
+
+    Returns:
+        A heatmap of layers by numbers of steps for every site; the last row is the estimated error of the converged scores.
+    """
+    # [row, layer] by site: the largest error of any prompt
+    errors = {
+        site: np.concatenate([error.max(1), check.reference_error[site].max(0)[None]])
+        for site, error in check.error.items()
+    }
+    n_layers = next(iter(errors.values())).shape[1]
+    low, high = -6, max(0, int(np.ceil(np.log10(max(float(error.max()) for error in errors.values())))))
+    rows = [*(f"m = {m}" for m in check.n_steps), "adaptive"]
+    titles = [site_name(site) for site in errors]
+    figure, total = panels([ROW * len(rows)] * len(errors), gap=48, shared_xaxes=True, subplot_titles=titles)
+    for panel, (label, error) in enumerate(zip(titles, errors.values(), strict=True)):
+        figure.add_cells(
+            n_layers,
+            z=np.log10(np.clip(error, 10.0**low, None)),
+            x=list(range(n_layers)),
+            y=rows,
+            customdata=error,
+            coloraxis="coloraxis",
+            hovertemplate=f"{label}, layer %{{x}}, %{{y}}<br>%{{customdata:.1e}} of the largest score<extra></extra>",
+            row=panel + 1,
+            col=1,
+        )
+    figure.update_yaxes(autorange="reversed", type="category", **QUIET)
+    figure.share_axis(layer_axis(n_layers), len(errors))
+    powers = list(range(low, high + 1, 2))
+    names = [("≤ " if power == low else "") + f"10<sup>{power}</sup>".replace("-", "−") for power in powers]
+    bar = colour_bar("error / largest score") | {"tickvals": powers, "ticktext": names}
+    figure.update_layout(coloraxis={"colorscale": look_of(theme).scale, "cmin": low, "cmax": high, "colorbar": bar})
+    site, layer, worst = check.worst()
+    sentences = say_each("figures.convergence", check, short_site_name(site), layer, worst)
+    return finish(figure, sentences, title, theme, height=total, top=24)
 
 
 def _add_sums(figure: Figure, sites: list[str], sums: np.ndarray, changes: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tn_lens.attribution.attribute import attribute, back_off_warning, space_of
 from tn_lens.attribution.baseline import post_norm_warning
+from tn_lens.attribution.methods import METHODS
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
@@ -34,6 +35,7 @@ from tn_lens.runs.context import Run, map_chunks, tell
 from tn_lens.runs.folder import SCORES, RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
 from tn_lens.runs.workers import workers
+from tn_lens.selection.convergence import ConvergenceCheck, convergence_check
 from tn_lens.selection.result import Selection
 from tn_lens.selection.stability import SPLIT_SEEDS, found_again, stability_of
 from tn_lens.selection.stored import BACKED_OFF, StoredScores, pack_scores
@@ -112,6 +114,7 @@ def find_truth_neurons(
             check=check,
             completeness=scores.completeness(),
             convergence=scores.convergence(),
+            convergence_check=run.stage("convergence", against_converged, model, check, settings, t, options),
             selection=selection,
             evaluation=evaluation,
             is_held_out=parts.is_held_out,
@@ -260,6 +263,21 @@ def threshold_of(
     about = {"rules": rules_of(settings), "seed": settings.seed, "drop_long": drop_long, "table": table}
     tuning = run.stage("tuning", tune_threshold, model, scores, questions, **about)
     return tuning.t, tuning
+
+
+def against_converged(
+    model: Model, check: ManipulationCheck, settings: Settings, t: float, options: Mapping[str, Any]
+) -> ConvergenceCheck | None:
+    """Compare the scores of a quadrature rule with converged ones, on a sample of the kept questions.
+
+    None for other methods, and without a sample.
+    """
+    if METHODS[settings.method].tolerance != 0 or not settings.convergence_sample:
+        return None
+    sample = check.prompts.sample(settings.convergence_sample, settings.seed)
+    about = {name: value for name, value in options.items() if name not in ("tolerance", "max_nodes")}
+    thresholds = {"adaptive_threshold": t, "share_threshold": settings.share_threshold}
+    return convergence_check(model, sample, max_nodes=settings.max_nodes, **thresholds, **about)
 
 
 def again_with_every_order(table: SelectionTable, selection: Selection) -> float | None:

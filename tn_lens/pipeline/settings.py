@@ -79,6 +79,9 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BadInput(f"{name} must be a positive integer; got {value!r}")
+    n = settings.convergence_sample
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise BadInput(f"convergence_sample must be a number of questions, or 0 for no check; got {n!r}")
 
 
 def rules_of(settings: Settings) -> Rules:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.seeds import generator
 from tn_lens.questions.formats import VERDICTS
 
 
@@ -134,6 +135,11 @@ class PromptSet(Sequence[Prompt]):
         """The prompts of these questions, in the order of the set."""
         wanted = set(questions)
         return PromptSet(tuple(prompt for prompt in self.prompts if prompt.question in wanted))
+
+    def sample(self, n: int, seed: int) -> PromptSet:
+        """The prompts of at most `n` questions, sampled without replacement, in the order of the set."""
+        questions = list(self.groups)
+        return self.only(generator(seed).permutation(questions)[:n].tolist())
 
     def chunks(self, size: int) -> tuple[PromptSet, ...]:
         """Split into parts of at most `size` prompts, without splitting a question; a question with more is one part."""

@@ -28,6 +28,7 @@ from tn_lens.figures import (
     plot_candidates,
     plot_categories,
     plot_completeness,
+    plot_convergence,
     plot_layers,
     plot_probability_change,
 )
@@ -150,6 +151,8 @@ def figures_of(found: TruthNeurons) -> dict[str, Figure]:
             figures["elsewhere"] = plot_accuracies(several)
     if any(gaps["change"] for gaps in found.completeness.values()):
         figures["completeness"] = plot_completeness(found.completeness)
+    if found.convergence_check is not None:
+        figures["convergence"] = plot_convergence(found.convergence_check)
     return figures
 
 

@@ -20,6 +20,7 @@ from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.neurons import NeuronSet
 from tn_lens.results.card import Card, CardFile
 from tn_lens.runs.seals import read_manifest
+from tn_lens.selection.convergence import ConvergenceCheck
 from tn_lens.selection.result import FEW, Selection
 from tn_lens.selection.stability import Stability
 
@@ -57,6 +58,7 @@ class _Rest(Stored):
     is_held_out: bool
     completeness: Gaps
     convergence: Convergence | None
+    convergence_check: ConvergenceCheck | None
     stability: Stability
     found_again: float | None
     tuning: Tuning | None
@@ -75,6 +77,8 @@ class TruthNeurons:
     """For each site: mean |gap| and mean |change| of every layer; a gap of 0 is an exact integral."""
     convergence: Convergence | None = None
     """The estimated errors of the scores; None if the method does not estimate them."""
+    convergence_check: ConvergenceCheck | None = None
+    """The scores of a quadrature rule next to converged ones, on a sample of the questions; None for other methods."""
     selection: Selection
     evaluation: Evaluation
     """The evaluation on the reporting questions of a set that has them (the toy), otherwise on those used for finding."""
@@ -102,6 +106,15 @@ class TruthNeurons:
     def neurons(self) -> NeuronSet:
         """The truth neurons."""
         return self.selection.neurons
+
+    @property
+    def unsupported(self) -> NeuronSet | None:
+        """The found neurons that are candidates of the sample by the rule's scores, but not by converged ones.
+
+        None if there is no `convergence_check`.
+        """
+        check = self.convergence_check
+        return None if check is None else NeuronSet(check.lost() & self.neurons)
 
     @property
     def unseen(self) -> Evaluation | None:

@@ -40,6 +40,9 @@ RESERVED = 24 * 2**20
 """Bytes of `max_memory` that are reserved for buffers of matrix products and a prompt's cache, but at most half."""
 PROMPTS_PER_PASS = 16
 """Maximum number of prompts in one pass, if memory allows."""
+SLOPES_KEPT = 16
+"""Slopes per neuron that are reserved for the pieces of refined paths: five of the first panel, which exist twice while it is
+evaluated, and those of the places that are refined."""
 
 
 def unsupported(model: Model) -> str | None:
@@ -79,10 +82,12 @@ def plan(
     max_rows = free // (row_bytes + logit_bytes)
     if max_rows >= ROWS_UNEMBEDDED:
         max_rows = (free - ROWS_UNEMBEDDED * logit_bytes) // row_bytes
-    n_prompts = min(PROMPTS_PER_PASS, max_rows // n_rows, max_memory // (size * n_tokens * d_position))
+    # the slopes of all pieces of a prompt's paths, in units of rows
+    n_kept = SLOPES_KEPT * space.n_neurons * backend.wide_dtype.itemsize // row_bytes if is_refined else 0
+    n_prompts = min(PROMPTS_PER_PASS, max_rows // (n_rows + n_kept), max_memory // (size * n_tokens * d_position))
     if is_refined and backend.device.type == "cpu":
         n_prompts = min(n_prompts, math.ceil(ENOUGH_ROWS / n_rows))
-    return PassSize(max(1, n_prompts), max(1, min(n_rows, max_rows)))
+    return PassSize(max(1, n_prompts), max(1, min(n_rows, max_rows - n_kept)))
 
 
 class SharedPrefix:
