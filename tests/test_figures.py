@@ -19,7 +19,18 @@ import pytest
 import torch
 
 from tests.browser import CHROMIUM
-from tn_lens import Attribution, BadInput, Evaluation, Neuron, NeuronSet, Prompt, PromptSet, figures, select_neurons
+from tn_lens import (
+    Attribution,
+    BadInput,
+    ConvergenceCheck,
+    Evaluation,
+    Neuron,
+    NeuronSet,
+    Prompt,
+    PromptSet,
+    figures,
+    select_neurons,
+)
 from tn_lens.figures.layout import TITLE_WIDTH, tick_step
 from tn_lens.figures.look import LOOKS
 from tn_lens.figures.selection import difference_of
@@ -431,7 +442,26 @@ def everything(theme: Any) -> dict[str, figures.Figure]:
         "difference": figures.plot_difference(scores, Neuron("mlp", 0, None, 3), theme=theme),
         "attribution": figures.plot_attribution(scores, theme=theme),
         "completeness": figures.plot_completeness(scores, theme=theme),
+        "convergence": figures.plot_convergence(compared(n_layers=3), theme=theme),
     }
+
+
+def compared(n_layers: int) -> ConvergenceCheck:
+    """The errors of a rule with 5 and 20 steps on two prompts."""
+    rng = np.random.default_rng(0)
+    return ConvergenceCheck(
+        method="riemann_right",
+        n_steps=(5, 20),
+        tolerance=1e-3,
+        n_questions=2,
+        error={site: 10.0 ** rng.uniform(-7, 0, (2, 2, n_layers)) for site in ("mlp", "attn")},
+        reference_error={site: 10.0 ** rng.uniform(-7, -3, (2, n_layers)) for site in ("mlp", "attn")},
+        jaccard=np.ones((2, 2)),
+        candidates=(NeuronSet(()), NeuronSet(())),
+        converged=NeuronSet(()),
+        adaptive_threshold=0.2,
+        share_threshold=0.4,
+    )
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

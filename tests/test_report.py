@@ -216,7 +216,8 @@ def test_the_report_shows_the_numbers_and_needs_no_network(finished: tuple[Truth
 def test_the_figures_of_the_report_hold_the_run(finished: tuple[TruthNeurons, Path]) -> None:
     found, out = finished
     figures = figures_of((out / "report.html").read_text())
-    assert set(figures) == {"layers", "accuracies", "change", "categories", "candidates", "completeness"}
+    errors = {"completeness", "convergence"}
+    assert set(figures) == {"layers", "accuracies", "change", "categories", "candidates"} | errors
     for of in figures.values():
         assert set(of) == {"light", "dark"}
         assert of["light"]["layout"]["paper_bgcolor"] != of["dark"]["layout"]["paper_bgcolor"]
@@ -408,7 +409,9 @@ def test_a_run_that_finds_nothing_has_a_report(toy: Model, tmp_path: Path) -> No
     assert "No neurons were found." in seen
     assert "singles out none of its 960 neurons, so none was ablated" in seen
     assert "in no question of half 1 does any neuron's D exceed t = 100 % of the largest" in seen
-    assert set(figures_of((out / "report.html").read_text())) == {"completeness"}, "nothing that has nothing to show"
+    assert set(figures_of((out / "report.html").read_text())) == {"completeness", "convergence"}, (
+        "nothing that has nothing to show"
+    )
     assert "random neurons zero-ablated" not in seen, "rows that would repeat the first"
     assert "No neuron is found with any of" in seen
     assert "Welch" not in seen
@@ -502,7 +505,7 @@ def test_the_dark_figures_are_those_of_the_dark_theme(
     replace_plots(monkeypatch, in_dark_theme)
     monkeypatch.setattr(page_module, "page", lambda _, figures, **__: dark.update(figures) or "")
     write(result)
-    others = {"elsewhere", "candidates", "completeness"} if kind == "report" else {"overlap"}
+    others = {"elsewhere", "candidates", "completeness", "convergence"} if kind == "report" else {"overlap"}
     assert set(dark) == set(shown) == others | {"layers", "accuracies", "change", "categories"}
     for name, figure in dark.items():
         assert shown[name]["dark"] == figure.bare(), name
@@ -523,7 +526,7 @@ def test_every_figure_of_a_page_is_drawn_once(
 
     replace_plots(monkeypatch, counted)
     write_report(with_others(loaded))
-    one = ("candidates", "probability_change", "layers", "categories", "completeness")
+    one = ("candidates", "probability_change", "layers", "categories", "completeness", "convergence")
     # the run's own question set, and both sets
     assert calls == {**dict.fromkeys(one, 1), "accuracies": 2}
     calls.clear()
@@ -556,7 +559,7 @@ def test_the_report_works_in_a_browser(finished: tuple[TruthNeurons, Path], chro
     chrome.open(page.as_uri())
     assert chrome.requests() == [page.as_uri()], "nothing but the page itself"
     n_figures = chrome.run("document.querySelectorAll('[data-figure]').length")
-    assert n_figures == 6
+    assert n_figures == 7
     assert chrome.run("document.querySelectorAll('[data-figure] .main-svg').length") >= n_figures
     rows = shown(chrome)
     assert len(rows) == min(25, len(found.neurons))
