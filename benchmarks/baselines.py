@@ -128,7 +128,7 @@ def effect(model: Model, questions: tn.QuestionSet, neurons: tn.NeuronSet, texts
     """Accuracy, answer mass and loss on unrelated text, unablated and with neurons zero-ablated."""
     conditions = ("unablated", "random_matched", "ablated")
     evaluation = tn.evaluate(model, questions, neurons, n_repetitions=2, conditions=conditions)
-    results: dict[str, Any] = {"neurons": list(map(str, neurons))[:50]}
+    results: dict[str, Any] = {"neurons": list(map(str, neurons))}
     for name, condition in evaluation.conditions.items():
         results[f"accuracy_{name}"] = round(float(condition.accuracy), 4)
         results[f"answer_mass_{name}"] = round(float(condition.answer_mass), 4)
@@ -186,7 +186,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     page += "| baseline | t | found | J | accuracy (%) | mass | loss |\n|---|---|---|---|---|---|---|\n"
     for row in records:
         cells = [row["baseline"].replace("_", r"\_"), f"{100 * row['t']:.0f} %"]
-        cells += [f"{row['n_found']} ({row['n_in_layers_0_and_1']})", f"{row['jaccard_with_zero']:.2f}"]
+        cells += [f"{row['n_found']} ({row['n_in_layers_0_and_1']})", _number(row["jaccard_with_zero"])]
         if row["n_found"]:
             cells.append(f"{100 * row['accuracy_ablated']:.1f} / {100 * row['accuracy_random_matched']:.1f}")
             cells.append(f"{row['answer_mass_ablated']:.3f} / {row['answer_mass_random_matched']:.3f}")
@@ -195,6 +195,10 @@ def markdown(results: Mapping[str, Any]) -> str:
             cells += ["–", "–", "–"]
         page += f"| {' | '.join(cells)} |\n"
     return page
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def main() -> None:

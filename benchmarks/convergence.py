@@ -108,7 +108,7 @@ def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
                 for i in range(len(prompts))
             ]
             record[f"jaccard_{share:g}"] = {"mean": round(float(np.mean(sets)), 3), "least": round(min(sets), 3)}
-        if found.error is not None:
+        if found.error is not None and options.get("method") == "adaptive":
             estimates = torch.cat([(found.error[s] / scale[s][:, None]).flatten() for s in NEURON_SITES]).numpy()
             named = estimates > 1e-3 * 1.01
             record |= {
@@ -116,10 +116,9 @@ def compare(model: Model, prompts: tn.PromptSet) -> list[dict[str, Any]]:
                 "named_as_not_converged": int(named.sum()),
                 "wrong_and_not_named": int(((flat > 1e-3) & ~named).sum()),
             }
-            if "adaptive" in name:
-                own = (nodes - 1).sum((0, 2)) + 1  # all places share the last node
-                record["rows_by_prompt"] = own.tolist()
-                record["rough_places_by_prompt"] = (nodes > 16).sum((0, 2)).tolist()
+            own = (nodes - 1).sum((0, 2)) + 1  # all places share the last node
+            record["rows_by_prompt"] = own.tolist()
+            record["rough_places_by_prompt"] = (nodes > 16).sum((0, 2)).tolist()
         print(f"  {record}", flush=True)
         records.append(record)
     n_places = len(prompts) * n_layers * len(NEURON_SITES)
@@ -142,7 +141,7 @@ def main() -> None:
     if arguments.truthfulqa:
         asked = tn.load_questions("truthfulqa", source=arguments.truthfulqa)
         sets["truthfulqa"] = asked.sample(arguments.n, np.random.default_rng(0))
-    results: dict[str, Any] = {"model": arguments.model, "machine": machine(), "torch": torch.__version__}
+    results: dict[str, Any] = {"model": Path(arguments.model).name, "machine": machine(), "torch": torch.__version__}
     for name, questions in sets.items():
         print(name, flush=True)
         results[name] = compare(model, tn.build_prompts(model, questions, order="random"))

@@ -68,7 +68,8 @@ def plan(
     """
     backend = backend_of(model)
     space, size = backend.space, backend.dtype.itemsize
-    n_rows = space.n_layers * n_places * (n_steps + 1)  # one more row for the baseline
+    # one more row at each place for the baseline; the common end of all paths is not one of the steps if they are refined
+    n_rows = space.n_layers * n_places * (n_steps + 1) + is_refined
     # the rows are divided evenly among the passes; of few steps, more layers run together
     layers_per_pass = LAYERS_PER_PASS * max(1, STEPS // max(1, n_steps))
     n_rows = math.ceil(n_rows / math.ceil(space.n_layers / layers_per_pass))
