@@ -165,7 +165,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     one = records[0]
     same = "the same" if one["same_as_zero_embeddings"] else "not the same"
     page = INTRODUCTION.format(riemann=results["riemann_rows"], n_sample=N_SAMPLE, same=same)
-    page += f"\n## {results['model']}, {results['questions']}\n\n{one['n_prompts']} prompts that the model answers correctly.\n\n"
+    page += f"\n## {results['model']}, {results['questions']}\n\n{one['n_prompts']} of {results['n_questions']} questions, which the model answers correctly.\n\n"
     page += "| baseline | rows | rough | not converged | Riemann, m = 20: largest, median error | J |\n|---|---|---|---|---|---|\n"
     for row in records[:: len(THRESHOLDS)]:
         cells = [
@@ -215,7 +215,11 @@ def main() -> None:
     model = tn.load_model(arguments.model)
     questions = city_questions(arguments.cities, arguments.n)
     results = {"model": Path(arguments.model).name, "questions": questions.name, "machine": machine()}
-    results |= {"riemann_rows": 20 * 2 * model.cfg.n_layers + 1, "records": measure(model, questions)}
+    results |= {
+        "n_questions": len(questions),
+        "riemann_rows": 20 * 2 * model.cfg.n_layers + 1,
+        "records": measure(model, questions),
+    }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(markdown(results), encoding="utf-8")
 
