@@ -111,7 +111,7 @@ def effect_together(model: Model, prompts: tn.PromptSet, scores: np.ndarray, spa
         chosen = strongest(scores[row], N_TOP)
         neurons = tn.NeuronSet(space.neuron(site, *divmod(index, space.width(site))) for index in chosen)
         before, after = (
-            float(answers[0, prompt.right] - answers[0].sum() + answers[0, prompt.right])
+            float(2 * answers[0, prompt.right] - answers[0].sum())  # right minus wrong
             for answers in (
                 tn.ask(model, [prompt]),
                 tn.ask(model, [prompt], neurons=neurons, intervention=tn.Zero(positions="last")),

@@ -152,7 +152,7 @@ def found(toy: Model, toy_questions: QuestionSet, tmp_path_factory: pytest.TempP
     return load_run(out)
 
 
-def test_a_run_with_a_rule_says_which_neurons_depend_on_its_error(found: TruthNeurons, toy: Model) -> None:
+def test_a_run_with_a_rule_says_which_neurons_depend_on_its_error(found: TruthNeurons) -> None:
     check = found.convergence_check
     assert check is not None
     assert (check.n_questions, check.n_steps) == (8, (20,))

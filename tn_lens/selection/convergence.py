@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from tn_lens.attribution.attribute import attribute, space_of
 from tn_lens.attribution.baseline import Baseline, rows_of
-from tn_lens.attribution.result import Attribution, mean_of_orders
+from tn_lens.attribution.result import ROUNDING, Attribution, mean_of_orders
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import NEURON_SITES
 from tn_lens.core.sentences import say
@@ -77,7 +77,7 @@ class ConvergenceCheck(Stored):
     @property
     def n_unconverged(self) -> int:
         """Number of sites and layers where the converged scores exceed their own tolerance in some prompt."""
-        return sum(int((error > self.tolerance * (1 + 1e-3)).any(0).sum()) for error in self.reference_error.values())
+        return sum(int((error > self.tolerance * ROUNDING).any(0).sum()) for error in self.reference_error.values())
 
     def summary(self) -> str:
         """The errors, and how the candidates change, in a few sentences; for the largest number of steps."""
@@ -135,8 +135,8 @@ def convergence_check(
         converged = scores(method="adaptive", tolerance=tolerance, max_nodes=max_nodes)
         return _compared([scores(method=method, n_steps=m) for m in steps], converged, adaptive_threshold)
 
-    # within a run, everything else is part of the key of all chunks
-    keys = [chunk_key("convergence", method, steps, tolerance, max_nodes, part) for part in parts]
+    # the baseline and the other options are part of the key of all chunks of a run
+    keys = [chunk_key("convergence", method, steps, adaptive_threshold, tolerance, max_nodes, part) for part in parts]
     compared = list(map_chunks("convergence", keys, compute, "convergence"))
     # [1 + step, site and layer and neuron]: number of questions in which a neuron is salient, the converged scores first
     counts = {site: sum(part[f"salient {site}"].int() for part in compared) for site in space.sites}
