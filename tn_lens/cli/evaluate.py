@@ -14,7 +14,7 @@ from tn_lens.core.settings import Settings
 
 Sets: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(help="Question sets: truthfulqa triviaqa mmlu, NAME=PATH for a local copy, or a .csv or .jsonl file."),
+    typer.Option(help=options.SETS_HELP),
 ]
 Conditions: TypeAlias = Annotated[
     list[str] | None,

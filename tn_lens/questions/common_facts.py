@@ -1,10 +1,11 @@
-"""Common facts: capitals, antonyms, past tenses and others, which small models know as well. Embedded, so nothing is downloaded."""
+"""Common facts: capitals, antonyms, past tenses and others that small models know. They are embedded, so nothing is downloaded."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
 from tn_lens.questions.formats import COMPLETION
 from tn_lens.questions.question import Question, QuestionSet, stream_of
@@ -25,18 +26,14 @@ def load_common_facts() -> QuestionSet:
     content = resources.files("tn_lens.questions").joinpath("common_facts.json").read_text(encoding="utf-8")
     questions = []
     for category, entry in json.loads(content).items():
-        wordings = {name: entry[name] for name in ("question", "completion", "statement")}
-        asked = [_question(category, wordings, *fact) for fact in entry["facts"]]
-        questions += _in_parts(asked)
+        questions += _in_parts([_question(category, entry, *fact) for fact in entry["facts"]])
     return QuestionSet(name="common_facts", questions=tuple(questions), template=COMPLETION)
 
 
-def _question(category: str, wordings: dict[str, str], subject: str, right: str, wrong: str) -> Question:
+def _question(category: str, wordings: dict[str, Any], subject: str, right: str, wrong: str) -> Question:
     text, completion, statement = (
         wordings[name].replace("{subject}", subject) for name in ("question", "completion", "statement")
     )
-    statement = statement.replace("{answer}", "{choice}")
-    statement = statement[:1].upper() + statement[1:]
     return Question(text=text, choices=(right, wrong), category=category, completion=completion, statement=statement)
 
 

@@ -342,7 +342,8 @@ class PromptEncoder:
         return answer if not text or text[-1].isspace() or text[-1] in "([{\"'“‘" else self.space + answer
 
     def _check_text(self, question: Question) -> None:
-        for text in (question.text, *question.choices, question.context):
+        wordings = (question.text, question.completion, question.statement)
+        for text in (*wordings, *question.choices, question.context):
             self.tokenizer.check_markup(text, f"the question {question.text!r:.60}")
 
     def _check_unknown(self, prompts: list[Prompt]) -> None:

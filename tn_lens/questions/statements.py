@@ -7,14 +7,11 @@ beginning, and whose choices are the two endings, so that it can also be asked a
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
 
 from tn_lens.core.errors import BadInput
-from tn_lens.questions.files import download, read_csv
+from tn_lens.questions.files import fetch, read_csv
 from tn_lens.questions.formats import COMPLETION, STATEMENT
 from tn_lens.questions.load import parse_questions
 from tn_lens.questions.question import Dropped, Question, QuestionSet
@@ -39,7 +36,8 @@ SHA256 = {
 """SHA-256 of the file of every topic, by name."""
 ENDINGS = {"cities": "in", "animal_class": "an?", "element_symb": "symbol", "inventors": "lived in|live in"}
 """The words before the part in which the two statements of a pair differ, for the topics that have pairs."""
-UNPAIRED = "there is no statement with the same beginning and the other label"
+UNPAIRED = "no statement has the same beginning and the other label"
+REPEATED = "an earlier statement has the same beginning and the same label"
 
 
 def load_statements(name: str, source: Source = None, *, paired: bool = True) -> QuestionSet:
@@ -55,17 +53,7 @@ def load_statements(name: str, source: Source = None, *, paired: bool = True) ->
     Raises:
         BadInput: the file cannot be downloaded, or a row is invalid.
     """
-    address = str(single(source, name) or URL.format(name=name))
-    path = Path(address)
-    if not path.is_file():
-        path = download(address, f"download {name}.csv manually and pass its path as the source")
-    digest = sha256(path.read_bytes()).hexdigest()
-    if digest != SHA256[name]:
-        warnings.warn(
-            f"this {name}.csv is not the published version (SHA-256 {digest[:12]}..., expected {SHA256[name][:12]}...); results "
-            "may not be comparable",
-            stacklevel=3,  # the line that calls load_questions
-        )
+    path = fetch(single(source, name) or URL.format(name=name), SHA256[name], "the published version")
     statements = parse_questions(read_csv(path), {}, name)
     ending = ENDINGS.get(name.removeprefix("neg_"))
     if not paired or ending is None:
@@ -73,7 +61,9 @@ def load_statements(name: str, source: Source = None, *, paired: bool = True) ->
         return without_repeats(asked)
     questions, dropped = pairs(statements, ending)
     if not questions:
-        raise BadInput(f"{name}: expected pairs of statements that differ after {ending!r}; got none; use paired=False")
+        raise BadInput(
+            f"{name}: expected pairs of statements that differ only after {ending!r}, got none; use paired=False"
+        )
     return QuestionSet(name=name, questions=questions, template=COMPLETION, dropped=dropped)
 
 
@@ -81,32 +71,31 @@ def pairs(statements: Sequence[Question], ending: str) -> tuple[tuple[Question, 
     """Combine a true and a false statement with the same beginning into one question.
 
     Args:
-        statements: statements that are true or false.
+        statements: questions with the choices True and False.
         ending: regular expression for the words before the part in which two statements differ.
 
     Returns:
         The questions, in the order of their first statement, and the statements without a counterpart.
     """
     pattern = re.compile(rf"(.+ (?:{ending})) (.+)")
-    found: dict[str, dict[bool, tuple[int, str]]] = {}
+    endings: dict[str, dict[int, tuple[int, str]]] = {}
+    """Beginning -> 0 for the true statement or 1 for the false one -> its row and its ending."""
     dropped: list[Dropped] = []
-    for number, statement in enumerate(statements, start=1):
+    for row, statement in enumerate(statements, start=1):
         match = pattern.fullmatch(statement.text)
-        is_true = statement.choices[statement.answer].casefold() == "true"
-        # of several statements with the same beginning and label, the first one counts
-        if match is None or is_true in found.setdefault(match[1], {}):
-            dropped.append(Dropped(number, statement.text, UNPAIRED))
+        if match is None or statement.answer in endings.setdefault(match[1], {}):
+            dropped.append(Dropped(row, statement.text, REPEATED if match else UNPAIRED))
         else:
             # a full stop ends the statement, unless it belongs to an abbreviation such as U.S.
-            end = match[2] if match[2].count(".") > 1 else match[2].rstrip(".")
-            found[match[1]][is_true] = number, end
+            ending = match[2] if match[2].count(".") > 1 else match[2].rstrip(".")
+            endings[match[1]][statement.answer] = row, ending
     questions = []
-    for beginning, by_label in found.items():
-        if len(by_label) == 2:
-            questions.append(Question(text=beginning, choices=(by_label[True][1], by_label[False][1])))
+    for beginning, by_answer in endings.items():
+        if len(by_answer) == 2:
+            questions.append(Question(text=beginning, choices=(by_answer[0][1], by_answer[1][1])))
         else:
-            dropped += [Dropped(number, f"{beginning} {end}", UNPAIRED) for number, end in by_label.values()]
-    return tuple(questions), tuple(sorted(dropped, key=lambda row: row.row))
+            dropped += [Dropped(row, statements[row - 1].text, UNPAIRED) for row, _ in by_answer.values()]
+    return tuple(questions), tuple(sorted(dropped, key=lambda each: each.row))
 
 
 for _name in SHA256:
