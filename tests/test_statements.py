@@ -270,7 +270,10 @@ def test_samples_that_cannot_be_asked_are_dropped() -> None:
     ("content", "said"),
     [
         ([], "expected a JSON object with prompt_templates, and samples with a subject and an object"),
-        ({"prompt_templates": ["{}"], "samples": [{"subject": "a"}]}, "got KeyError.'object'"),
+        (
+            {"prompt_templates": ["{}"], "samples": [{"subject": "a"}]},
+            r"got \{'prompt_templates': \['\{\}'\], 'samples': \[\{'subject'",
+        ),
         (samples(("a", "b"), ("c", "d"), templates=("They speak",)), r"one of \[\]; got 0"),
         (
             samples(("a", "b"), ("c", "b")),
@@ -291,14 +294,23 @@ def test_options_of_other_sets_are_refused(topic: Callable[[str], Path]) -> None
         tn.load_questions("cities", source=[topic("cities")] * 2)
 
 
-def test_the_command_line_takes_a_local_copy(
-    shared: Path, topic: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_line_takes_a_local_copy_and_prints_that_it_was_changed(
+    shared: Path,
+    topic: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = shared / "models" / "tinystories-656k"
-    monkeypatch.setattr(
-        "sys.argv", ["tn-lens", "run", "--model", str(model), "--questions", f"cities={topic('cities')}", "--dry-run"]
-    )
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
-    assert "748" in capsys.readouterr().out
+    changed = tmp_path / "cities.csv"
+    changed.write_bytes(topic("cities").read_bytes() + b"\n")
+    model = str(shared / "models" / "tinystories-656k")
+    for path in (topic("cities"), changed):
+        monkeypatch.setattr(
+            "sys.argv", ["tn-lens", "run", "--model", model, "--questions", f"cities={path}", "--dry-run"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        printed = capsys.readouterr()
+        assert "748 questions" in printed.out
+        assert printed.err.startswith("Note: this cities.csv is not the published version") == (path == changed)

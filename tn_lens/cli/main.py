@@ -76,7 +76,7 @@ def run(
     # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
     from transformers.utils import logging as hf_logging
 
-    from tn_lens.cli.console import print_run
+    from tn_lens.cli.console import print_run, print_warnings
     from tn_lens.models.loading import load_model
     from tn_lens.pipeline.dry_run import plan_run
     from tn_lens.pipeline.run import find_truth_neurons
@@ -87,7 +87,8 @@ def run(
     hf_logging.disable_progress_bar()
     settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
     name, source = name_and_source(questions)
-    asked = load_questions(name, source=source)
+    with print_warnings():
+        asked = load_questions(name, source=source)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
     loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)

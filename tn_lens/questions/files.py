@@ -215,10 +215,12 @@ def fetch(address: str | Path, checksum: str, version: str) -> Path:
         version: name of this version in the warning.
 
     Raises:
-        BadInput: the file cannot be downloaded.
+        BadInput: the file does not exist, or cannot be downloaded.
     """
     path, name = Path(address), Path(address).name
     if not path.is_file():
+        if "://" not in str(address):
+            raise BadInput(f"the file {str(address)!r} does not exist; give the path or the URL of an existing file")
         path = download(str(address), f"download {name} manually and pass its path as the source")
     digest = sha256(path.read_bytes()).hexdigest()
     if digest != checksum:

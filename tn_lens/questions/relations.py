@@ -61,7 +61,7 @@ def parse_relation(content: Any, name: str, *, template: int = 0, seed: int = 0)
         samples = [(str(sample["subject"]), str(sample["object"])) for sample in content["samples"]]
     except (TypeError, KeyError) as error:
         raise BadInput(
-            f"{name}: expected a JSON object with prompt_templates, and samples with a subject and an object; got {error!r}"
+            f"{name}: expected a JSON object with prompt_templates, and samples with a subject and an object; got {content!r:.60}"
         ) from error
     if template not in range(len(templates)) or "{}" not in templates[template]:
         choices = [index for index, text in enumerate(templates) if "{}" in text]
