@@ -65,6 +65,13 @@ def call(what: str, given: Callable[[Path, Model, QuestionSet], Any]) -> Case:
     return Case("call", what, given)
 
 
+def relation(what: str, content: str, **options: Any) -> Case:
+    def load(folder: Path, toy: Model, few: QuestionSet) -> QuestionSet:
+        return tn.load_questions("country_language", source=folder / "own.json", **options)
+
+    return Case('`load_questions("country_language", source="own.json")`', what, load, (("own.json", content),))
+
+
 CASES = [
     option("--t", "0"),
     option("--t", "20"),
@@ -119,6 +126,7 @@ CASES = [
         (("adapter_config.json", "{}"),),
     ),
     Case("`tn-lens run`", "an unknown question set", (*RUN[:4], "riddles", "--out", "DIR/run")),
+    Case("`tn-lens run`", "a missing copy of a set", (*RUN[:4], "cities=DIR/cities.csv", "--out", "DIR/run")),
     file("an unknown kind of file", "own.txt", "question,right,wrong\n"),
     file("an empty file", "own.csv", ""),
     file("only a header", "own.csv", "question,right,wrong\n"),
@@ -145,6 +153,7 @@ CASES = [
         "own.jsonl",
         '{"question": "Q?", "choices": ["2", "1", "0"], "answer": "0"}\n',
     ),
+    file("a label that is not 0, 1, true or false", "own.csv", "statement,label\nSnow is cold.,yes\n"),
     file("an answer index out of range", "own.jsonl", '{"question": "Q?", "choices": ["a", "b"], "answer": 2}\n'),
     file("an unknown answer letter", "own.jsonl", '{"question": "Q?", "choices": ["a", "b"], "answer": "Z"}\n'),
     file("a single choice", "own.jsonl", '{"question": "Q?", "choices": ["a"], "answer": 0}\n'),
@@ -248,6 +257,12 @@ CASES = [
         '`evaluate(..., intervention="scale")`',
         lambda folder, toy, few: tn.evaluate(toy, few, NeuronSet(), intervention="scale"),
     ),
+    relation("a file that is not a relation", "[]"),
+    relation(
+        "a relation without another answer",
+        '{"prompt_templates": ["{} is"], "samples": [{"subject": "a", "object": "b"}]}',
+    ),
+    relation("a template that the relation lacks", '{"prompt_templates": ["{} is"], "samples": []}', template=1),
     call("`Scale(factor=nan)`", lambda folder, toy, few: tn.Scale(factor=float("nan"))),
     call(
         "a question set called `../../etc`",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +16,7 @@ from rich.text import Text
 from tn_lens.core.sentences import say
 from tn_lens.evaluation.condition import condition_label
 from tn_lens.results.found import TruthNeurons
+from tn_lens.runs.workers import workers
 from tn_lens.selection.significance import LEVEL
 
 WIDTH = 120
@@ -23,6 +27,17 @@ def open_console() -> Console:
     """A console that prints text literally: names of models and questions may contain rich's markup."""
     width = None if sys.stdout.isatty() else WIDTH
     return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+@contextmanager
+def print_warnings() -> Iterator[None]:
+    """Print this package's warnings in the `with` block as notes on stderr, on one of several workers."""
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.filterwarnings("always", category=UserWarning, module="tn_lens")
+        yield
+    if workers().is_first:
+        for warning in raised:
+            print(f"Note: {warning.message}", file=sys.stderr)
 
 
 def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:

@@ -14,7 +14,7 @@ from tn_lens.core.settings import Settings
 
 Sets: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(help="Question sets: truthfulqa triviaqa mmlu, NAME=PATH for a local copy, or a .csv or .jsonl file."),
+    typer.Option(help=options.SETS_HELP),
 ]
 Conditions: TypeAlias = Annotated[
     list[str] | None,
@@ -68,7 +68,7 @@ def evaluate(
     # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
     from tn_lens.cli import retest
     from tn_lens.neurons import NeuronSet
-    from tn_lens.pipeline.retest import check_same_model, load_sets, parts_of, run_of
+    from tn_lens.pipeline.retest import check_same_model, parts_of, run_of
     from tn_lens.pipeline.retest import retest as evaluate_on
     from tn_lens.pipeline.run import rewrite_report
     from tn_lens.results.found import Provenance
@@ -80,7 +80,7 @@ def evaluate(
     chosen = Settings(**settings)
     intervention = retest.intervention_of(mode, factor=factor, positions=positions, seed=chosen.seed)
     reading = {"n_shots": chosen.n_shots, "wrong_answers": wrong_answers, "strict": strict}
-    sets = load_sets(on or [], limit=chosen.limit, seed=chosen.seed, asked_as=chosen.of_format(), **reading)
+    sets = retest.load_sets(on or [], limit=chosen.limit, seed=chosen.seed, asked_as=chosen.of_format(), **reading)
     loading = {"dtype": dtype, "device": workers().device(device), "revision": revision, "backend": backend}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, **loading)
     parts = {}

@@ -48,12 +48,12 @@ def top(
     """Find truth neurons in language models, test their effect, and show their distribution over layers."""
 
 
-@app.command()
+@app.command(epilog=options.SET_NAMES)
 @options.with_settings()
 def run(
     context: Any,
     model: Annotated[str, typer.Option(help="'toy', a hub id, or a folder.")],
-    questions: Annotated[str, typer.Option(help="A .csv or .jsonl file, truthfulqa, triviaqa, mmlu, or toy.")],
+    questions: Annotated[str, typer.Option(help=options.SETS_HELP)],
     out: Annotated[Path | None, typer.Option(help="Run folder; the run is resumed if the folder contains it.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -76,16 +76,19 @@ def run(
     # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
     from transformers.utils import logging as hf_logging
 
-    from tn_lens.cli.console import print_run
+    from tn_lens.cli.console import print_run, print_warnings
     from tn_lens.models.loading import load_model
     from tn_lens.pipeline.dry_run import plan_run
     from tn_lens.pipeline.run import find_truth_neurons
     from tn_lens.questions.load import load_questions
+    from tn_lens.questions.registry import name_and_source
     from tn_lens.runs.workers import workers
 
     hf_logging.disable_progress_bar()
     settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
-    asked = load_questions(questions)
+    name, source = name_and_source(questions)
+    with print_warnings():
+        asked = load_questions(name, source=source)
     together = workers()
     loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
     loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
@@ -154,7 +157,7 @@ def select(
 
 
 for command in (show, report, compare, evaluate):
-    app.command()(command)
+    app.command(epilog=options.SET_NAMES if command is evaluate else None)(command)
 
 
 def _spread_lists(arguments: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 import typer
 
 from tn_lens.core.errors import BadInput
-from tn_lens.core.options import BackendName, Condition, Method, Mode
+from tn_lens.core.options import BackendName, Condition, Method, Mode, list_sets
 from tn_lens.core.settings import GIB, PRESETS, Settings
 
 Dtype: TypeAlias = Annotated[str | None, typer.Option(help="Dtype: float32, bfloat16, float16 or float64.")]
@@ -35,6 +35,10 @@ Preset: TypeAlias = Annotated[
 DropLong: TypeAlias = Annotated[bool, typer.Option(help="Leave out questions that exceed the context window.")]
 TrustRemoteCode: TypeAlias = Annotated[bool, typer.Option(help="Run Python code that is part of the checkpoint.")]
 RunPath: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+SETS_HELP = "Question set: a name, NAME=PATH for a local copy, or a .csv or .jsonl file."
+"""Help of the options that take question sets; the names are at the end of the help."""
+SET_NAMES = f"Names of question sets: {list_sets()}."
 
 BUILT_IN: Mapping[str, Sequence[str]] = {
     "method": get_args(Method),

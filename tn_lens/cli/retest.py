@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging
 
-from tn_lens.cli.console import frame_table, open_console
+from tn_lens.cli.console import frame_table, open_console, print_warnings
 from tn_lens.core.errors import BadInput
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, paragraphs, plain_texts
 from tn_lens.inference.interventions import INTERVENTIONS, Intervention
 from tn_lens.models import Model
 from tn_lens.models.loading import load_model
-from tn_lens.pipeline.retest import load_noted
+from tn_lens.pipeline import retest
 from tn_lens.questions.question import QuestionSet
 from tn_lens.results.found import Provenance
 
@@ -39,8 +39,14 @@ def load(name: str | None, provenance: Provenance, *, trust_remote_code: bool, *
     defaults = {"dtype": source.get("dtype"), "revision": source.get("revision"), "backend": backend}
     options = {key: value or defaults.get(key) for key, value in options.items()}
     if name is None:
-        return load_noted(source["model"], **options)
+        return retest.load_noted(source["model"], **options)
     return load_model(name, trust_remote_code=trust_remote_code, **options)
+
+
+def load_sets(on: Sequence[str], **options: Any) -> list[QuestionSet]:
+    """Load question sets, and print warnings about them; see `tn_lens.pipeline.retest.load_sets`."""
+    with print_warnings():
+        return retest.load_sets(on, **options)
 
 
 def intervention_of(mode: str, **options: Any) -> Intervention:

@@ -6,6 +6,7 @@ more can be registered at run time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 BackendName = Literal["hooked", "bridge"]
@@ -65,3 +66,38 @@ Theme = Literal["light", "dark"]
 
 NEURON_SITES: tuple[str, ...] = ("mlp", "attn")
 """The sites whose activations the paper calls neurons."""
+
+SETS: Mapping[str, tuple[str, ...]] = {
+    "questions": ("truthfulqa", "triviaqa", "mmlu", "common_facts"),
+    "statements, also negated with neg_ before the name": (
+        "animal_class",
+        "cities",
+        "element_symb",
+        "facts",
+        "inventors",
+        "sp_en_trans",
+    ),
+    "relations": (
+        "adj_antonym",
+        "adj_comparative",
+        "city_in_country",
+        "company_hq",
+        "country_capital_city",
+        "country_currency",
+        "country_language",
+        "fruit_outside_color",
+        "landmark_in_country",
+        "object_superclass",
+        "person_native_language",
+        "product_by_company",
+        "verb_past_tense",
+        "word_sentiment",
+    ),
+    "for the embedded model": ("toy", "toy_true_false", "toy_four_choice"),
+}
+"""Built-in question sets by kind; more can be registered at run time."""
+
+
+def list_sets() -> str:
+    """The names of the built-in question sets by kind, for help and messages."""
+    return "; ".join(f"{', '.join(names)} ({kind})" for kind, names in SETS.items())

@@ -22,7 +22,7 @@ from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.provenance import describe_model, fixed_threads, weights_digest
 from tn_lens.questions.load import load_questions
 from tn_lens.questions.question import QuestionSet
-from tn_lens.questions.registry import options_of
+from tn_lens.questions.registry import name_and_source, options_of
 from tn_lens.questions.repeats import without_repeats
 from tn_lens.results.found import Provenance, settings_of
 from tn_lens.runs.context import Run, in_stage
@@ -62,9 +62,9 @@ def load_sets(
         raise BadInput(f"limit must be a positive integer; got {limit}")
     sets: list[QuestionSet] = []
     for given in on:
-        name, _, source = given.partition("=")
+        name, source = name_and_source(given)
         known = {key: value for key, value in options.items() if key in options_of(name)}
-        questions = load_questions(name, source=source or None, **known)
+        questions = load_questions(name, source=source, **known)
         questions = questions.part("report") or questions
         # MMLU's examples are not taken from its questions
         shots = {"n_shots": 0} if "n_shots" in known else {}

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,34 @@ def download(url: str, advice: str) -> Path:
         return Path(str(datasets.DownloadManager().download(url)))
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot download {url} ({type(error).__name__}: {str(error)[:200]}); {advice}") from error
+
+
+def fetch(address: str | Path, checksum: str, version: str) -> Path:
+    """Return the path of a published file, which is downloaded if the address is no local file.
+
+    Warns if the file is not the known version.
+
+    Args:
+        address: path or URL.
+        checksum: SHA-256 of the known version.
+        version: name of this version in the warning.
+
+    Raises:
+        BadInput: the file does not exist, or cannot be downloaded.
+    """
+    path, name = Path(address), Path(address).name
+    if not path.is_file():
+        if "://" not in str(address):
+            raise BadInput(f"the file {str(address)!r} does not exist; give the path or the URL of an existing file")
+        path = download(str(address), f"download {name} manually and pass its path as the source")
+    digest = sha256(path.read_bytes()).hexdigest()
+    if digest != checksum:
+        warnings.warn(
+            f"this {name} is not {version} (SHA-256 {digest[:12]}..., expected {checksum[:12]}...); results may not be "
+            "comparable with published ones",
+            stacklevel=4,  # the line that calls load_questions
+        )
+    return path
 
 
 def load_from_hub(name: str, config: str | None, split: str, advice: str) -> Rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tn_lens.core.errors import BadInput
+from tn_lens.core.options import SETS, list_sets
 from tn_lens.questions.files import READERS, Rows, check_names, is_missing, parse_json
 from tn_lens.questions.formats import LETTERS, STATEMENT, VERDICTS
 from tn_lens.questions.question import Question, QuestionSet
@@ -36,18 +37,22 @@ def load_questions(
 
     Args:
         name_or_path: name of a registered set, or path of a .csv or .jsonl file. The built-in sets are `"truthfulqa"`
-            (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"toy"`, `"toy_true_false"` and `"toy_four_choice"`. A file has
+            (paper A.2), `"triviaqa"` (A.1), `"mmlu"`, `"common_facts"` (embedded), statements such as `"cities"` (see
+            `load_statements`), relations such as `"country_language"` (see `load_relation`), and `"toy"`,
+            `"toy_true_false"` and `"toy_four_choice"`; `tn-lens run --help` lists all names. A file has
             the columns `question`, `right` and `wrong`, or `question`, `choices` (a list) and `answer` (an index from
             0, a letter, or the text of a choice), or `statement` and `label` (1 for a true one, 0 for a false one), and
             optionally `category` and `id`. TruthfulQA.csv is such a file. Rows that repeat the question and the choices
             of an earlier row are left out, and listed in `dropped`.
         source: source of a registered set, instead of its public location: another URL or a local file for TruthfulQA,
-            one or more files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see `load_mmlu`).
+            statements and relations, one or more files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see
+            `load_mmlu`).
         columns: for a file, its column names for `question`, `right`, `wrong`, `statement`, `choices`, `answer`,
             `category`, `id`.
         options: options of the registered set: `n_shots` (MMLU; solved examples before each question, 0 to 5),
             `wrong_answers` (TriviaQA; a file with wrong answers), `strict` (TriviaQA; leave out wrong answers that
-            contain a right one).
+            contain a right one), `paired` (statements; whether two statements about a subject become one question),
+            `template` and `seed` (relations; the index of the template, and the seed of the wrong answers).
 
     Raises:
         BadInput: the set, file, option or column does not exist, or a row is invalid. The message names the row.
@@ -67,8 +72,10 @@ def load_questions(
     if not path.is_file() and is_table:
         raise BadInput(f"the file {name!r} does not exist; give the path of an existing .csv or .jsonl file")
     if not path.is_file():
-        names = ", ".join(QUESTION_SETS)
-        raise BadInput(f"unknown question set {name!r}: expected {names}, or the path to a .csv or .jsonl file")
+        built_in = {each for names in SETS.values() for name in names for each in (name, f"neg_{name}")}
+        added = ", ".join(each for each in QUESTION_SETS if each not in built_in)
+        names = list_sets() + (f"; {added} (registered)" if added else "")
+        raise BadInput(f"unknown question set {name!r}: expected the path to a .csv or .jsonl file, or one of {names}")
     if not is_table:
         raise BadInput(f"expected a .csv or .jsonl file, got {name!r}")
     questions = parse_questions(READERS[path.suffix.lower()](path), columns or {}, name)

@@ -12,7 +12,7 @@ from tn_lens.core.seeds import generator
 from tn_lens.core.sentences import plural
 from tn_lens.models import Model, backend_of
 from tn_lens.questions.chat import ChatTemplate, Turn, check_thinking, open_thoughts
-from tn_lens.questions.formats import FIGURE_9, VERDICTS, PromptTemplate, fill, statement_about
+from tn_lens.questions.formats import FIGURE_9, VERDICTS, PromptTemplate, fill
 from tn_lens.questions.labels import TAIL, Ending, PromptTokenizer
 from tn_lens.questions.prompt_set import Prompt, PromptSet, stream_of
 from tn_lens.questions.question import Question, QuestionSet
@@ -257,11 +257,11 @@ class PromptEncoder:
     def _asked(self, question: Question, order: tuple[int, ...]) -> str:
         """The text of the question, or of the statement about one of its choices."""
         if not _is_judged(question, self.template):
-            return question.text
-        if order[0] == 0:  # the right verdict is True
-            return statement_about(question.text, question.choices[question.answer])
+            return question.asked_as(self.template.kind)
+        # the right verdict is True if the first of the order is 0
         wrong = [choice for index, choice in enumerate(question.choices) if index != question.answer]
-        return statement_about(question.text, wrong[stream_of(question.id) % len(wrong)])
+        choice = wrong[stream_of(question.id) % len(wrong)] if order[0] else question.choices[question.answer]
+        return question.asked_as("statement", choice)
 
     def _blank(self, question: Question, order: tuple[int, ...], labels: tuple[str, ...]) -> tuple[int, ...]:
         """Token ids of a prompt without question and choices; empty for completions, which consist of the question."""
@@ -342,7 +342,8 @@ class PromptEncoder:
         return answer if not text or text[-1].isspace() or text[-1] in "([{\"'“‘" else self.space + answer
 
     def _check_text(self, question: Question) -> None:
-        for text in (question.text, *question.choices, question.context):
+        wordings = (question.text, question.completion, question.statement)
+        for text in (*wordings, *question.choices, question.context):
             self.tokenizer.check_markup(text, f"the question {question.text!r:.60}")
 
     def _check_unknown(self, prompts: list[Prompt]) -> None:

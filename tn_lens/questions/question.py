@@ -15,7 +15,7 @@ import pandas as pd
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
-from tn_lens.questions.formats import FIGURE_9, FORMATS, VERDICTS, Kind, PromptTemplate
+from tn_lens.questions.formats import FIGURE_9, FORMATS, VERDICTS, Kind, PromptTemplate, fill, statement_about
 from tn_lens.questions.prompt_set import stream_of
 
 
@@ -37,6 +37,10 @@ class Question:
     """The part of its set that the question belongs to ("tune", "find", "report"); empty if the set has no parts."""
     context: str = ""
     """The text that a template with `{context}` puts before the question, for example solved examples."""
+    completion: str = field(default="", repr=False)
+    """The text that the choices continue in formats of kind "completion"; by default `text`."""
+    statement: str = field(default="", repr=False)
+    """The statement about a choice in formats of kind "statement", with the placeholder `{choice}`; by default made from `text`."""
     id: str = field(default="", repr=False)  # not in the repr, from which `QuestionSet.digest` is computed
     """Identifier, unique within a set; by default a digest of the text and the choices."""
 
@@ -53,6 +57,17 @@ class Question:
     def is_statement(self) -> bool:
         """Whether the text is a statement, which is answered with True or False."""
         return sorted(choice.casefold() for choice in self.choices) == sorted(map(str.casefold, VERDICTS))
+
+    def asked_as(self, kind: Kind, choice: str = "") -> str:
+        """The wording of the question in a kind of format.
+
+        Args:
+            kind: kind of the format.
+            choice: the choice that a statement is about. A question that is a statement already keeps its text.
+        """
+        if kind == "statement" and not self.is_statement:
+            return fill(self.statement, choice=choice) if self.statement else statement_about(self.text, choice)
+        return (self.completion if kind == "completion" else "") or self.text
 
     @property
     def _default_id(self) -> str:
@@ -120,10 +135,13 @@ class QuestionSet(Sequence[Question]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the questions, their user-defined ids and the template, by which a run identifies its data."""
+        """SHA-256 of the questions, their wordings, their user-defined ids and the template, by which a run identifies its data."""
         # default ids are computed from text and choices, so they add no information
         own_ids = tuple(q.id for q in self if not q.id.startswith(q._default_id))
-        content = (self.questions, self.template, *(part for part in (own_ids, self.examples) if part))
+        # as sets without other wordings had this digest before there were any, those of other sets are appended
+        asked = (*self, *self.examples)
+        wordings = tuple((q.id, q.completion, q.statement) for q in asked if q.completion or q.statement)
+        content = (self.questions, self.template, *(part for part in (own_ids, self.examples, wordings) if part))
         return sha256(repr(content).encode()).hexdigest()
 
     def select(self, indices: Iterable[int]) -> QuestionSet:

@@ -40,3 +40,9 @@ def single(source: Source, name: str) -> str | Path | None:
     if isinstance(source, Sequence) and not isinstance(source, str):
         raise BadInput(f"expected one source for {name!r}, got {len(source)}")
     return source
+
+
+def name_and_source(text: str) -> tuple[str, str | None]:
+    """Split NAME=PATH into the name of a registered question set and its source; any other text is a name or a path."""
+    name, _, source = text.partition("=")
+    return (name, source or None) if name in QUESTION_SETS else (text, None)
