@@ -24,8 +24,8 @@ N_TOY = 200
 ROWS = 32
 """Number of texts in one batch."""
 
-Text: TypeAlias = str | tuple[str, str]
-"""A text, or a pair of a prefix and the continuation on which the loss is computed."""
+Text: TypeAlias = str | tuple[str, str] | list[int]
+"""A text, a pair of a prefix and the continuation on which the loss is computed, or token ids."""
 
 
 @isolated
@@ -36,8 +36,8 @@ def text_loss(
     """Mean next-token loss over all positions of the given texts, in nats per token.
 
     Args:
-        model: a model with a tokenizer.
-        texts: plain texts, or pairs of a prefix and a continuation, of which only the continuation counts.
+        model: a model, with a tokenizer unless all texts are token ids.
+        texts: plain texts, pairs of a prefix and a continuation, of which only the continuation counts, or lists of token ids.
         neurons: neurons to act on; none by default.
         intervention: an intervention at all positions that takes no values from prompts; zero-ablation by default.
 
@@ -50,7 +50,7 @@ def text_loss(
             "loss on plain text needs an intervention at all positions that takes no values from prompts: zero, scale, or "
             f"mean with values; got {intervention.description!r}"
         )
-    if model.tokenizer is None:
+    if model.tokenizer is None and not all(isinstance(text, list) for text in texts):
         raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
     backend = backend_of(model)
     hooks = intervention_hooks(model, neurons, intervention, ())
@@ -75,6 +75,9 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
     encoded: list[tuple[int, list[int]]] = []
     most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
     for text in texts:
+        if isinstance(text, list):
+            encoded += [(1, text[:most])] if len(text) > 1 else []
+            continue
         beginning, rest = ("", text) if isinstance(text, str) else text
         ids = tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
         # nothing predicts the first token of a text
