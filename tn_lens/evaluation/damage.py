@@ -7,11 +7,12 @@ neuron ablated alone, with the neurons of each site and layer, and with all of t
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -21,6 +22,7 @@ from tn_lens.core.options import Condition
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored
 from tn_lens.evaluation.evaluate import draw_sets
+from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, plain_texts, text_loss
 from tn_lens.inference.answers import ZERO, ask
 from tn_lens.inference.interventions import Intervention
@@ -77,6 +79,11 @@ class Damage(Stored):
     """Loss with all found neurons but the damage neurons ablated."""
     bound: float
     """Largest harmless rise of the loss, in nats per token."""
+    intervention: str = "zero-ablated"
+    """What was done to the neurons, see `Intervention.description`."""
+    others: Evaluation | None = None
+    """The evaluation of a run with only the other found neurons ablated; None without damage neurons, or if all are."""
+
     def rise(self, part: str | Neuron = WHOLE, condition: str = "ablated") -> float:
         """The rise of the loss in nats per token with a part of a set ablated; NaN if it was not measured."""
         found = (row.text_loss for row in self.rows if (row.condition, row.part) == (condition, str(part)))
@@ -87,10 +94,30 @@ class Damage(Stored):
         """Whether ablating all found neurons raises the loss by more than the bound."""
         return self.rise() > self.bound
 
+    @property
+    def controls(self) -> list[str]:
+        """Names of the controls that were measured."""
+        return [name for name in CONTROLS if any(row.condition == name for row in self.rows)]
+
+    @property
+    def places(self) -> list[Ablated]:
+        """The found neurons by site and layer, the largest rise first."""
+        rows = [r for r in self.rows if r.condition == "ablated" and r.part != WHOLE and ":" not in r.part]
+        return sorted(rows, key=lambda row: -row.text_loss)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per condition and part, with the rise of the loss (nats per token) and the answer mass."""
         rows = [(r.condition, r.part, r.n_neurons, r.text_loss - self.text_loss, r.answer_mass) for r in self.rows]
         return pd.DataFrame(rows, columns=["condition", "part", "n_neurons", "rise", "answer_mass"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for summary.json: loss and rises in nats per token, and the damage neurons."""
+        return {
+            "text_loss": self.text_loss,
+            "rise": {name: self.rise(condition=name) for name in ("ablated", *self.controls)},
+            "rise_without_damage_neurons": self.rest_loss - self.text_loss,
+            "neurons": list(map(str, self.neurons)),
+        }
 
     def explain(self) -> list[str]:
         """What the ablation does to plain text, in sentences."""
@@ -138,7 +165,9 @@ def measure_damage(
     neuron_space(model).check(neurons)
     asked = prompts.sample(N_QUESTIONS, seed)
     measured = _Measurements(model, plain_texts(model) if texts is None else texts, asked, intervention)
-    drawn = draw_sets(model, asked, neurons, CONTROLS if neurons else (), N_DRAWS, seed) | {"ablated": [neurons]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a control with fewer neurons; their number is in the rows
+        drawn = draw_sets(model, asked, neurons, CONTROLS if neurons else (), N_DRAWS, seed) | {"ablated": [neurons]}
     parts = {name: [_parts(one) for one in drawn[name]] for name in ("ablated", *CONTROLS) if name in drawn}
     measured.add([NeuronSet(), *(part for draws in parts.values() for draw in draws for part in draw.values())])
     # neurons of the most damaging places first, since the number that is ablated alone is limited
@@ -162,6 +191,7 @@ def measure_damage(
         neurons=damaging,
         rest_loss=measured[neurons - damaging].text_loss,
         bound=bound,
+        intervention=intervention.description,
     )
 
 
@@ -224,6 +254,8 @@ def _damaging(
     chosen = NeuronSet(neuron for neuron, loss in rise.items() if loss > limit)
     # the whole set is the first part, and comes last
     for part in (*list(parts.values())[1:], parts[WHOLE]):
+        if not part - chosen or measured[part - chosen].text_loss <= limit:
+            continue
         # neurons that were not ablated alone come last
         ranked = sorted(part - chosen, key=lambda neuron: -rise.get(neuron, 0.0))
         n = bisect_left(range(len(ranked)), True, key=lambda k: measured[NeuronSet(ranked[k:])].text_loss <= limit)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -21,11 +22,15 @@ MOST_TOKENS = 512
 """Maximum number of tokens of one text; longer texts are truncated."""
 N_TOY = 200
 """Number of facts of the toy world that serve as plain text for the toy model."""
-ROWS = 32
-"""Number of texts in one batch."""
+MOST_LOGITS = 2**26
+"""Maximum number of logits of one batch."""
 
 Text: TypeAlias = str | tuple[str, str] | list[int]
 """A text, a pair of a prefix and the continuation on which the loss is computed, or token ids."""
+
+
+Encoded: TypeAlias = tuple[int, list[int]]
+"""The index of the first predicted token of a text, and its token ids."""
 
 
 @isolated
@@ -56,8 +61,7 @@ def text_loss(
     hooks = intervention_hooks(model, neurons, intervention, ())
     encoded = _encode(model, texts)
     total, count = 0.0, sum(len(ids) - first for first, ids in encoded)
-    for start in range(0, len(encoded), ROWS):
-        rows = encoded[start : start + ROWS]
+    for rows in _batches(encoded, MOST_LOGITS // backend.d_vocab):
         tokens = pad_right([ids for _, ids in rows]).to(backend.device)
         with backend.hooks(hooks(Layout.aligned((), backend.device)) if hooks else []):
             logits = backend.all_logits(tokens)  # [row, column, vocab]
@@ -70,9 +74,9 @@ def text_loss(
     return total / count
 
 
-def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
+def _encode(model: Model, texts: Sequence[Text]) -> list[Encoded]:
     """The index of the first predicted token and the token ids of every text, the shortest text first."""
-    encoded: list[tuple[int, list[int]]] = []
+    encoded: list[Encoded] = []
     most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
     for text in texts:
         if isinstance(text, list):
@@ -87,6 +91,16 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
     return sorted(encoded, key=lambda row: len(row[1]))
 
 
+def _batches(encoded: Sequence[Encoded], most: int) -> Iterator[Sequence[Encoded]]:
+    """Split texts, the shortest first, into batches of at most `most` padded tokens, but at least one text."""
+    start = 0
+    for end in range(1, len(encoded) + 1):
+        is_last = end == len(encoded)
+        if is_last or (end - start + 1) * len(encoded[end][1]) > most:
+            yield encoded[start:end]
+            start = end
+
+
 def plain_texts(model: Model) -> list[Text]:
     """Plain texts for a model: a few paragraphs on everyday topics; for the toy model, its facts as open questions."""
     if backend_of(model).name == "toy":
@@ -99,3 +113,15 @@ def plain_texts(model: Model) -> list[Text]:
 def paragraphs(text: str) -> list[str]:
     """The paragraphs of a text, which empty lines separate, each joined into one line."""
     return [part.replace("\n", " ").strip() for part in text.split("\n\n") if part.strip()]
+
+
+def read_texts(path: Path) -> list[str]:
+    """The paragraphs of a text file.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    try:
+        return paragraphs(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error

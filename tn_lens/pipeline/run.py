@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
+from tn_lens.evaluation.damage import Damage, measure_damage
 from tn_lens.evaluation.diagnosis import diagnose
-from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.evaluation.evaluate import evaluate, with_means
+from tn_lens.evaluation.text import Text
 from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
+from tn_lens.inference.interventions import Mean, intervention_called
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model
 from tn_lens.models.isolation import isolated
+from tn_lens.neurons import NeuronSet
 from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.provenance import describe, fixed_threads, threads_of
 from tn_lens.pipeline.settings import resolve_settings, rules_of
@@ -32,7 +37,7 @@ from tn_lens.results.found import Provenance, TruthNeurons, load_run
 from tn_lens.results.make_cards import make_cards
 from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
 from tn_lens.runs.context import Run, map_chunks, tell
-from tn_lens.runs.folder import SCORES, RunFolder
+from tn_lens.runs.folder import LATE, SCORES, RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
 from tn_lens.runs.workers import workers
 from tn_lens.selection.convergence import ConvergenceCheck, convergence_check
@@ -59,6 +64,7 @@ def find_truth_neurons(
     progress: bool = True,
     threads: int | None = None,
     command: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
 ) -> TruthNeurons:
     """Find the truth neurons of a model, ablate them, and measure the effect (the paper's whole pipeline).
 
@@ -76,6 +82,7 @@ def find_truth_neurons(
         progress: show progress bars, and print the result of the manipulation check as soon as it is known.
         threads: number of torch threads of every worker; by default that of the run folder, or torch's own.
         command: the command line that started the run, for the report.
+        texts: plain texts on which the loss is measured, see `text_loss`; by default paragraphs of this package.
 
     Raises:
         BadInput: see the stages. If the manipulation check stops the run, the message names the likely cause.
@@ -86,7 +93,7 @@ def find_truth_neurons(
     with started(out, threads, progress) as run:
         asking = {"order": settings.order, "seed": settings.seed, "drop_long": drop_long}
         prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)  # 1. ask (paper 2.2, 2.3)
-        manifest = describe(model, questions, settings, prompts[0].text)
+        manifest = describe(model, questions, settings, prompts[0].text, texts)
         folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
         check = run.stage("check", checked, folder, model, prompts, force=force)
         # 2. attribute (2.1, 2.2)
@@ -97,13 +104,17 @@ def find_truth_neurons(
         rules = rules_of(settings)
         t, tuning = threshold_of(run, model, scores, table, parts.tuning, settings, drop_long=drop_long)
         selection = table.select(t, Split(settings.seed), rules)
-        # 4. ablate and evaluate (3.3)
+        # 4. ablate and evaluate (3.3), on plain text as well
+        damage = run.stage("damage", damage_of, model, selection.neurons, check, settings, texts)
+        if damage is not None and settings.exclude == "damage":
+            selection = selection.without(damage.neurons)
         measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
         evaluation = run.stage("evaluation", evaluate, model, parts.reporting, selection.neurons, **measuring)
+        damage = run.stage("others", with_others, damage, model, parts.reporting, selection.neurons, measuring)
         # 5. diagnose the neurons and make cards
         columns = scores.columns(selection.neurons)
         about = {"tested": selection.half_2, "label_means": scores.label_means(columns, selection.half_2)}
-        about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed}
+        about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed, "damage": damage}
         diagnosis = run.stage("diagnosis", diagnose, model, selection.neurons, check, parts.finding, **about, **options)
         about = {"selection": selection, "diagnosis": diagnosis, "questions": parts.finding}
         cards = run.stage("cards", make_cards, model, scores, check, columns=columns["difference"], **about)
@@ -166,7 +177,8 @@ def keep(run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrit
     folder.log("start", n_workers=together.n_workers, n_threads=manifest["n_threads"])
     for key, value in notes.items():
         folder.note(key, value)
-    run.folder, run.basis, run.is_kept = folder, fingerprint(manifest), out is not None
+    basis = {key: value for key, value in manifest.items() if key not in LATE}
+    run.folder, run.basis, run.is_kept = folder, fingerprint(basis), out is not None
     return folder
 
 
@@ -263,6 +275,32 @@ def threshold_of(
     about = {"rules": rules_of(settings), "seed": settings.seed, "drop_long": drop_long, "table": table}
     tuning = run.stage("tuning", tune_threshold, model, scores, questions, **about)
     return tuning.t, tuning
+
+
+def damage_of(
+    model: Model, neurons: NeuronSet, check: ManipulationCheck, settings: Settings, texts: Sequence[Text] | None
+) -> Damage | None:
+    """Measure the loss on plain text with the found neurons ablated.
+
+    None without neurons, for a model without a tokenizer, and for interventions that take values from prompts.
+    """
+    intervention = intervention_called(settings.intervention, settings.seed)
+    if isinstance(intervention, Mean):
+        intervention = with_means(model, check.prompts, intervention, neurons.sites)
+    if not neurons or intervention.needs_prompts or (texts is None and model.tokenizer is None):
+        return None
+    about = {"intervention": intervention, "bound": settings.damage_bound, "seed": settings.seed}
+    return measure_damage(model, neurons, check.prompts, texts=texts, **about)
+
+
+def with_others(
+    damage: Damage | None, model: Model, questions: QuestionSet, neurons: NeuronSet, measuring: Mapping[str, Any]
+) -> Damage | None:
+    """Add the evaluation of the found neurons that are not damage neurons."""
+    if damage is None or not damage.neurons & neurons or not neurons - damage.neurons:
+        return damage
+    measuring = {**measuring, "conditions": ("unablated", "ablated")}
+    return replace(damage, others=evaluate(model, questions, neurons - damage.neurons, **measuring))
 
 
 def against_converged(
