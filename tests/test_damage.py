@@ -215,8 +215,8 @@ def test_the_bound_is_a_positive_number(toy: Model, few: QuestionSet, bound: flo
 
 
 def test_interventions_that_take_values_from_prompts_have_no_loss_on_text(toy: Model, few: QuestionSet) -> None:
+    neurons = NeuronSet([neuron_space(toy).neuron("mlp", 0, 1)])
     with pytest.raises(BadInput, match="takes no values from prompts"):
-        neurons = NeuronSet([neuron_space(toy).neuron("mlp", 0, 1)])
         measure_damage(toy, neurons, build_prompts(toy, few), intervention=Zero(positions="last"))
 
 
@@ -279,7 +279,5 @@ def test_excluding_damage_redoes_the_evaluation_from_stored_scores(
 
 
 def test_another_setting_is_still_refused(damaged: Path, toy: Model, few: QuestionSet) -> None:
-    with pytest.raises(
-        BadInput, match=r"contains a run with damage_bound = 0.001, but this run has damage_bound = 0.5"
-    ):
+    with pytest.raises(BadInput, match=r"damage_bound = 0\.001, but this run has damage_bound = 0\.5"):
         find_truth_neurons(toy, few, replace(LOW, damage_bound=0.5), out=damaged)

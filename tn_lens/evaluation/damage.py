@@ -26,7 +26,7 @@ from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, plain_texts, text_loss
 from tn_lens.inference.answers import ZERO, ask
 from tn_lens.inference.interventions import Intervention
-from tn_lens.models import Model, neuron_space
+from tn_lens.models import Model, backend_of, neuron_space
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import Neuron, NeuronSet
 from tn_lens.questions.prompts import PromptSet
@@ -42,8 +42,8 @@ N_QUESTIONS = 16
 """Maximum number of questions on which the answer mass is measured."""
 MOST_ALONE = 200
 """Maximum number of neurons that are ablated alone."""
-SETS_TOGETHER = 4
-"""Number of sets of neurons that are measured in one chunk."""
+SETS_TOGETHER = 16
+"""Maximum number of sets of neurons that are measured in one chunk."""
 WHOLE = "all"
 """Name of the part of a set that contains all of its neurons."""
 
@@ -189,7 +189,7 @@ def measure_damage(
         answer_mass=unablated.answer_mass,
         rows=tuple(rows) if neurons else (),
         neurons=damaging,
-        rest_loss=measured[neurons - damaging].text_loss,
+        rest_loss=measured[NeuronSet(neurons - damaging)].text_loss,
         bound=bound,
         intervention=intervention.description,
     )
@@ -215,7 +215,11 @@ class _Measurements(dict[NeuronSet, _Measured]):
     def add(self, sets: Iterable[NeuronSet]) -> None:
         """Measure those sets that are new."""
         new = [one for one in dict.fromkeys(sets) if one not in self]
-        groups = [new[first : first + SETS_TOGETHER] for first in range(0, len(new), SETS_TOGETHER)]
+        n_tokens = sum(
+            len(text) for text in self.texts
+        )  # more than there are, since most tokens are longer than a character
+        size = backend_of(self.model).chunk_size(SETS_TOGETHER, n_tokens)
+        groups = [new[first : first + size] for first in range(0, len(new), size)]
 
         def compute(index: int) -> Tensors:
             numbers = [self._measure(one) for one in groups[index]]
@@ -254,10 +258,10 @@ def _damaging(
     chosen = NeuronSet(neuron for neuron, loss in rise.items() if loss > limit)
     # the whole set is the first part, and comes last
     for part in (*list(parts.values())[1:], parts[WHOLE]):
-        if not part - chosen or measured[part - chosen].text_loss <= limit:
+        if measured[NeuronSet(part - chosen)].text_loss <= limit:
             continue
         # neurons that were not ablated alone come last
         ranked = sorted(part - chosen, key=lambda neuron: -rise.get(neuron, 0.0))
         n = bisect_left(range(len(ranked)), True, key=lambda k: measured[NeuronSet(ranked[k:])].text_loss <= limit)
-        chosen |= NeuronSet(ranked[:n])
+        chosen = NeuronSet([*chosen, *ranked[:n]])
     return chosen

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from tn_lens.attribution.attribute import attribute
+from tn_lens.attribution.attribute import attribute, attribution_chunks
 from tn_lens.attribution.methods import METHODS
 from tn_lens.attribution.result import at_neurons
 from tn_lens.core.sentences import say, say_each
@@ -31,7 +31,7 @@ from tn_lens.models.isolation import isolated
 from tn_lens.neurons import Neuron, NeuronSet
 from tn_lens.questions.prompts import PromptSet
 from tn_lens.questions.question import QuestionSet
-from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import in_stage, map_chunks
 from tn_lens.selection.significance import Moments, half_width
 
@@ -225,7 +225,7 @@ def attribute_columns(
     model: Model, prompts: PromptSet, neurons: NeuronSet, *, separate: bool = False, **options: Any
 ) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
     """The scores of the given neurons only: D as "difference", and with `separate` also "right" and "wrong"."""
-    chunks = prompts.chunks(PROMPTS_ATTRIBUTED)
+    chunks = attribution_chunks(model, prompts)
     wanted = ("difference", "right", "wrong") if separate else ("difference",)
     sites = [site for site in options.pop("sites", neurons.sites) if neurons.at(site)]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tn_lens.attribution.attribute import attribute, back_off_warning, space_of
+from tn_lens.attribution.attribute import attribute, attribution_chunks, back_off_warning, space_of
 from tn_lens.attribution.baseline import post_norm_warning
 from tn_lens.attribution.methods import METHODS
 from tn_lens.attribution.result import PassSize
@@ -19,6 +19,7 @@ from tn_lens.core.settings import Settings
 from tn_lens.evaluation.damage import Damage, measure_damage
 from tn_lens.evaluation.diagnosis import diagnose
 from tn_lens.evaluation.evaluate import evaluate, with_means
+from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text
 from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
 from tn_lens.inference.interventions import Mean, intervention_called
@@ -35,7 +36,7 @@ from tn_lens.questions.question import QuestionSet
 from tn_lens.report.page import write_report
 from tn_lens.results.found import Provenance, TruthNeurons, load_run
 from tn_lens.results.make_cards import make_cards
-from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import Run, map_chunks, tell
 from tn_lens.runs.folder import LATE, SCORES, RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
@@ -72,8 +73,7 @@ def find_truth_neurons(
 
     Args:
         model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
-        questions: a set from `load_questions`. If it has parts (the toy), neurons are found on "find" and the conditions are
-            evaluated on "report"; otherwise the whole set is used for both, as in the paper.
+        questions: a set from `load_questions`. Its parts "find" and "report" are used; without parts, the whole set for both.
         settings: settings of the run, for example `Settings(adaptive_threshold=0.02, order="both")`.
         out: run folder to write; the run is resumed if the folder contains the same run.
         overwrite: start over if the folder contains another run.
@@ -101,16 +101,11 @@ def find_truth_neurons(
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
         # 3. select (2.2, 2.3, A.3)
         table = run.stage("selection", selection_table, scores, settings)
-        rules = rules_of(settings)
         t, tuning = threshold_of(run, model, scores, table, parts.tuning, settings, drop_long=drop_long)
-        selection = table.select(t, Split(settings.seed), rules)
+        selection = table.select(t, Split(settings.seed), rules_of(settings))
         # 4. ablate and evaluate (3.3), on plain text as well
-        damage = run.stage("damage", damage_of, model, selection.neurons, check, settings, texts)
-        if damage is not None and settings.exclude == "damage":
-            selection = selection.without(damage.neurons)
-        measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
-        evaluation = run.stage("evaluation", evaluate, model, parts.reporting, selection.neurons, **measuring)
-        damage = run.stage("others", with_others, damage, model, parts.reporting, selection.neurons, measuring)
+        about = {"texts": texts, "drop_long": drop_long}
+        selection, evaluation, damage = effect_of(run, model, selection, check, parts.reporting, settings, **about)
         # 5. diagnose the neurons and make cards
         columns = scores.columns(selection.neurons)
         about = {"tested": selection.half_2, "label_means": scores.label_means(columns, selection.half_2)}
@@ -130,7 +125,7 @@ def find_truth_neurons(
             evaluation=evaluation,
             is_held_out=parts.is_held_out,
             diagnosis=diagnosis,
-            stability=stability_of(table, t, rules),
+            stability=stability_of(table, t, rules_of(settings)),
             found_again=again_with_every_order(table, selection),
             tuning=tuning,
             notes=notes_of(run, model, settings),
@@ -223,7 +218,7 @@ def attribute_into(
     If memory runs out, the pass size that fitted is used for all further chunks, stored in `options`, and recorded in the
     manifest.
     """
-    chunks = check.prompts.chunks(PROMPTS_ATTRIBUTED)
+    chunks = attribution_chunks(model, check.prompts)
     # a resumed run continues with the size that fitted before
     noted = folder.noted(BACKED_OFF)
     size = PassSize(**noted) if noted else None
@@ -277,6 +272,30 @@ def threshold_of(
     return tuning.t, tuning
 
 
+def effect_of(
+    run: Run,
+    model: Model,
+    selection: Selection,
+    check: ManipulationCheck,
+    questions: QuestionSet,
+    settings: Settings,
+    *,
+    texts: Sequence[Text] | None,
+    drop_long: bool,
+) -> tuple[Selection, Evaluation, Damage | None]:
+    """The selection, without damage neurons if the settings exclude them, and the effect of its ablation."""
+    damage = run.stage("damage", damage_of, model, selection.neurons, check, settings, texts)
+    if damage is not None and settings.exclude == "damage":
+        selection = selection.without(damage.neurons)
+    measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
+    evaluation = run.stage("evaluation", evaluate, model, questions, selection.neurons, **measuring)
+    return (
+        selection,
+        evaluation,
+        run.stage("others", with_others, damage, model, questions, selection.neurons, measuring),
+    )
+
+
 def damage_of(
     model: Model, neurons: NeuronSet, check: ManipulationCheck, settings: Settings, texts: Sequence[Text] | None
 ) -> Damage | None:
@@ -297,10 +316,11 @@ def with_others(
     damage: Damage | None, model: Model, questions: QuestionSet, neurons: NeuronSet, measuring: Mapping[str, Any]
 ) -> Damage | None:
     """Add the evaluation of the found neurons that are not damage neurons."""
-    if damage is None or not damage.neurons & neurons or not neurons - damage.neurons:
+    others = NeuronSet(neurons - damage.neurons) if damage is not None else neurons
+    if damage is None or not others or others == neurons:
         return damage
     measuring = {**measuring, "conditions": ("unablated", "ablated")}
-    return replace(damage, others=evaluate(model, questions, neurons - damage.neurons, **measuring))
+    return replace(damage, others=evaluate(model, questions, others, **measuring))
 
 
 def against_converged(
