@@ -48,7 +48,7 @@ def test_a_choice_neuron_turns_where_the_model_is_mistaken_and_a_truth_neuron_do
     verdicts = {row.neuron: row.verdict for row in found.to_frame().itertuples()}
     assert verdicts == {str(choice): "choice", str(truth): "truth", str(category): "unclear"}
     assert found.n_mistaken == 60
-    assert found.n_by_verdict == {"truth": 1, "choice": 1, "unclear": 1}
+    assert found.n_by_verdict == {"truth": 1, "choice": 1, "damage": 0, "unclear": 1}
     assert "1 of 3 neurons still supports the right answer (truth), 1 supports what the model chose" in found.summary()
 
 

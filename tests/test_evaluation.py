@@ -547,8 +547,8 @@ def test_group_means_are_those_of_the_paper() -> None:
 def test_loss_on_plain_text_by_hand(toy: Model) -> None:
     texts = plain_texts(toy)[:40]
     tokenizer, losses = toy.tokenizer, []
-    for beginning, rest in texts:
-        ids = torch.tensor([tokenizer(beginning + rest)["input_ids"]])
+    for text in texts:
+        ids = torch.tensor([tokenizer("".join(text))["input_ids"]])
         losses.append(float(-toy(ids)[0, -2].log_softmax(-1)[ids[0, -1]]))
     assert text_loss(toy, texts) == pytest.approx(np.mean(losses), rel=1e-4)
     every = NeuronSet(neuron_space(toy).neuron("mlp", 0, i) for i in range(neuron_space(toy).d_mlp))

@@ -40,7 +40,6 @@ from tn_lens import (
     load_run,
 )
 from tn_lens.models import Model
-from tn_lens.pipeline import run as pipeline
 from tn_lens.report.page import write_report
 from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import Run, in_stage, map_chunks, track
@@ -361,7 +360,7 @@ def run_and_count_reads(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
         patch.setattr(RunFolder, "read_chunk", read)
-        patch.setattr(pipeline, "PROMPTS_ATTRIBUTED", 16)
+        patch.setattr("tn_lens.attribution.attribute.PROMPTS_ATTRIBUTED", 16)
         return find_truth_neurons(model, questions, settings, out=out), reads
 
 

@@ -36,6 +36,8 @@ from .evaluation.result import Evaluation as Evaluation
 from .evaluation.dose import dose_response as dose_response
 from .evaluation.controls import matched_neurons as matched_neurons
 from .evaluation.controls import random_neurons as random_neurons
+from .evaluation.damage import Damage as Damage
+from .evaluation.damage import measure_damage as measure_damage
 from .evaluation.diagnosis import Diagnosis as Diagnosis
 from .evaluation.diagnosis import diagnose as diagnose
 from .evaluation.tuning import tune_threshold as tune_threshold

@@ -33,6 +33,7 @@ from tn_lens.models import Model, backend_of, check_model, neuron_space
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSpace, SiteName
 from tn_lens.questions.prompts import Prompt, PromptSet
+from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED
 from tn_lens.runs.context import track
 
 BATCH_SIZE = 64
@@ -253,6 +254,14 @@ def check_method(method: str, n_steps: int, baseline: Baseline, positions: Posit
             "positions, or use gradient_x_activation for another baseline"
         )
     return found
+
+
+def attribution_chunks(model: Model, prompts: PromptSet) -> tuple[PromptSet, ...]:
+    """Split prompts into the chunks in which a run attributes them."""
+    backend = backend_of(model)
+    # a forward and a backward pass, four operations per weight, of 20 rows per site and layer through half of the layers
+    passes = 4 * 20 * len(NEURON_SITES) * backend.space.n_layers / 2
+    return prompts.chunks(backend.chunk_size(PROMPTS_ATTRIBUTED, passes))
 
 
 def choose_pass_size(

@@ -49,9 +49,7 @@ def evaluate(
     ] = "both",
     wrong_answers: Annotated[Path | None, typer.Option(help="File of wrong answers for TriviaQA's own files.")] = None,
     strict: Annotated[bool, typer.Option(help="Leave out wrong answers of TriviaQA that contain a right one.")] = False,
-    text: Annotated[
-        Path | None, typer.Option(help="Plain-text file to measure the loss on; by default a text in this package.")
-    ] = None,
+    text: options.PlainText = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     revision: options.Revision = None,

@@ -66,6 +66,7 @@ def run(
         bool, typer.Option(help="Continue even if the manipulation check keeps too few questions.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Start over if the folder contains another run.")] = False,
+    text: options.PlainText = None,
     dry_run: Annotated[bool, typer.Option(help="Print an estimate of the cost, and exit.")] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     **given: Any,
@@ -77,6 +78,7 @@ def run(
     from transformers.utils import logging as hf_logging
 
     from tn_lens.cli.console import print_run, print_warnings
+    from tn_lens.evaluation.text import read_texts
     from tn_lens.models.loading import load_model
     from tn_lens.pipeline.dry_run import plan_run
     from tn_lens.pipeline.run import find_truth_neurons
@@ -97,7 +99,8 @@ def run(
             typer.echo(plan_run(loaded, asked, settings, drop_long=drop_long).summary())
         return
     keeping: dict[str, Any] = {"out": out, "overwrite": overwrite, "command": ["tn-lens", *sys.argv[1:]]}
-    found = find_truth_neurons(loaded, asked, settings, drop_long=drop_long, force=force, threads=threads, **keeping)
+    keeping |= {"drop_long": drop_long, "force": force, "threads": threads, "texts": text and read_texts(text)}
+    found = find_truth_neurons(loaded, asked, settings, **keeping)
     if together.is_first:
         print_run(found, out)
 

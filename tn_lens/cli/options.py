@@ -33,6 +33,9 @@ Preset: TypeAlias = Annotated[
     ),
 ]
 DropLong: TypeAlias = Annotated[bool, typer.Option(help="Leave out questions that exceed the context window.")]
+PlainText: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Plain-text file to measure the loss on; by default a text in this package.")
+]
 TrustRemoteCode: TypeAlias = Annotated[bool, typer.Option(help="Run Python code that is part of the checkpoint.")]
 RunPath: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from tn_lens.cli.console import frame_table, open_console, print_warnings
 from tn_lens.core.errors import BadInput
 from tn_lens.evaluation.result import Evaluation
-from tn_lens.evaluation.text import Text, paragraphs, plain_texts
+from tn_lens.evaluation.text import Text, plain_texts, read_texts
 from tn_lens.inference.interventions import INTERVENTIONS, Intervention
 from tn_lens.models import Model
 from tn_lens.models.loading import load_model
@@ -73,10 +73,7 @@ def texts_of(model: Model, intervention: Intervention, file: Path | None) -> Seq
         return None
     if file is None:
         return plain_texts(model)
-    try:
-        return paragraphs(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {str(file)!r} as UTF-8 text: {error}") from error
+    return read_texts(file)
 
 
 def print_evaluations(sets: Sequence[QuestionSet], evaluations: Sequence[Evaluation]) -> Console:

@@ -114,6 +114,12 @@ class Settings:
     """Name of a registered intervention without required arguments."""
     controls: Sequence[str] = _option(("random", "random_matched"), "Controls of the evaluation.")
     """Names of registered controls."""
+    damage_bound: float = _option(
+        0.05, "Rise of the loss on plain text, in nats per token, from which ablation is damage."
+    )
+    """Largest harmless rise of the loss on plain text, in nats per token; see `measure_damage`."""
+    exclude: Literal["damage"] | None = _option(None, "Neurons to leave out: 'damage' for damage neurons.")
+    """"damage" leaves out damage neurons before the evaluation. A finished run can be continued with another value."""
     n_repetitions: int = _option(10, "Repetitions of the evaluation.", flag="--repetitions")
     """Repetitions of the evaluation (paper 3.3)."""
     seed: int = _option(0, "Random seed (answer orders, half split, controls).")

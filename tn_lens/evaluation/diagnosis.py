@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from tn_lens.attribution.attribute import attribute
+from tn_lens.attribution.attribute import attribute, attribution_chunks
 from tn_lens.attribution.methods import METHODS
 from tn_lens.attribution.result import at_neurons
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored
+from tn_lens.evaluation.damage import Damage
 from tn_lens.evaluation.evaluate import evaluate
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.inference.manipulation import ManipulationCheck
@@ -30,16 +31,18 @@ from tn_lens.models.isolation import isolated
 from tn_lens.neurons import Neuron, NeuronSet
 from tn_lens.questions.prompts import PromptSet
 from tn_lens.questions.question import QuestionSet
-from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import in_stage, map_chunks
 from tn_lens.selection.significance import Moments, half_width
 
-Verdict = Literal["truth", "choice", "unclear"]
-"""Whether the 95 % interval of mean D on wrongly answered questions lies above 0, lies below 0, or includes 0."""
+Verdict = Literal["truth", "choice", "damage", "unclear"]
+"""Whether the 95 % interval of mean D on wrongly answered questions lies above 0, lies below 0, or includes 0; "damage" for
+damage neurons, whatever the interval."""
 
 VERDICTS: Mapping[Verdict, str] = {
     "truth": "truth: supports the right answer, even where the model is wrong",
     "choice": "choice: supports what the model chose, right or wrong",
+    "damage": "damage: ablating it damages every text, alone or together with other found neurons",
     "unclear": "unclear",
 }
 """Descriptions of the verdicts."""
@@ -77,6 +80,8 @@ class Diagnosis(Stored):
     """Whether every question was asked in several orders."""
     evaluation: Evaluation | None
     """The evaluation on the questions that the check dropped; None if there is none."""
+    damage: Damage | None = None
+    """The loss on plain text with the neurons ablated; None if it was not measured."""
 
     @property
     def case(self) -> Int[np.ndarray, " neuron"]:
@@ -88,7 +93,11 @@ class Diagnosis(Stored):
         """One verdict for each neuron."""
         # NaN compares false, so a neuron without an interval is unclear
         low, high = self.mistaken - self.mistaken_half_width, self.mistaken + self.mistaken_half_width
-        return ["truth" if a > 0 else "choice" if b < 0 else "unclear" for a, b in zip(low, high, strict=True)]
+        damaging = NeuronSet() if self.damage is None else self.damage.neurons
+        return [
+            "damage" if neuron in damaging else "truth" if a > 0 else "choice" if b < 0 else "unclear"
+            for neuron, a, b in zip(self.neurons, low, high, strict=True)
+        ]
 
     @property
     def n_by_verdict(self) -> dict[Verdict, int]:
@@ -112,6 +121,7 @@ class Diagnosis(Stored):
                 "mean_difference_mistaken": self.mistaken,
                 "mistaken_ci_low": self.mistaken - self.mistaken_half_width,
                 "mistaken_ci_high": self.mistaken + self.mistaken_half_width,
+                "text_loss_rise": [float("nan") if self.damage is None else self.damage.rise(n) for n in self.neurons],
                 "verdict": self.verdicts,
             }
         )
@@ -142,11 +152,12 @@ def diagnose(
     *,
     tested: Collection[str] | None = None,
     label_means: tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]] | None = None,
+    damage: Damage | None = None,
     n_repetitions: int = 10,
     seed: int = 0,
     **options: Any,
 ) -> Diagnosis:
-    """Test for every found neuron whether it supports truth, the model's choice, or the format.
+    """Test for every found neuron whether it supports truth, the model's choice, or the format, or every text.
 
     Args:
         model: the model.
@@ -156,6 +167,7 @@ def diagnose(
             dropped; None skips this.
         tested: ids of the kept questions to take Attr_t and Attr_f from, half 2 of a selection; all by default.
         label_means: mean Attr_t and Attr_f if they have been stored; otherwise they are computed from at most 64 prompts.
+        damage: the loss on plain text with the neurons ablated, from `measure_damage`.
         n_repetitions: repetitions of the evaluation on the questions that the check dropped.
         seed: seed for the orders and controls of that evaluation.
         options: keyword arguments of `attribute`, the same as when the neurons were found.
@@ -205,6 +217,7 @@ def diagnose(
         n_mistaken=len(mistaken.groups),
         swapped=check.is_swapped,
         evaluation=evaluation,
+        damage=damage,
     )
 
 
@@ -212,7 +225,7 @@ def attribute_columns(
     model: Model, prompts: PromptSet, neurons: NeuronSet, *, separate: bool = False, **options: Any
 ) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
     """The scores of the given neurons only: D as "difference", and with `separate` also "right" and "wrong"."""
-    chunks = prompts.chunks(PROMPTS_ATTRIBUTED)
+    chunks = attribution_chunks(model, prompts)
     wanted = ("difference", "right", "wrong") if separate else ("difference",)
     sites = [site for site in options.pop("sites", neurons.sites) if neurons.at(site)]
 

@@ -23,7 +23,7 @@ from tn_lens.inference.interventions import Intervention, Mean, intervention_cal
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, neuron_space
 from tn_lens.models.isolation import isolated
-from tn_lens.neurons import NeuronSet, usual_sites
+from tn_lens.neurons import NeuronSet, SiteName, usual_sites
 from tn_lens.questions.prompts import PromptSet, build_prompts, stream_of
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.chunks import Tensors, chunk_key
@@ -82,10 +82,8 @@ def evaluate(
     _check_arguments(model, questions, neurons, n_repetitions, conditions, order)
     prompts = build_prompts(model, questions, order=order, drop_long=drop_long)
     acting = intervention
-    if isinstance(acting, Mean) and acting.needs_prompts:  # the means are the same for every set of neurons
-        sites = usual_sites(neurons.sites)
-        means = in_stage("values", mean_activations, model, prompts, positions=acting.positions, sites=sites)
-        acting = replace(acting, values=means)
+    if isinstance(acting, Mean):
+        acting = with_means(model, prompts, acting, neurons.sites)
     sets = draw_sets(model, prompts, neurons, conditions, n_repetitions, seed)
     asked = draw_orders(prompts, n_repetitions, seed)
     # equal sets of neurons, such as those of several repetitions, are asked once
@@ -109,6 +107,14 @@ def evaluate(
         text_loss=losses and {name: np.array([losses[control] for control in drawn]) for name, drawn in sets.items()},  # pyright: ignore[reportArgumentType]
         left_out=tuple(f"row {row.row}: {row.reason}" for row in questions.dropped),
     )
+
+
+def with_means(model: Model, prompts: PromptSet, intervention: Mean, sites: Sequence[SiteName]) -> Mean:
+    """Mean-ablation with the means over the prompts, which are the same for every set of neurons."""
+    if not intervention.needs_prompts:
+        return intervention
+    about = {"positions": intervention.positions, "sites": usual_sites(tuple(sites))}
+    return replace(intervention, values=in_stage("values", mean_activations, model, prompts, **about))
 
 
 def _check_arguments(

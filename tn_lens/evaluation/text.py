@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -21,11 +22,15 @@ MOST_TOKENS = 512
 """Maximum number of tokens of one text; longer texts are truncated."""
 N_TOY = 200
 """Number of facts of the toy world that serve as plain text for the toy model."""
-ROWS = 32
-"""Number of texts in one batch."""
+MOST_LOGITS = 2**26
+"""Maximum number of logits of one batch."""
 
-Text: TypeAlias = str | tuple[str, str]
-"""A text, or a pair of a prefix and the continuation on which the loss is computed."""
+Text: TypeAlias = str | tuple[str, str] | list[int]
+"""A text, a pair of a prefix and the continuation on which the loss is computed, or token ids."""
+
+
+Encoded: TypeAlias = tuple[int, list[int]]
+"""The index of the first predicted token of a text, and its token ids."""
 
 
 @isolated
@@ -36,8 +41,8 @@ def text_loss(
     """Mean next-token loss over all positions of the given texts, in nats per token.
 
     Args:
-        model: a model with a tokenizer.
-        texts: plain texts, or pairs of a prefix and a continuation, of which only the continuation counts.
+        model: a model, with a tokenizer unless all texts are token ids.
+        texts: plain texts, pairs of a prefix and a continuation, of which only the continuation counts, or lists of token ids.
         neurons: neurons to act on; none by default.
         intervention: an intervention at all positions that takes no values from prompts; zero-ablation by default.
 
@@ -50,14 +55,13 @@ def text_loss(
             "loss on plain text needs an intervention at all positions that takes no values from prompts: zero, scale, or "
             f"mean with values; got {intervention.description!r}"
         )
-    if model.tokenizer is None:
+    if model.tokenizer is None and not all(isinstance(text, list) for text in texts):
         raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
     backend = backend_of(model)
     hooks = intervention_hooks(model, neurons, intervention, ())
     encoded = _encode(model, texts)
     total, count = 0.0, sum(len(ids) - first for first, ids in encoded)
-    for start in range(0, len(encoded), ROWS):
-        rows = encoded[start : start + ROWS]
+    for rows in _batches(encoded, MOST_LOGITS // backend.d_vocab):
         tokens = pad_right([ids for _, ids in rows]).to(backend.device)
         with backend.hooks(hooks(Layout.aligned((), backend.device)) if hooks else []):
             logits = backend.all_logits(tokens)  # [row, column, vocab]
@@ -70,11 +74,14 @@ def text_loss(
     return total / count
 
 
-def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
+def _encode(model: Model, texts: Sequence[Text]) -> list[Encoded]:
     """The index of the first predicted token and the token ids of every text, the shortest text first."""
-    encoded: list[tuple[int, list[int]]] = []
+    encoded: list[Encoded] = []
     most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
     for text in texts:
+        if isinstance(text, list):
+            encoded += [(1, text[:most])] if len(text) > 1 else []
+            continue
         beginning, rest = ("", text) if isinstance(text, str) else text
         ids = tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
         # nothing predicts the first token of a text
@@ -82,6 +89,16 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
         if len(ids) > first:
             encoded.append((first, ids))
     return sorted(encoded, key=lambda row: len(row[1]))
+
+
+def _batches(encoded: Sequence[Encoded], most: int) -> Iterator[Sequence[Encoded]]:
+    """Split texts, the shortest first, into batches of at most `most` padded tokens, but at least one text."""
+    start = 0
+    for end in range(1, len(encoded) + 1):
+        is_last = end == len(encoded)
+        if is_last or (end - start + 1) * len(encoded[end][1]) > most:
+            yield encoded[start:end]
+            start = end
 
 
 def plain_texts(model: Model) -> list[Text]:
@@ -96,3 +113,15 @@ def plain_texts(model: Model) -> list[Text]:
 def paragraphs(text: str) -> list[str]:
     """The paragraphs of a text, which empty lines separate, each joined into one line."""
     return [part.replace("\n", " ").strip() for part in text.split("\n\n") if part.strip()]
+
+
+def read_texts(path: Path) -> list[str]:
+    """The paragraphs of a text file.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    try:
+        return paragraphs(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {str(path)!r} as UTF-8 text: {error}") from error

@@ -6,6 +6,7 @@ from tn_lens.figures.accuracies import plot_accuracies as plot_accuracies
 from tn_lens.figures.attribution import plot_attribution as plot_attribution
 from tn_lens.figures.attribution import plot_completeness as plot_completeness
 from tn_lens.figures.attribution import plot_convergence as plot_convergence
+from tn_lens.figures.damage import plot_damage as plot_damage
 from tn_lens.figures.evaluation import plot_categories as plot_categories
 from tn_lens.figures.evaluation import plot_dose_response as plot_dose_response
 from tn_lens.figures.evaluation import plot_probability_change as plot_probability_change

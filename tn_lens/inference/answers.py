@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tn_lens.core.errors import BadInput
-from tn_lens.inference.forward import MAX_TOKENS, prompt_logits
+from tn_lens.inference.forward import MAX_TOKENS, asked_chunks, prompt_logits
 from tn_lens.inference.interventions import Intervention, Zero, intervention_hooks
 from tn_lens.models import Model, backend_of
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.prompts import Prompt, PromptSet
-from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 
 NO_NEURONS = NeuronSet()
@@ -99,7 +99,7 @@ class _Chunk(NamedTuple):
 
 
 def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") -> list[Float[Tensor, "prompt choice"]]:
-    """Call `ask` several times, in chunks with one intervention and usually `PROMPTS_ASKED` prompts.
+    """Call `ask` several times, in chunks with one intervention and at most `PROMPTS_ASKED` prompts.
 
     Args:
         model: model to run.
@@ -117,7 +117,7 @@ def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") 
         elif place in parts_of:
             parts = parts_of[place]
         else:
-            parts = parts_of[place] = [(part, chunk_key(part)) for part in asking.prompts.chunks(PROMPTS_ASKED)]
+            parts = parts_of[place] = [(part, chunk_key(part)) for part in asked_chunks(model, asking.prompts)]
         acting = [asking.neurons, asking.intervention] if asking.neurons else None
         chunks += [_Chunk(asking, part, chunk_key("ask", acting, key)) for part, key in parts]
         n_chunks.append(len(parts))

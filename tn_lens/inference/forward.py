@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tn_lens.core.options import Where
 from tn_lens.models import Hooks, Model, backend_of
-from tn_lens.questions.prompts import Prompt
+from tn_lens.questions.prompts import Prompt, PromptSet
+from tn_lens.runs.chunks import PROMPTS_ASKED
 
 MAX_TOKENS = 4096
 """Maximum number of tokens in one batch, with padding. A constant, since batch sizes affect the rounding of results."""
@@ -127,6 +128,13 @@ def prompt_logits(
             with backend.hooks(hooks(layout) if hooks else []):
                 logits = backend.last_logits(tokens, places=lengths - group.n_shared - 1, prefix=prefix)
             yield rows, logits
+
+
+def asked_chunks(model: Model, prompts: PromptSet) -> tuple[PromptSet, ...]:
+    """Split prompts into the chunks in which a run asks them."""
+    mean_length = sum(len(prompt.token_ids) for prompt in prompts) / max(len(prompts), 1)
+    # two operations per weight and token
+    return prompts.chunks(backend_of(model).chunk_size(PROMPTS_ASKED, 2 * mean_length or 1))
 
 
 def prefix_groups(prompts: Sequence[Prompt]) -> list[Group]:

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tn_lens.core.options import NEURON_SITES, Where
-from tn_lens.inference.forward import Layout, prompt_logits
+from tn_lens.inference.forward import Layout, asked_chunks, prompt_logits
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import SiteName, hook_name
 from tn_lens.questions.prompts import Prompt, PromptSet
-from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 
 
@@ -42,7 +42,7 @@ def mean_activations(
     """
     space = neuron_space(model)
     wanted = [site for site in sites if space.width(site)]
-    parts = PromptSet.of(prompts).chunks(PROMPTS_ASKED)
+    parts = asked_chunks(model, PromptSet.of(prompts))
     sums = map_chunks(
         "means",
         [chunk_key("means", positions, absolute, wanted, part) for part in parts],

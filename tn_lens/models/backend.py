@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class Siblings(ABC):
         return final
 
 
+CHUNK_OPERATIONS = 1e12
+"""Number of operations in one chunk on a CPU. A constant, since the size of chunks affects the rounding of results."""
+
+
 class Backend(ABC):
     """Common interface to the model classes."""
 
@@ -126,6 +131,22 @@ class Backend(ABC):
         """Number of tokens that have an embedding."""
         self.n_key_value_heads: int = cfg.n_key_value_heads or cfg.n_heads
         """Number of heads of the cached keys and values."""
+
+    @cached_property
+    def n_parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def chunk_size(self, most: int, passes: float | int) -> int:
+        """Number of prompts in one chunk of a run: `most`, or fewer on a CPU, where a chunk takes about ten seconds on two cores.
+
+        Args:
+            most: largest number of prompts.
+            passes: operations per weight that one prompt takes.
+        """
+        if self.device.type != "cpu":
+            return most
+        return max(1, min(most, int(CHUNK_OPERATIONS / (passes * self.n_parameters))))
 
     @property
     def is_half(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import torch
 from tn_lens.attribution.attribute import BATCH_SIZE
 from tn_lens.core.errors import BadInput
 from tn_lens.core.settings import Settings
+from tn_lens.evaluation.text import Text
 from tn_lens.models import Model, backend_of
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.seals import read_manifest
@@ -28,8 +29,11 @@ PACKAGES: Mapping[str, str] = {
 """Name in a manifest -> name of the distribution."""
 
 
-def describe(model: Model, questions: QuestionSet, settings: Settings, example: str) -> dict[str, Any]:
+def describe(
+    model: Model, questions: QuestionSet, settings: Settings, example: str, texts: Sequence[Text] | None
+) -> dict[str, Any]:
     """The settings of a manifest: everything that the numbers depend on, and one rendered prompt."""
+    own_texts = {} if texts is None else {"texts_sha256": hashlib.sha256(repr(list(texts)).encode()).hexdigest()}
     return {
         **asdict(settings),
         **describe_model(model),
@@ -37,6 +41,7 @@ def describe(model: Model, questions: QuestionSet, settings: Settings, example: 
         "internal_batch_size": BATCH_SIZE,
         "questions": questions.name,
         "questions_sha256": questions.digest,
+        **own_texts,
         "rendered_prompt": example,
     }
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tn_lens.attribution.attribute import attribute, back_off_warning, space_of
+from tn_lens.attribution.attribute import attribute, attribution_chunks, back_off_warning, space_of
 from tn_lens.attribution.baseline import post_norm_warning
 from tn_lens.attribution.methods import METHODS
 from tn_lens.attribution.result import PassSize
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
+from tn_lens.evaluation.damage import Damage, measure_damage
 from tn_lens.evaluation.diagnosis import diagnose
-from tn_lens.evaluation.evaluate import evaluate
+from tn_lens.evaluation.evaluate import evaluate, with_means
+from tn_lens.evaluation.result import Evaluation
+from tn_lens.evaluation.text import Text
 from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
+from tn_lens.inference.interventions import Mean, intervention_called
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model
 from tn_lens.models.isolation import isolated
+from tn_lens.neurons import NeuronSet
 from tn_lens.pipeline.parts import split_questions
 from tn_lens.pipeline.provenance import describe, fixed_threads, threads_of
 from tn_lens.pipeline.settings import resolve_settings, rules_of
@@ -30,9 +36,9 @@ from tn_lens.questions.question import QuestionSet
 from tn_lens.report.page import write_report
 from tn_lens.results.found import Provenance, TruthNeurons, load_run
 from tn_lens.results.make_cards import make_cards
-from tn_lens.runs.chunks import PROMPTS_ATTRIBUTED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import Run, map_chunks, tell
-from tn_lens.runs.folder import SCORES, RunFolder
+from tn_lens.runs.folder import LATE, SCORES, RunFolder
 from tn_lens.runs.seals import fingerprint, read_manifest
 from tn_lens.runs.workers import workers
 from tn_lens.selection.convergence import ConvergenceCheck, convergence_check
@@ -59,6 +65,7 @@ def find_truth_neurons(
     progress: bool = True,
     threads: int | None = None,
     command: Sequence[str] | None = None,
+    texts: Sequence[Text] | None = None,
 ) -> TruthNeurons:
     """Find the truth neurons of a model, ablate them, and measure the effect (the paper's whole pipeline).
 
@@ -66,8 +73,7 @@ def find_truth_neurons(
 
     Args:
         model: a model from `load_model`, or a HookedTransformer loaded without weight processing.
-        questions: a set from `load_questions`. If it has parts (the toy), neurons are found on "find" and the conditions are
-            evaluated on "report"; otherwise the whole set is used for both, as in the paper.
+        questions: a set from `load_questions`. Its parts "find" and "report" are used; without parts, the whole set for both.
         settings: settings of the run, for example `Settings(adaptive_threshold=0.02, order="both")`.
         out: run folder to write; the run is resumed if the folder contains the same run.
         overwrite: start over if the folder contains another run.
@@ -76,6 +82,7 @@ def find_truth_neurons(
         progress: show progress bars, and print the result of the manipulation check as soon as it is known.
         threads: number of torch threads of every worker; by default that of the run folder, or torch's own.
         command: the command line that started the run, for the report.
+        texts: plain texts on which the loss is measured, see `text_loss`; by default paragraphs of this package.
 
     Raises:
         BadInput: see the stages. If the manipulation check stops the run, the message names the likely cause.
@@ -86,7 +93,7 @@ def find_truth_neurons(
     with started(out, threads, progress) as run:
         asking = {"order": settings.order, "seed": settings.seed, "drop_long": drop_long}
         prompts = run.stage("prompts", build_prompts, model, parts.finding, **asking)  # 1. ask (paper 2.2, 2.3)
-        manifest = describe(model, questions, settings, prompts[0].text)
+        manifest = describe(model, questions, settings, prompts[0].text, texts)
         folder = keep(run, manifest, out, overwrite, command=command, **sources(model, questions))
         check = run.stage("check", checked, folder, model, prompts, force=force)
         # 2. attribute (2.1, 2.2)
@@ -94,16 +101,15 @@ def find_truth_neurons(
         scores = run.stage("attribution", attribute_into, folder, model, check, settings, options)
         # 3. select (2.2, 2.3, A.3)
         table = run.stage("selection", selection_table, scores, settings)
-        rules = rules_of(settings)
         t, tuning = threshold_of(run, model, scores, table, parts.tuning, settings, drop_long=drop_long)
-        selection = table.select(t, Split(settings.seed), rules)
-        # 4. ablate and evaluate (3.3)
-        measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
-        evaluation = run.stage("evaluation", evaluate, model, parts.reporting, selection.neurons, **measuring)
+        selection = table.select(t, Split(settings.seed), rules_of(settings))
+        # 4. ablate and evaluate (3.3), on plain text as well
+        about = {"texts": texts, "drop_long": drop_long}
+        selection, evaluation, damage = effect_of(run, model, selection, check, parts.reporting, settings, **about)
         # 5. diagnose the neurons and make cards
         columns = scores.columns(selection.neurons)
         about = {"tested": selection.half_2, "label_means": scores.label_means(columns, selection.half_2)}
-        about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed}
+        about |= {"n_repetitions": settings.n_repetitions, "seed": settings.seed, "damage": damage}
         diagnosis = run.stage("diagnosis", diagnose, model, selection.neurons, check, parts.finding, **about, **options)
         about = {"selection": selection, "diagnosis": diagnosis, "questions": parts.finding}
         cards = run.stage("cards", make_cards, model, scores, check, columns=columns["difference"], **about)
@@ -119,7 +125,7 @@ def find_truth_neurons(
             evaluation=evaluation,
             is_held_out=parts.is_held_out,
             diagnosis=diagnosis,
-            stability=stability_of(table, t, rules),
+            stability=stability_of(table, t, rules_of(settings)),
             found_again=again_with_every_order(table, selection),
             tuning=tuning,
             notes=notes_of(run, model, settings),
@@ -166,7 +172,8 @@ def keep(run: Run, manifest: Mapping[str, Any], out: str | Path | None, overwrit
     folder.log("start", n_workers=together.n_workers, n_threads=manifest["n_threads"])
     for key, value in notes.items():
         folder.note(key, value)
-    run.folder, run.basis, run.is_kept = folder, fingerprint(manifest), out is not None
+    basis = {key: value for key, value in manifest.items() if key not in LATE}
+    run.folder, run.basis, run.is_kept = folder, fingerprint(basis), out is not None
     return folder
 
 
@@ -211,7 +218,7 @@ def attribute_into(
     If memory runs out, the pass size that fitted is used for all further chunks, stored in `options`, and recorded in the
     manifest.
     """
-    chunks = check.prompts.chunks(PROMPTS_ATTRIBUTED)
+    chunks = attribution_chunks(model, check.prompts)
     # a resumed run continues with the size that fitted before
     noted = folder.noted(BACKED_OFF)
     size = PassSize(**noted) if noted else None
@@ -263,6 +270,57 @@ def threshold_of(
     about = {"rules": rules_of(settings), "seed": settings.seed, "drop_long": drop_long, "table": table}
     tuning = run.stage("tuning", tune_threshold, model, scores, questions, **about)
     return tuning.t, tuning
+
+
+def effect_of(
+    run: Run,
+    model: Model,
+    selection: Selection,
+    check: ManipulationCheck,
+    questions: QuestionSet,
+    settings: Settings,
+    *,
+    texts: Sequence[Text] | None,
+    drop_long: bool,
+) -> tuple[Selection, Evaluation, Damage | None]:
+    """The selection, without damage neurons if the settings exclude them, and the effect of its ablation."""
+    damage = run.stage("damage", damage_of, model, selection.neurons, check, settings, texts)
+    if damage is not None and settings.exclude == "damage":
+        selection = selection.without(damage.neurons)
+    measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
+    evaluation = run.stage("evaluation", evaluate, model, questions, selection.neurons, **measuring)
+    return (
+        selection,
+        evaluation,
+        run.stage("others", with_others, damage, model, questions, selection.neurons, measuring),
+    )
+
+
+def damage_of(
+    model: Model, neurons: NeuronSet, check: ManipulationCheck, settings: Settings, texts: Sequence[Text] | None
+) -> Damage | None:
+    """Measure the loss on plain text with the found neurons ablated.
+
+    None without neurons, for a model without a tokenizer, and for interventions that take values from prompts.
+    """
+    intervention = intervention_called(settings.intervention, settings.seed)
+    if isinstance(intervention, Mean):
+        intervention = with_means(model, check.prompts, intervention, neurons.sites)
+    if not neurons or intervention.needs_prompts or (texts is None and model.tokenizer is None):
+        return None
+    about = {"intervention": intervention, "bound": settings.damage_bound, "seed": settings.seed}
+    return measure_damage(model, neurons, check.prompts, texts=texts, **about)
+
+
+def with_others(
+    damage: Damage | None, model: Model, questions: QuestionSet, neurons: NeuronSet, measuring: Mapping[str, Any]
+) -> Damage | None:
+    """Add the evaluation of the found neurons that are not damage neurons."""
+    others = NeuronSet(neurons - damage.neurons) if damage is not None else neurons
+    if damage is None or not others or others == neurons:
+        return damage
+    measuring = {**measuring, "conditions": ("unablated", "ablated")}
+    return replace(damage, others=evaluate(model, questions, others, **measuring))
 
 
 def against_converged(

@@ -41,8 +41,11 @@ def resolve_settings(model: Model, settings: Settings) -> Settings:
     _check_numbers(settings)
     for name, hint in get_type_hints(Settings).items():
         words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
-        if words and name != "adaptive_threshold" and getattr(settings, name) not in words:
-            raise BadInput(f"{name} must be one of {', '.join(map(repr, words))}; got {getattr(settings, name)!r}")
+        value = getattr(settings, name)
+        is_unset = value is None and type(None) in get_args(hint)
+        if words and name != "adaptive_threshold" and not is_unset and value not in words:
+            expected = f"one of {', '.join(map(repr, words))}" if len(words) > 1 else repr(words[0])
+            raise BadInput(f"{name} must be {expected}; got {value!r}")
     for registry, names in (
         (SITES, settings.sites),
         (CONTROLS, settings.controls),
@@ -79,6 +82,9 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BadInput(f"{name} must be a positive integer; got {value!r}")
+    bound = settings.damage_bound
+    if not isinstance(bound, int | float) or isinstance(bound, bool) or not 0 < bound < float("inf"):
+        raise BadInput(f"damage_bound must be a positive number of nats per token; got {bound!r}")
     n = settings.convergence_sample
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise BadInput(f"convergence_sample must be a number of questions, or 0 for no check; got {n!r}")

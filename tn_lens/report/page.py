@@ -29,6 +29,7 @@ from tn_lens.figures import (
     plot_categories,
     plot_completeness,
     plot_convergence,
+    plot_damage,
     plot_layers,
     plot_probability_change,
 )
@@ -149,6 +150,8 @@ def figures_of(found: TruthNeurons) -> dict[str, Figure]:
             figures["categories"] = plot_categories(evaluation)
         if len(several) > 1:
             figures["elsewhere"] = plot_accuracies(several)
+    if found.damage is not None:
+        figures["damage"] = plot_damage(found.damage)
     if any(gaps["change"] for gaps in found.completeness.values()):
         figures["completeness"] = plot_completeness(found.completeness)
     if found.convergence_check is not None:

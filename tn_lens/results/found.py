@@ -13,6 +13,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say, say_each
 from tn_lens.core.settings import Settings
 from tn_lens.core.stored import Stored, dump_json
+from tn_lens.evaluation.damage import Damage
 from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tuning import Tuning
@@ -108,6 +109,11 @@ class TruthNeurons:
         return self.selection.neurons
 
     @property
+    def damage(self) -> Damage | None:
+        """The loss on plain text with the found neurons ablated; None if it was not measured."""
+        return self.diagnosis.damage
+
+    @property
     def unsupported(self) -> NeuronSet | None:
         """The found neurons that are candidates of the sample by the rule's scores, but not by converged ones.
 
@@ -182,6 +188,7 @@ class TruthNeurons:
             "neurons_by_layer": self.neurons.by_layer(n_layers),
             **self.evaluation.to_dict(),
             "verdicts": self.diagnosis.n_by_verdict,
+            **({} if self.damage is None else {"damage": self.damage.to_dict()}),
             "cases": self.diagnosis.n_by_case,
             "mean_jaccard": self.stability.mean_jaccard,
         }

@@ -14,7 +14,7 @@ from tn_lens.attribution.result import ScoreSource, mean_by_question
 from tn_lens.core.errors import BadInput
 from tn_lens.core.tokens import token_text, unknown_tokens
 from tn_lens.evaluation.diagnosis import Diagnosis
-from tn_lens.inference.forward import Layout, prompt_logits
+from tn_lens.inference.forward import Layout, asked_chunks, prompt_logits
 from tn_lens.inference.manipulation import ManipulationCheck
 from tn_lens.models import Hooks, Model, backend_of, neuron_space
 from tn_lens.models.isolation import isolated
@@ -23,7 +23,7 @@ from tn_lens.questions.formats import VERDICTS
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.results.card import Activation, Card, Example, Token
-from tn_lens.runs.chunks import PROMPTS_ASKED, Tensors, chunk_key
+from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 from tn_lens.selection.result import Selection
 
@@ -122,7 +122,7 @@ def make_cards(
 
 def _activations(model: Model, prompts: PromptSet, neurons: Sequence[Neuron]) -> Float[np.ndarray, "prompt neuron"]:
     """The neurons' activations at the last position of each prompt, in float64."""
-    chunks = prompts.chunks(PROMPTS_ASKED)
+    chunks = asked_chunks(model, prompts)
     keys = [chunk_key("activations", neurons, chunk) for chunk in chunks]
     computed = map_chunks("activations", keys, lambda index: _read(model, chunks[index], neurons), "cards")
     return torch.cat([chunk["activations"] for chunk in computed]).numpy()

@@ -17,9 +17,10 @@ Tensors = Mapping[str, Tensor]
 """The result of a chunk: named tensors on the CPU."""
 
 PROMPTS_ATTRIBUTED = 64
-"""Prompts per chunk of attribution (a question's prompts stay together). A run that is stopped loses at most one chunk."""
+"""Maximum number of prompts per chunk of attribution (a question's prompts stay together). A run that is stopped loses at most
+one chunk."""
 PROMPTS_ASKED = 512
-"""Prompts per chunk of answers, which cost about a hundredth of their attribution."""
+"""Maximum number of prompts per chunk of answers, which cost about a hundredth of their attribution."""
 
 
 def chunk_key(*parts: Any) -> str:

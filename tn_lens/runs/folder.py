@@ -43,6 +43,10 @@ RESULT_FILES = (
     "manifest.json",
 )
 """Files that a run writes in addition to its chunks. The same settings give the same bytes."""
+FINISHED = ("report.html", "summary.json", "result.json")
+"""Files that only a finished run has."""
+LATE = ("exclude",)
+"""Settings that may change when a run is continued, since its chunks do not depend on them."""
 LOCK, HOLDER, LOG = ".lock", ".holder", "log.jsonl"
 BEGINNINGS = (LOCK, HOLDER, LOG, ".manifest.json.part")
 """Files that a folder may contain if its run was stopped before the manifest was written."""
@@ -89,7 +93,10 @@ class RunFolder:
                 read_manifest(manifest)
                 folder.clear()
             elif is_run:
-                _refuse_other_settings(path, read_manifest(manifest)["settings"], settings)
+                stored = read_manifest(manifest)
+                _refuse_other_settings(path, stored["settings"], settings)
+                if stored["settings"] != settings:
+                    folder._change(stored, settings)
             if overwrite or not is_run:
                 folder.write_json("manifest.json", sealed({"fingerprint": fingerprint(settings), "settings": settings}))
         # BaseException, so that the lock is released after Ctrl-C as well
@@ -164,6 +171,13 @@ class RunFolder:
                         Path(parent).rmdir()
             for name in (LOG, *RESULT_FILES):  # the manifest last: it marks the folder as a run
                 (self.path / name).unlink(missing_ok=True)
+
+    def _change(self, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Continue a run with other late settings. It is not finished until its result has been written again."""
+        for name in FINISHED:
+            (self.path / name).unlink(missing_ok=True)
+        notes = {key: value for key, value in stored.items() if key not in ("sha256", "neurons_sha256")}
+        self.write_json("manifest.json", sealed({**notes, "fingerprint": fingerprint(settings), "settings": settings}))
 
     def remove(self) -> None:
         """Remove the files that a run has written, and the folder itself if it contains no others."""
@@ -254,7 +268,7 @@ def _refuse_foreign(path: Path) -> None:
 def _refuse_other_settings(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Reject a run with other settings. The message names the first that differs."""
     for key in dict.fromkeys((*settings, *stored)):
-        if settings.get(key) != stored.get(key):
+        if key not in LATE and settings.get(key) != stored.get(key):
             raise BadInput(
                 f"{path} contains a run with {key} = {stored.get(key)!r:.60}, but this run has {key} = "
                 f"{settings.get(key)!r:.60}; use another folder, or start over with --overwrite"

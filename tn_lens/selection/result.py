@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
@@ -66,6 +66,8 @@ class Selection(Stored):
     seed: int
     largest_share: float = float("nan")
     """The largest fraction of half 1 in which any neuron is salient, candidate or not; NaN if unknown."""
+    excluded: NeuronSet = field(default_factory=NeuronSet)
+    """Neurons that passed the test and were left out because they are damage neurons."""
     n_tested: int | None = None
     """Number of observations in the test: questions of half 2, of which those with the same text count as one; None if unknown."""
 
@@ -78,6 +80,12 @@ class Selection(Stored):
     def neurons(self) -> NeuronSet:
         """The truth neurons."""
         return NeuronSet(n for n, found in zip(self.candidates, self.found, strict=True) if found)
+
+    def without(self, neurons: NeuronSet) -> Selection:
+        """The selection without some of the found neurons, which it lists as `excluded`."""
+        out = neurons & self.neurons
+        left = np.array([ok and n not in out for n, ok in zip(self.candidates, self.found, strict=True)], dtype=bool)
+        return replace(self, found=left, excluded=NeuronSet(self.excluded | out))
 
     @property
     def by_strength(self) -> list[Neuron]:

@@ -44,6 +44,7 @@ OPEN = 2.0
 
 STRENGTHS = ((1, 0.34), (1, 0.30), (1, 0.26), (2, 0.32), (2, 0.24))
 """Layer of each planted MLP truth neuron, and its effect on the logit of A minus that of B."""
+N_TEXTS = 20
 BY_ATTENTION = 0.9
 """The direct effect of the second attention neuron on the logit of A minus that of B."""
 
@@ -60,6 +61,8 @@ class Planted:
     """Neurons that resemble truth neurons, by the kind of trap."""
     mistaken: frozenset[str]
     """Questions that the model answers incorrectly."""
+    texts: tuple[list[int], ...]
+    """Plain texts: token ids of words without meaning."""
 
 
 def planted(
@@ -69,6 +72,7 @@ def planted(
     mistaken: float = 0.2,
     noise: float = 0.01,
     label_logit: float = 7.0,
+    word_logit: float = 0.0,
     n_layers: int = 4,
     d_model: int = 48,
     d_mlp: int = 24,
@@ -87,6 +91,8 @@ def planted(
     - `"contrarian"` contradicts the model where it is mistaken: the manipulation check or p; only the check if
       `mistaken` is at least 0.5.
     - `"elsewhere"` supports truth at another position: attribution at the last position only.
+    - `"damage"`, planted if `word_logit` is positive, supports truth, since the first planted MLP neuron depends on it, but so do
+      the words of every text: the loss on plain text.
 
     Args:
         seed: seed for the prompts and the background.
@@ -94,6 +100,7 @@ def planted(
         mistaken: fraction of the questions that the model answers incorrectly; they form a separate category.
         noise: standard deviation of the weights of the background neurons to the labels' logits.
         label_logit: logit of the labels without the format neuron, whose effect is small at 7 and large at 4.
+        word_logit: logit that the damage neuron adds to every word; 0 plants no such neuron.
         n_layers, d_model, d_mlp, d_head: sizes; the planted neurons need 3 layers, 22 dimensions and 8 MLP neurons.
 
     Raises:
@@ -107,7 +114,7 @@ def planted(
     if n_questions < 1 or not 0 <= mistaken <= 1:
         raise BadInput(f"expected n_questions of at least 1 and mistaken in [0, 1]; got {n_questions} and {mistaken}")
     model = _background(seed, noise, label_logit, n_layers, d_model, d_mlp, d_head)
-    truth, traps = _plant(model)
+    truth, traps = _plant(model, word_logit)
     prompts = _ask(seed, n_questions, round(mistaken * n_questions))
     return Planted(
         model=model,
@@ -115,6 +122,7 @@ def planted(
         truth=truth,
         traps=traps,
         mistaken=frozenset(p.question for p in prompts if p.category == "mistaken"),
+        texts=tuple(generator(seed, 5).choice(WORDS, (N_TEXTS, N_TOKENS)).tolist()),
     )
 
 
@@ -183,9 +191,18 @@ def _background(
 
 
 @torch.no_grad()
-def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
+def _plant(model: Model, word_logit: float) -> tuple[NeuronSet, dict[str, Neuron]]:
     """Overwrite the first background neurons of the layers with the truth neurons and the traps."""
     used = [0] * neuron_space(model).n_layers
+    needed = ONE
+    if word_logit:
+        needed = model.cfg.d_model - 1
+        for name, weight in model.named_parameters():
+            if name.endswith(("W_E", "W_O", "W_out")):
+                weight[..., needed] = 0  # nothing else writes to this dimension
+            elif name.endswith(("W_Q", "W_K", "W_V", "W_in", "W_gate")):
+                weight[..., needed, :] = 0  # and the background does not read from it
+        model.unembed.W_U[needed, list(WORDS)] = word_logit
 
     def neuron(
         layer: int, gate: int, reads: int, to_a: float, to_b: float, *, writes: int | None = None, sign: float = 1.0
@@ -219,7 +236,8 @@ def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
     half = BY_ATTENTION / 2
     truth = [head(0, 0, FLAG, [(DECISION, 1.0)]), head(1, 1, SECOND, [(TO_A, half), (TO_B, -half)])]
     for which, (layer, logit) in enumerate(STRENGTHS):
-        truth.append(neuron(layer, ONE, DECISION, logit / 2, -logit / 2, sign=1.0 if which % 2 == 0 else -1.0))
+        gate = ONE if which else needed
+        truth.append(neuron(layer, gate, DECISION, logit / 2, -logit / 2, sign=1.0 if which % 2 == 0 else -1.0))
     traps = {
         "letter": neuron(2, ONE, ONE, 0.13, -0.13),
         "format": neuron(2, ONE, ONE, 1.0, 1.0),
@@ -229,6 +247,8 @@ def _plant(model: Model) -> tuple[NeuronSet, dict[str, Neuron]]:
         "contrarian": neuron(2, MISTAKEN, DECISION, -0.25, 0.25),
         "elsewhere": neuron(0, AT_FIRST, FLAG, 0.0, 0.0, writes=SECOND),
     }
+    if word_logit:
+        traps["damage"] = neuron(0, ONE, ONE, 0.0, 0.0, writes=needed)
     return NeuronSet(truth), traps
 
 
