@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any, TypeAlias, cast
-
-import torch
+from typing import TypeAlias
 
 from tn_lens.core.errors import BadInput
+from tn_lens.evaluation.likelihoods import summed_log_probabilities, tokenizer_of
 from tn_lens.inference.answers import NO_NEURONS, ZERO
-from tn_lens.inference.forward import Layout, pad_right
-from tn_lens.inference.interventions import Intervention, intervention_hooks
+from tn_lens.inference.interventions import Intervention, check_acts_on_any_text
 from tn_lens.models import Model, backend_of
-from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.toy_world import facts
 
@@ -21,15 +18,11 @@ MOST_TOKENS = 512
 """Maximum number of tokens of one text; longer texts are truncated."""
 N_TOY = 200
 """Number of facts of the toy world that serve as plain text for the toy model."""
-ROWS = 32
-"""Number of texts in one batch."""
 
 Text: TypeAlias = str | tuple[str, str]
 """A text, or a pair of a prefix and the continuation on which the loss is computed."""
 
 
-@isolated
-@torch.no_grad()
 def text_loss(
     model: Model, texts: Sequence[Text], *, neurons: NeuronSet = NO_NEURONS, intervention: Intervention = ZERO
 ) -> float:
@@ -45,35 +38,18 @@ def text_loss(
         BadInput: there is no token to predict, the model has no tokenizer, or the intervention needs prompts or acts at some
             positions only.
     """
-    if intervention.needs_prompts or intervention.positions != "all":
-        raise BadInput(
-            "loss on plain text needs an intervention at all positions that takes no values from prompts: zero, scale, or "
-            f"mean with values; got {intervention.description!r}"
-        )
-    if model.tokenizer is None:
-        raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
-    backend = backend_of(model)
-    hooks = intervention_hooks(model, neurons, intervention, ())
+    check_acts_on_any_text(intervention, "loss on plain text")
     encoded = _encode(model, texts)
-    total, count = 0.0, sum(len(ids) - first for first, ids in encoded)
-    for start in range(0, len(encoded), ROWS):
-        rows = encoded[start : start + ROWS]
-        tokens = pad_right([ids for _, ids in rows]).to(backend.device)
-        with backend.hooks(hooks(Layout.aligned((), backend.device)) if hooks else []):
-            logits = backend.all_logits(tokens)  # [row, column, vocab]
-        for (first, ids), row, target in zip(rows, logits, tokens, strict=True):
-            # the logits at a position predict the token after it
-            predicted, expected = row[first - 1 : len(ids) - 1], target[first : len(ids)]
-            total += float(torch.nn.functional.cross_entropy(predicted, expected, reduction="sum"))
+    count = sum(len(ids) - first for first, ids in encoded)
     if not count:
         raise BadInput("loss on plain text needs a text of at least two tokens; got none")
-    return total / count
+    return -sum(summed_log_probabilities(model, encoded, neurons=neurons, intervention=intervention)) / count
 
 
 def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
-    """The index of the first predicted token and the token ids of every text, the shortest text first."""
+    """The index of the first predicted token and the token ids of every text."""
     encoded: list[tuple[int, list[int]]] = []
-    most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
+    most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), tokenizer_of(model)
     for text in texts:
         beginning, rest = ("", text) if isinstance(text, str) else text
         ids = tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
@@ -81,7 +57,7 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
         first = max(1, len(tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))
-    return sorted(encoded, key=lambda row: len(row[1]))
+    return encoded
 
 
 def plain_texts(model: Model) -> list[Text]:

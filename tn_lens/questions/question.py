@@ -37,6 +37,10 @@ class Question:
     """The part of its set that the question belongs to ("tune", "find", "report"); empty if the set has no parts."""
     context: str = ""
     """The text that a template with `{context}` puts before the question, for example solved examples."""
+    correct: tuple[str, ...] = field(default=(), repr=False)
+    """All correct answers, for the metrics MC1 and MC2 of TruthfulQA; they include the right choice."""
+    incorrect: tuple[str, ...] = field(default=(), repr=False)
+    """All incorrect answers, for the same metrics."""
     id: str = field(default="", repr=False)  # not in the repr, from which `QuestionSet.digest` is computed
     """Identifier, unique within a set; by default a digest of the text and the choices."""
 
