@@ -34,11 +34,13 @@ def generate(
     from tn_lens.core.tokens import visible
     from tn_lens.inference.generation import generate as continue_texts
     from tn_lens.pipeline.retest import check_same_model, run_of
+    from tn_lens.results.found import settings_of
     from tn_lens.runs.workers import workers
 
     provenance, neurons = run_of(folder)
-    mode = mode or provenance.settings["intervention"]
-    intervention = retest.intervention_of(mode, factor=factor, positions="all", seed=provenance.settings["seed"])
+    settings = settings_of(provenance.settings)
+    mode = mode or settings.intervention
+    intervention = retest.intervention_of(mode, factor=factor, positions="all", seed=settings.seed)
     loading: dict[str, Any] = {"dtype": dtype, "device": workers().device(device), "revision": revision}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, backend=backend, **loading)
     check_same_model(loaded, provenance.settings, folder)

@@ -30,8 +30,8 @@ def log_likelihoods(
     """Log-likelihood of each continuation after its context: the summed log-probabilities of its tokens, in nats.
 
     Tokens are those of lm-evaluation-harness (`HFLM.loglikelihood` with its defaults): spaces at the end of a context belong
-    to the continuation; context and continuation are encoded together, and split at the number of tokens of the context
-    alone; the tokenizer adds its special tokens unless the context begins with the BOS token; an empty context is the BOS
+    to the continuation; the tokens of the context alone are followed by those tokens of the whole text that come after as
+    many; the tokenizer adds its special tokens unless the context begins with the BOS token; an empty context is the BOS
     token, or the end-of-text token if there is none; a text longer than the context window loses its beginning.
 
     Args:
@@ -87,8 +87,9 @@ def _encode_pair(tokenizer: Any, context: str, continuation: str) -> Row:
         is_begun = text.startswith(tokenizer.decode(prefix))
         return tokenizer.encode(text, **({"add_special_tokens": False} if is_begun else {}))
 
-    kept = context.rstrip()
-    return len(encode(kept)), encode(context + continuation)
+    before = encode(context.rstrip())
+    # after the context's own tokens, also where the last one merges with the continuation in the whole text
+    return len(before), before + encode(context + continuation)[len(before) :]
 
 
 @isolated
