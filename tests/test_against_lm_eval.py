@@ -85,7 +85,7 @@ def tried(hf: Callable[[], Any], tokenizer: Any, backend: str, n_neurons: int) -
     with torch.no_grad():
         for neuron in neurons:
             layer = changed.model.layers[neuron.layer]
-            if neuron.site == "mlp":
+            if neuron.head is None:
                 layer.mlp.down_proj.weight[:, neuron.index] = 0
             else:
                 layer.self_attn.o_proj.weight[:, neuron.head * space.d_head + neuron.index] = 0
@@ -138,7 +138,7 @@ def truthfulqa(shared: Path, n: int) -> QuestionSet:
     return every.select(np.random.default_rng(1).permutation(len(every))[:n].tolist())
 
 
-def check_equal(subject: Tried, questions: QuestionSet, **options: Any) -> dict[str, dict[str, np.ndarray]]:
+def check_equal(subject: Tried, questions: QuestionSet, **options: Any) -> Mapping[str, Mapping[str, np.ndarray]]:
     """Compare every log-likelihood and metric with those of the harness, in both conditions."""
     from lm_eval.tasks.truthfulqa.utils import process_results_mc2
 

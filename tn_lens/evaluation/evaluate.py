@@ -109,7 +109,7 @@ def evaluate(
         seed=seed,
         model_name=backend_of(model).name,
         intervention=intervention.description,
-        text_loss=losses and _by_condition(losses, sets),
+        text_loss=None if losses is None else _by_condition(losses, sets),
         metrics={metric: _by_condition(by_set, sets) for metric, by_set in values.items()},
         left_out=tuple(f"row {row.row}: {row.reason}" for row in questions.dropped),
     )
