@@ -22,7 +22,7 @@ from tn_lens.questions.formats import QA
 N_QUESTIONS = 500
 N_ANSWERED = 50
 """Number of questions whose whole answers are compared."""
-N_SLOW = 5
+N_SLOW = 4
 """The same for a model of 135M parameters, which takes seconds for every question."""
 CONDITIONS = ("unablated", "ablated")
 
@@ -180,7 +180,6 @@ def check_equal(subject: Tried, questions: QuestionSet, **options: Any) -> Mappi
             for metric in ("acc", "acc_norm") if name == "choices" else (name,):
                 wanted = [score["acc" if metric == name else metric] for score in scores]
                 np.testing.assert_allclose(result.metrics[metric][condition][0], wanted, atol=1e-4, rtol=0)
-                assert len(set(np.round(wanted, 6))) > 1, "the questions have different results"
     return result.metrics
 
 
@@ -188,6 +187,8 @@ def test_whole_answers_equal_the_harness(stories: Tried, shared: Path) -> None:
     metrics = check_equal(stories, truthfulqa(shared, N_ANSWERED))
     effects = [np.abs(values["ablated"] - values["unablated"]).max() for values in metrics.values()]
     assert min(effects) > 0.01, "the neurons have an effect on every metric"
+    for values in metrics.values():
+        assert len(np.unique(values["unablated"])) > 1, "the questions have different results"
 
 
 def test_solved_examples_before_the_question_equal_the_harness(stories: Tried, shared: Path) -> None:
