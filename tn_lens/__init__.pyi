@@ -31,6 +31,7 @@ from .inference.interventions import Scale as Scale
 from .inference.interventions import Zero as Zero
 from .inference.interventions import ablate as ablate
 from .inference.interventions import intervene as intervene
+from .inference.generation import generate as generate
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.result import Evaluation as Evaluation
 from .evaluation.dose import dose_response as dose_response

@@ -9,7 +9,7 @@ import typer
 
 from tn_lens.cli import options
 from tn_lens.core.errors import BadInput
-from tn_lens.core.options import Condition, Mode, Where
+from tn_lens.core.options import Condition, MetricName, Mode, Where
 from tn_lens.core.settings import Settings
 
 Sets: TypeAlias = Annotated[
@@ -21,6 +21,13 @@ Conditions: TypeAlias = Annotated[
     typer.Option(
         metavar=options.choices(get_args(Condition)),
         help="Conditions to run, including unablated and ablated; all by default.",
+    ),
+]
+Metrics: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar=options.choices(get_args(MetricName)),
+        help="Metrics of whole answers to compute as well, as in lm-evaluation-harness.",
     ),
 ]
 
@@ -50,6 +57,7 @@ def evaluate(
     wrong_answers: Annotated[Path | None, typer.Option(help="File of wrong answers for TriviaQA's own files.")] = None,
     strict: Annotated[bool, typer.Option(help="Leave out wrong answers of TriviaQA that contain a right one.")] = False,
     text: options.PlainText = None,
+    metrics: Metrics = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     revision: options.Revision = None,
@@ -87,12 +95,8 @@ def evaluate(
         check_same_model(loaded, provenance.settings, folder)
         parts = {s.name: named for s in sets if (named := parts_of(folder, provenance.settings, s))}
         out = out or folder / "evaluation"
-    asking = {
-        "n_repetitions": chosen.n_repetitions,
-        "seed": chosen.seed,
-        "intervention": intervention,
-        "conditions": conditions or get_args(Condition),
-    }
+    asking: dict[str, Any] = {"n_repetitions": chosen.n_repetitions, "seed": chosen.seed, "intervention": intervention}
+    asking |= {"conditions": conditions or get_args(Condition), "metrics": metrics or ()}
     asking |= {"order": order, "control_orders": control_orders, "drop_long": drop_long}
     asking["texts"] = retest.texts_of(loaded, intervention, text)
     threads = threads or provenance.settings.get("n_threads")

@@ -18,6 +18,7 @@ import typer
 
 from tn_lens.cli import options
 from tn_lens.cli.evaluate import evaluate
+from tn_lens.cli.generate import generate
 from tn_lens.cli.pages import compare, report, write_file
 from tn_lens.cli.show import show
 from tn_lens.core.errors import BadInput, WorkerLost
@@ -159,7 +160,7 @@ def select(
         console.print(f"Neurons: {out}", soft_wrap=True)
 
 
-for command in (show, report, compare, evaluate):
+for command in (show, report, compare, evaluate, generate):
     app.command(epilog=options.SET_NAMES if command is evaluate else None)(command)
 
 

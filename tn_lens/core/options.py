@@ -61,6 +61,9 @@ Mode = Literal["zero", "scale", "mean", "resample"]
 Condition = Literal["unablated", "random", "random_matched", "top_activation", "ablated"]
 """Built-in conditions of an evaluation: no intervention, three controls, and the intervention on the found neurons."""
 
+MetricName = Literal["acc", "acc_norm", "mc1", "mc2"]
+"""Built-in metrics of whole answers, as in lm-evaluation-harness."""
+
 Theme = Literal["light", "dark"]
 """Background theme of a figure."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -16,6 +16,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Condition, Order
 from tn_lens.core.seeds import generator
 from tn_lens.evaluation.controls import CONTROLS, Activity
+from tn_lens.evaluation.metrics import check_metrics, metric_values
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, text_loss
 from tn_lens.inference.answers import ZERO, Asking, ask_each
@@ -23,7 +24,7 @@ from tn_lens.inference.interventions import Intervention, Mean, intervention_cal
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, neuron_space
 from tn_lens.models.isolation import isolated
-from tn_lens.neurons import NeuronSet, SiteName, usual_sites
+from tn_lens.neurons import NeuronSet, usual_sites
 from tn_lens.questions.prompts import PromptSet, build_prompts, stream_of
 from tn_lens.questions.question import QuestionSet
 from tn_lens.runs.chunks import Tensors, chunk_key
@@ -44,6 +45,7 @@ def evaluate(
     order: Order | None = None,
     control_orders: Literal["both", "drawn"] = "both",
     texts: Sequence[Text] | None = None,
+    metrics: Sequence[str] = (),
     seed: int = 0,
     drop_long: bool = False,
 ) -> Evaluation:
@@ -69,21 +71,22 @@ def evaluate(
             repetition drew, which takes half the time and gives the same accuracies (except for `Resample`, which samples
             from the prompts that are asked), but no order-averaged accuracies of the controls.
         texts: plain texts on which the loss is measured, to show how specific the effect is; see `text_loss`.
+        metrics: metrics of whole answers that are computed as well: `"acc"`, `"acc_norm"`, `"mc1"`, `"mc2"`, or registered
+            ones; see `tn_lens.evaluation.metrics`.
         seed: seed for orders and control neurons.
         drop_long: leave out questions beyond the context window instead of raising.
 
     Raises:
         BadInput: there are no repetitions or no questions, a condition is unknown or missing, the neurons are not those of
-            the model, or `texts` are given with an intervention that needs prompts.
+            the model, `texts` or `metrics` are given with an intervention that needs prompts, or a metric is unknown.
     """
     if isinstance(intervention, str):
         intervention = intervention_called(intervention, seed)
     order = order or ("given" if questions.fixed_order else "both")
     _check_arguments(model, questions, neurons, n_repetitions, conditions, order)
     prompts = build_prompts(model, questions, order=order, drop_long=drop_long)
-    acting = intervention
-    if isinstance(acting, Mean):
-        acting = with_means(model, prompts, acting, neurons.sites)
+    acting = with_values(model, prompts, neurons, intervention)
+    check_metrics(questions, metrics, acting)
     sets = draw_sets(model, prompts, neurons, conditions, n_repetitions, seed)
     asked = draw_orders(prompts, n_repetitions, seed)
     # equal sets of neurons, such as those of several repetitions, are asked once
@@ -95,26 +98,21 @@ def evaluate(
             rows_of.setdefault(control, set()).update(rows)
     answers = _answers(model, prompts, rows_of, acting)
     losses = None if texts is None else _losses(model, texts, list(rows_of), acting)
+    asked_questions = questions.only(prompts.groups)  # without long ones
+    values = metric_values(model, asked_questions, metrics, list(rows_of), acting) if metrics else {}
     return Evaluation(
         name=questions.name,
         prompts=prompts,
         asked=asked,
         neurons=neurons,
-        probabilities={name: np.stack([answers[control] for control in drawn]) for name, drawn in sets.items()},
+        probabilities=_by_condition(answers, sets),
         seed=seed,
         model_name=backend_of(model).name,
         intervention=intervention.description,
-        text_loss=losses and {name: np.array([losses[control] for control in drawn]) for name, drawn in sets.items()},  # pyright: ignore[reportArgumentType]
+        text_loss=None if losses is None else _by_condition(losses, sets),
+        metrics={metric: _by_condition(by_set, sets) for metric, by_set in values.items()},
         left_out=tuple(f"row {row.row}: {row.reason}" for row in questions.dropped),
     )
-
-
-def with_means(model: Model, prompts: PromptSet, intervention: Mean, sites: Sequence[SiteName]) -> Mean:
-    """Mean-ablation with the means over the prompts, which are the same for every set of neurons."""
-    if not intervention.needs_prompts:
-        return intervention
-    about = {"positions": intervention.positions, "sites": usual_sites(tuple(sites))}
-    return replace(intervention, values=in_stage("values", mean_activations, model, prompts, **about))
 
 
 def _check_arguments(
@@ -138,6 +136,22 @@ def _check_arguments(
         raise BadInput(f"unknown condition {sorted(unknown)[0]!r}: expected {known}")
     if order not in ("both", "given"):
         raise BadInput(f"expected order 'both' or 'given', got {order!r}; the repetitions draw the orders themselves")
+
+
+def _by_condition(
+    by_set: Mapping[NeuronSet, Any], sets: Mapping[str, Sequence[NeuronSet]]
+) -> dict[str, Float[np.ndarray, "draw *_"]]:
+    """The values of the sets of neurons that each condition drew."""
+    return {name: np.stack([by_set[neurons] for neurons in drawn]) for name, drawn in sets.items()}
+
+
+def with_values(model: Model, prompts: PromptSet, neurons: NeuronSet, intervention: Intervention) -> Intervention:
+    """The intervention, with means over the prompts if it needs them: they are the same for every set of neurons."""
+    if not isinstance(intervention, Mean) or not intervention.needs_prompts:
+        return intervention
+    sites = usual_sites(neurons.sites)
+    means = in_stage("values", mean_activations, model, prompts, positions=intervention.positions, sites=sites)
+    return replace(intervention, values=means)
 
 
 def _answers(

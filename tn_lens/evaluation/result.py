@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -50,6 +50,8 @@ class Evaluation(Stored):
     """What was done to the neurons, see `Intervention.description`."""
     text_loss: Mapping[str, Float[np.ndarray, " draw"]] | None = None
     """Mean loss on plain text under each condition, in nats per token, if texts were given."""
+    metrics: Mapping[str, Mapping[str, Float[np.ndarray, "draw question"]]] = field(default_factory=dict)
+    """Metrics of whole answers (`tn_lens.evaluation.metrics`) by name, for every question under each condition, in [0, 1]."""
     parts: Mapping[str, tuple[str, ...]] | None = None
     """Named parts of the questions (ids) whose accuracies are reported separately, for example the halves of a run."""
     left_out: tuple[str, ...] = ()
@@ -214,11 +216,12 @@ class Evaluation(Stored):
             asked=place[self.asked[:, columns]],
             probabilities={name: p[:, rows] for name, p in self.probabilities.items()},
             text_loss=None,
+            metrics={m: {name: v[:, columns] for name, v in by_name.items()} for m, by_name in self.metrics.items()},
             parts=None,
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per condition: accuracies in percent (std with ddof 1), AUC, answer mass and fraction of "A" in [0, 1]."""
+        """One row per condition: accuracies and metrics in percent (std with ddof 1), AUC, answer mass and fraction of "A"."""
         rows: dict[str, dict[str, float]] = {}
         for name, result in self.conditions.items():
             rows[name] = {
@@ -231,6 +234,7 @@ class Evaluation(Stored):
             }
             if self.text_loss is not None:
                 rows[name]["text_loss"] = float(self.text_loss[name].mean())
+            rows[name] |= {metric: 100 * float(values[name].mean()) for metric, values in self.metrics.items()}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("condition")
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias, cast
-
-import torch
+from typing import TypeAlias
 
 from tn_lens.core.errors import BadInput
+from tn_lens.evaluation.likelihoods import summed_log_probabilities, tokenizer_of
 from tn_lens.inference.answers import NO_NEURONS, ZERO
-from tn_lens.inference.forward import Layout, pad_right
-from tn_lens.inference.interventions import Intervention, intervention_hooks
+from tn_lens.inference.interventions import Intervention, check_acts_on_any_text
 from tn_lens.models import Model, backend_of
-from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.toy_world import facts
 
@@ -22,19 +19,11 @@ MOST_TOKENS = 512
 """Maximum number of tokens of one text; longer texts are truncated."""
 N_TOY = 200
 """Number of facts of the toy world that serve as plain text for the toy model."""
-MOST_LOGITS = 2**26
-"""Maximum number of logits of one batch."""
 
 Text: TypeAlias = str | tuple[str, str] | list[int]
 """A text, a pair of a prefix and the continuation on which the loss is computed, or token ids."""
 
 
-Encoded: TypeAlias = tuple[int, list[int]]
-"""The index of the first predicted token of a text, and its token ids."""
-
-
-@isolated
-@torch.no_grad()
 def text_loss(
     model: Model, texts: Sequence[Text], *, neurons: NeuronSet = NO_NEURONS, intervention: Intervention = ZERO
 ) -> float:
@@ -50,55 +39,31 @@ def text_loss(
         BadInput: there is no token to predict, the model has no tokenizer, or the intervention needs prompts or acts at some
             positions only.
     """
-    if intervention.needs_prompts or intervention.positions != "all":
-        raise BadInput(
-            "loss on plain text needs an intervention at all positions that takes no values from prompts: zero, scale, or "
-            f"mean with values; got {intervention.description!r}"
-        )
-    if model.tokenizer is None and not all(isinstance(text, list) for text in texts):
-        raise BadInput("this model has no tokenizer; load it with load_model(..., tokenizer=...)")
-    backend = backend_of(model)
-    hooks = intervention_hooks(model, neurons, intervention, ())
+    check_acts_on_any_text(intervention, "loss on plain text")
     encoded = _encode(model, texts)
-    total, count = 0.0, sum(len(ids) - first for first, ids in encoded)
-    for rows in _batches(encoded, MOST_LOGITS // backend.d_vocab):
-        tokens = pad_right([ids for _, ids in rows]).to(backend.device)
-        with backend.hooks(hooks(Layout.aligned((), backend.device)) if hooks else []):
-            logits = backend.all_logits(tokens)  # [row, column, vocab]
-        for (first, ids), row, target in zip(rows, logits, tokens, strict=True):
-            # the logits at a position predict the token after it
-            predicted, expected = row[first - 1 : len(ids) - 1], target[first : len(ids)]
-            total += float(torch.nn.functional.cross_entropy(predicted, expected, reduction="sum"))
+    count = sum(len(ids) - first for first, ids in encoded)
     if not count:
         raise BadInput("loss on plain text needs a text of at least two tokens; got none")
-    return total / count
+    return -sum(summed_log_probabilities(model, encoded, neurons=neurons, intervention=intervention)) / count
 
 
-def _encode(model: Model, texts: Sequence[Text]) -> list[Encoded]:
-    """The index of the first predicted token and the token ids of every text, the shortest text first."""
-    encoded: list[Encoded] = []
-    most, tokenizer = min(MOST_TOKENS, backend_of(model).n_ctx), cast(Any, model.tokenizer)
+def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
+    """The index of the first predicted token and the token ids of every text."""
+    encoded: list[tuple[int, list[int]]] = []
+    most = min(MOST_TOKENS, backend_of(model).n_ctx)
+    tokenizer = None if all(isinstance(text, list) for text in texts) else tokenizer_of(model)
     for text in texts:
         if isinstance(text, list):
             encoded += [(1, text[:most])] if len(text) > 1 else []
             continue
         beginning, rest = ("", text) if isinstance(text, str) else text
+        assert tokenizer is not None
         ids = tokenizer(beginning + rest, verbose=False)["input_ids"][:most]
         # nothing predicts the first token of a text
         first = max(1, len(tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))
-    return sorted(encoded, key=lambda row: len(row[1]))
-
-
-def _batches(encoded: Sequence[Encoded], most: int) -> Iterator[Sequence[Encoded]]:
-    """Split texts, the shortest first, into batches of at most `most` padded tokens, but at least one text."""
-    start = 0
-    for end in range(1, len(encoded) + 1):
-        is_last = end == len(encoded)
-        if is_last or (end - start + 1) * len(encoded[end][1]) > most:
-            yield encoded[start:end]
-            start = end
+    return encoded
 
 
 def plain_texts(model: Model) -> list[Text]:

@@ -194,6 +194,19 @@ def intervention_called(name: str, seed: int = 0) -> Intervention:
         ) from error
 
 
+def check_acts_on_any_text(intervention: Intervention, purpose: str) -> None:
+    """Check that an intervention can act on texts that are not prompts.
+
+    Raises:
+        BadInput: it takes values from prompts, or acts at some positions only. `purpose` names what needs it.
+    """
+    if intervention.needs_prompts or intervention.positions != "all":
+        raise BadInput(
+            f"{purpose} needs an intervention at all positions that takes no values from prompts: zero, scale, or mean with "
+            f"values; got {intervention.description!r}"
+        )
+
+
 def intervention_hooks(
     model: Model, neurons: NeuronSet, intervention: Intervention, prompts: Sequence[Prompt]
 ) -> Callable[[Layout], Hooks] | None:

@@ -261,8 +261,39 @@ class Backend(ABC):
         """Implement `last_logits`, given a cache with the same number of rows as `tokens`."""
 
     @abstractmethod
-    def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
-        """Logits at every position, in at least float32. Rows may be padded on the right."""
+    def all_logits(self, tokens: TokenRows, *, start: int = 0) -> Float[Tensor, "row _ vocab"]:
+        """Logits at every position from column `start` on, in at least float32. Rows may be padded on the right."""
+
+    @abstractmethod
+    def empty_cache(self) -> Any:
+        """A cache of keys and values for one row, to which every forward pass appends."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a text: those of the checkpoint, or the tokenizer's if the checkpoint names none."""
+        ids = vars(self.model).get("end_ids") or [getattr(self.model.tokenizer, "eos_token_id", None)]
+        return frozenset(each for each in ids if each is not None)
+
+    def continue_greedily(self, ids: Sequence[int], n_tokens: int) -> list[int]:
+        """Continue a prompt with the most probable token, again and again.
+
+        Args:
+            ids: prompt tokens.
+            n_tokens: maximum number of new tokens.
+
+        Returns:
+            The new tokens, without the token that ends the text.
+        """
+        # without a cache where its keys and values would change in later passes
+        cache = None if self.unshareable else self.empty_cache()
+        tokens, written = list(ids), list[int]()
+        while len(written) < n_tokens:
+            logits = self._last_logits(torch.tensor([tokens], device=self.device), None, None, cache)
+            written.append(int(logits[0].argmax()))
+            if written[-1] in self.end_ids:
+                return written[:-1]
+            tokens = [*ids, *written] if cache is None else written[-1:]
+        return written
 
     @abstractmethod
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:

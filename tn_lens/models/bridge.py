@@ -182,11 +182,17 @@ class Bridge(Backend):
         with self._unembed_only(places[:, None]):
             return self._logits(tokens, use_cache=cache is not None, **past, **padding)[:, 0]  # [row, 1, vocab]
 
-    def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
-        return self._logits(tokens, use_cache=False)
+    def all_logits(self, tokens: TokenRows, *, start: int = 0) -> Float[Tensor, "row _ vocab"]:
+        if not start:
+            return self._logits(tokens, use_cache=False)
+        with self._unembed_only(torch.arange(start, tokens.shape[1]).expand(len(tokens), -1)):
+            return self._logits(tokens, use_cache=False)
+
+    def empty_cache(self) -> DynamicCache:
+        return DynamicCache()
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
-        cache = DynamicCache()
+        cache = self.empty_cache()
         # the logits are not used, so only one position is unembedded
         with self._unembed_only(torch.zeros_like(tokens[:, :1])):
             self._logits(tokens, past_key_values=cache, use_cache=True)

@@ -184,13 +184,15 @@ class Hooked(Backend):
         last = residual[:, -1] if places is None else residual[rows, places.to(residual.device)]
         return self.unembed(last[:, None])[:, 0]
 
-    def all_logits(self, tokens: TokenRows) -> Float[Tensor, "row column vocab"]:
-        with replace_methods(self._wide_unembedding()):
-            return self.model(tokens, attention_mask=torch.ones_like(tokens))
+    def all_logits(self, tokens: TokenRows, *, start: int = 0) -> Float[Tensor, "row _ vocab"]:
+        mask, n_layers = torch.ones_like(tokens), self.model.cfg.n_layers
+        return self.unembed(self.model(tokens, attention_mask=mask, stop_at_layer=n_layers)[:, start:])
+
+    def empty_cache(self) -> TransformerLensKeyValueCache:
+        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, 1)
 
     def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
-        cfg = self.model.cfg
-        cache = TransformerLensKeyValueCache.init_cache(cfg, cfg.device, 1)
+        cfg, cache = self.model.cfg, self.empty_cache()
         self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=cfg.n_layers)
 
         def expand(n_rows: int) -> TransformerLensKeyValueCache:

@@ -91,18 +91,24 @@ def load_model(
     if tokenizer is None and (hf_model is None or Path(source).is_dir()):
         tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
 
+    end_ids: list[int] = []
+
     def read() -> Any:
-        if hf_model is not None:
-            return hf_model
-        check_memory(config, weights_dtype, device)
-        known = {} if gguf is None else {"config": config}  # reading it again from a GGUF file takes seconds
-        return read_weights(official_name(source), name, dtype=weights_dtype, **known, **hub)
+        checkpoint = hf_model
+        if checkpoint is None:
+            check_memory(config, weights_dtype, device)
+            known = {} if gguf is None else {"config": config}  # reading it again from a GGUF file takes seconds
+            checkpoint = read_weights(official_name(source), name, dtype=weights_dtype, **known, **hub)
+        ends = getattr(getattr(checkpoint, "generation_config", None), "eos_token_id", None)
+        end_ids.extend(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        return checkpoint
 
     options = {key: value for key, value in hub.items() if value and key != "gguf_file"}
     model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
     short_name = name.rstrip("/").rsplit("/", 1)[-1] if gguf is None else gguf.model_name
     # a folder called toy keeps its full name, since "toy" is the name of the embedded model
     backend_of(model).set_name_and_tokenizer(name if short_name == "toy" else short_name, tokenizer)
+    vars(model)["end_ids"] = end_ids
     if hf_model is None:
         dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
         # part of a run's manifest, so that the model can be loaded again

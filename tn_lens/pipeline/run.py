@@ -18,11 +18,11 @@ from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
 from tn_lens.evaluation.damage import Damage, measure_damage
 from tn_lens.evaluation.diagnosis import diagnose
-from tn_lens.evaluation.evaluate import evaluate, with_means
+from tn_lens.evaluation.evaluate import evaluate, with_values
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text
 from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
-from tn_lens.inference.interventions import Mean, intervention_called
+from tn_lens.inference.interventions import intervention_called
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model
@@ -303,9 +303,7 @@ def damage_of(
 
     None without neurons, for a model without a tokenizer, and for interventions that take values from prompts.
     """
-    intervention = intervention_called(settings.intervention, settings.seed)
-    if isinstance(intervention, Mean):
-        intervention = with_means(model, check.prompts, intervention, neurons.sites)
+    intervention = with_values(model, check.prompts, neurons, intervention_called(settings.intervention, settings.seed))
     if not neurons or intervention.needs_prompts or (texts is None and model.tokenizer is None):
         return None
     about = {"intervention": intervention, "bound": settings.damage_bound, "seed": settings.seed}

@@ -66,6 +66,10 @@ COMPLETION = PromptTemplate(user="{question}", choice="", cue="", chat=False, ki
 """Plain text that the choices continue: "The capital of Egypt is", with " Cairo" and " Athens"."""
 FORMATS.register("completion", COMPLETION)
 
+QA = PromptTemplate(user="Q: {question}", choice="", cue="\nA:", chat=False, kind="completion")
+"""Plain text in which a whole answer follows the question, as in the harness' tasks of multiple choice."""
+FORMATS.register("qa", QA)
+
 STATEMENT = PromptTemplate(
     user="{question}\nIs this statement true or false? Please reply with only True or False.",
     choice="",

@@ -24,9 +24,11 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "answer": ("answer", "label"),
     "category": ("category", "Category", "subject"),
     "id": ("id", "question_id"),
+    "correct_answers": ("correct_answers", "Correct Answers"),
+    "incorrect_answers": ("incorrect_answers", "Incorrect Answers"),
 }
 """The fields of a question, and the column names that are recognized for each."""
-OPTIONAL = ("category", "id")
+OPTIONAL = ("category", "id", "correct_answers", "incorrect_answers")
 """Fields that a file, or a single row, may lack."""
 
 
@@ -42,13 +44,14 @@ def load_questions(
             `"toy_true_false"` and `"toy_four_choice"`; `tn-lens run --help` lists all names. A file has
             the columns `question`, `right` and `wrong`, or `question`, `choices` (a list) and `answer` (an index from
             0, a letter, or the text of a choice), or `statement` and `label` (1 for a true one, 0 for a false one), and
-            optionally `category` and `id`. TruthfulQA.csv is such a file. Rows that repeat the question and the choices
-            of an earlier row are left out, and listed in `dropped`.
+            optionally `category`, `id`, `correct_answers` and `incorrect_answers` (lists, or texts separated by
+            semicolons, for the metrics MC1 and MC2). TruthfulQA.csv is such a file. Rows that repeat the question and the
+            choices of an earlier row are left out, and listed in `dropped`.
         source: source of a registered set, instead of its public location: another URL or a local file for TruthfulQA,
             statements and relations, one or more files for TriviaQA (see `load_triviaqa`), a folder for MMLU (see
             `load_mmlu`).
         columns: for a file, its column names for `question`, `right`, `wrong`, `statement`, `choices`, `answer`,
-            `category`, `id`.
+            `category`, `id`, `correct_answers`, `incorrect_answers`.
         options: options of the registered set: `n_shots` (MMLU; solved examples before each question, 0 to 5),
             `wrong_answers` (TriviaQA; a file with wrong answers), `strict` (TriviaQA; leave out wrong answers that
             contain a right one), `paired` (statements; whether two statements about a subject become one question),
@@ -157,13 +160,23 @@ def _question(values: dict[str, Any], where: str) -> Question:
     if len({" ".join(choice.split()) for choice in choices}) < len(choices):
         shown = ", ".join(f"{choice!r:.60}" for choice in choices)
         raise BadInput(f"{where}: two choices are equal ({shown}); all choices must differ")
-    category, own_id = ("" if is_missing(values.get(field)) else str(values[field]) for field in OPTIONAL)
+    category, own_id = ("" if is_missing(values.get(field)) else str(values[field]) for field in ("category", "id"))
     return Question(
         text=text,
         choices=choices,
         answer=answer,
         category=_check_characters(category, f"{where}: the category"),
         id=_check_characters(own_id.strip(), f"{where}: the id"),
+        correct=_answers(values.get("correct_answers"), f"{where}: a correct answer"),
+        incorrect=_answers(values.get("incorrect_answers"), f"{where}: an incorrect answer"),
+    )
+
+
+def _answers(value: Any, what: str) -> tuple[str, ...]:
+    """The different answers of a list, or of a text in which semicolons separate them."""
+    listed = value if isinstance(value, list) else [] if is_missing(value) else str(value).split(";")
+    return tuple(
+        dict.fromkeys(_text(answer, what) for answer in listed if not is_missing(answer) and str(answer).strip())
     )
 
 

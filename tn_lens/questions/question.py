@@ -41,6 +41,10 @@ class Question:
     """The text that the choices continue in formats of kind "completion"; by default `text`."""
     statement: str = field(default="", repr=False)
     """The statement about a choice in formats of kind "statement", with the placeholder `{choice}`; by default made from `text`."""
+    correct: tuple[str, ...] = field(default=(), repr=False)
+    """All correct answers, for the metrics MC1 and MC2 of TruthfulQA; they include the right choice."""
+    incorrect: tuple[str, ...] = field(default=(), repr=False)
+    """All incorrect answers, for the same metrics."""
     id: str = field(default="", repr=False)  # not in the repr, from which `QuestionSet.digest` is computed
     """Identifier, unique within a set; by default a digest of the text and the choices."""
 

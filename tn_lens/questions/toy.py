@@ -25,6 +25,10 @@ JUDGED = PromptTemplate(
 """The toy model's format for statements that are judged True or False."""
 FORMATS.register("toy_statement", JUDGED)
 
+ANSWERED = PromptTemplate(user="Question : {question}", choice="", cue=" Answer :", chat=False, kind="completion")
+"""The toy model's form of "qa", in which the answer itself follows the question."""
+FORMATS.register("toy_qa", ANSWERED)
+
 
 @QUESTION_SETS.register("toy")
 def binary() -> QuestionSet:
