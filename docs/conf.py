@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tn_lens"
 FURTHER = (
     "evaluation.controls",
+    "evaluation.damage",
     "evaluation.diagnosis",
     "evaluation.tables",
     "evaluation.tuning",

@@ -34,6 +34,7 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
     chosen = (ADAPTIVE_THRESHOLD, SHARE_THRESHOLD)
     doses = tn.dose_response(model, reporting, selection.neurons)
     strongest = selection.candidates[int(selection.mean_difference.argmax())]
+    damage = tn.measure_damage(model, selection.neurons, check.prompts)
     converged = tn.convergence_check(model, check.prompts.sample(8, seed=0), adaptive_threshold=ADAPTIVE_THRESHOLD)
     return {
         "layers": figures.plot_layers({"toy": selection}, theme=theme),
@@ -54,6 +55,7 @@ def gallery(theme: figures.Theme = "light") -> dict[str, figures.Figure]:
         "difference": figures.plot_difference(scores, strongest, mistaken=mistaken, theme=theme),
         "attribution": figures.plot_attribution(scores, 0, theme=theme),
         "completeness": figures.plot_completeness(scores, theme=theme),
+        "damage": figures.plot_damage(damage, theme=theme),
         "convergence": figures.plot_convergence(converged, theme=theme),
     }
 

@@ -198,7 +198,7 @@ def test_token_ids_need_no_tokenizer_and_the_size_of_batches_does_not_matter(
 ) -> None:
     texts = [ids[:length] for ids, length in zip(world.texts, [*range(2, 13), *[5] * 9], strict=True)]
     whole = text_loss(world.model, texts)
-    monkeypatch.setattr("tn_lens.evaluation.text.MOST_LOGITS", 1)
+    monkeypatch.setattr("tn_lens.evaluation.likelihoods.MOST_LOGITS", 1)
     assert text_loss(world.model, texts) == pytest.approx(whole, abs=1e-6)
     total = sum(text_loss(world.model, [ids]) * (len(ids) - 1) for ids in texts)
     assert whole == pytest.approx(total / sum(len(ids) - 1 for ids in texts), abs=1e-6)

@@ -98,7 +98,7 @@ def test_summary_json_is_the_contract(finished: tuple[TruthNeurons, Path]) -> No
     assert set(summary) == {
         "model", "questions", "n_neurons", "t", "p", "n_layers", "neurons_by_layer", "conditions", "welch_p",
         "reduction_points", "probability_change", "probability_change_floored", "probability_change_median",
-        "verdicts", "cases", "mean_jaccard",
+        "verdicts", "damage", "cases", "mean_jaccard",
     }  # fmt: skip
     assert set(summary["conditions"]) == {"unablated", "random", "random_matched", "ablated"}
     numbers = {
@@ -217,7 +217,7 @@ def test_the_figures_of_the_report_hold_the_run(finished: tuple[TruthNeurons, Pa
     found, out = finished
     figures = figures_of((out / "report.html").read_text())
     errors = {"completeness", "convergence"}
-    assert set(figures) == {"layers", "accuracies", "change", "categories", "candidates"} | errors
+    assert set(figures) == {"damage", "layers", "accuracies", "change", "categories", "candidates"} | errors
     for of in figures.values():
         assert set(of) == {"light", "dark"}
         assert of["light"]["layout"]["paper_bgcolor"] != of["dark"]["layout"]["paper_bgcolor"]
@@ -505,7 +505,7 @@ def test_the_dark_figures_are_those_of_the_dark_theme(
     replace_plots(monkeypatch, in_dark_theme)
     monkeypatch.setattr(page_module, "page", lambda _, figures, **__: dark.update(figures) or "")
     write(result)
-    others = {"elsewhere", "candidates", "completeness", "convergence"} if kind == "report" else {"overlap"}
+    others = {"elsewhere", "damage", "candidates", "completeness", "convergence"} if kind == "report" else {"overlap"}
     assert set(dark) == set(shown) == others | {"layers", "accuracies", "change", "categories"}
     for name, figure in dark.items():
         assert shown[name]["dark"] == figure.bare(), name
@@ -526,7 +526,7 @@ def test_every_figure_of_a_page_is_drawn_once(
 
     replace_plots(monkeypatch, counted)
     write_report(with_others(loaded))
-    one = ("candidates", "probability_change", "layers", "categories", "completeness", "convergence")
+    one = ("candidates", "probability_change", "layers", "categories", "damage", "completeness", "convergence")
     # the run's own question set, and both sets
     assert calls == {**dict.fromkeys(one, 1), "accuracies": 2}
     calls.clear()
@@ -559,7 +559,7 @@ def test_the_report_works_in_a_browser(finished: tuple[TruthNeurons, Path], chro
     chrome.open(page.as_uri())
     assert chrome.requests() == [page.as_uri()], "nothing but the page itself"
     n_figures = chrome.run("document.querySelectorAll('[data-figure]').length")
-    assert n_figures == 7
+    assert n_figures == 8
     assert chrome.run("document.querySelectorAll('[data-figure] .main-svg').length") >= n_figures
     rows = shown(chrome)
     assert len(rows) == min(25, len(found.neurons))

@@ -117,7 +117,7 @@ def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
     """Kill runs and return the number of kills by phase; an assertion fails if a resumed run gives other files."""
     toy = load.load_questions("toy")
     few = tuple(question for part in ("find", "report") for question in toy.part(part)[:48:2])
-    load.load_questions = lambda name: replace(toy, questions=few)  # pyright: ignore[reportAttributeAccessIssue]
+    load.load_questions = lambda name, **_: replace(toy, questions=few)  # pyright: ignore[reportAttributeAccessIssue]
     comparison.N_RESAMPLES = 50  # each run writes a report
     rng = random.Random(seed)
     out = folder / "run"  # the same for all, since a manifest holds the command line

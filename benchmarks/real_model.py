@@ -1,0 +1,198 @@
+"""Truth neurons of a trained model on several question sets: where they are found, what they do elsewhere, and what they damage.
+
+`python benchmarks/real_model.py --model smollm2 cities=PATH country_language=PATH ...` finds neurons on `common_facts` and on every
+given set, each in its own run folder (a stopped run is continued), ablates the neurons of every run on every set, and repeats the
+run on `common_facts` with the mean as the baseline and as the ablation. Writes real_model.json and docs/real_model.md; `--page`
+only writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from measuring import machine
+
+import tn_lens as tn
+from tn_lens.inference.interventions import intervention_called
+from tn_lens.models import Model
+from tn_lens.pipeline.retest import load_sets, retest
+
+RESULTS = Path(__file__).with_suffix(".json")
+PAGE = Path(__file__).parents[1] / "docs" / "real_model.md"
+SETTINGS = tn.Settings(
+    method="adaptive", limit=200, n_repetitions=5, controls=("random", "random_matched", "top_activation")
+)
+"""Settings of every run; the baseline is zero, as in the paper."""
+ON = {"n_repetitions": 3, "conditions": ("unablated", "random_matched", "top_activation", "ablated")}
+"""Keyword arguments of `evaluate` on other sets."""
+N_ON = 100
+"""Maximum number of questions of each set on which the neurons of the runs are ablated."""
+
+
+def find(model: Model, questions: tn.QuestionSet, out: Path, **changes: Any) -> tn.TruthNeurons:
+    """Find the neurons of one set, or continue the run."""
+    print(f"finding on {questions.name} in {out}", flush=True)
+    return tn.find_truth_neurons(model, questions, replace(SETTINGS, **changes), out=out)
+
+
+def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
+    """The neurons of a run, the effect of ablating them and the damage."""
+    conditions = found.evaluation.conditions
+    row: dict[str, Any] = {
+        "found_on": name,
+        "baseline": found.settings.baseline,
+        "n_asked": found.check.n_asked,
+        "n_kept": found.check.n_kept,
+        "n_reported": found.evaluation.n_questions,
+        "n_found": len(found.neurons),
+        "by_layer": found.neurons.by_layer(found.selection.space.n_layers),
+        "verdicts": found.diagnosis.n_by_verdict,
+        "accuracy": {condition: round(result.accuracy, 4) for condition, result in conditions.items()},
+        "answer_mass": {condition: round(result.answer_mass, 4) for condition, result in conditions.items()},
+        "welch_p": found.evaluation.welch_p,
+        "neurons": list(map(str, found.neurons)),
+    }
+    if found.damage is not None:
+        row["damage"] = found.damage.to_dict()
+        others = found.damage.others
+        if others is not None:
+            row["accuracy_others"] = round(others.conditions["ablated"].accuracy, 4)
+    return row
+
+
+def transfer(
+    model: Model, runs: Mapping[str, tn.TruthNeurons], sets: Sequence[tn.QuestionSet], out: Path
+) -> list[dict[str, Any]]:
+    """The neurons of every run ablated on every set."""
+    rows = []
+    for found_on, found in runs.items():
+        if not found.neurons:
+            continue
+        for evaluation in retest(model, found.neurons, sets, out=out / f"{found_on}_elsewhere", **ON):
+            conditions = evaluation.conditions
+            rows.append(
+                {
+                    "found_on": found_on,
+                    "ablated_on": evaluation.name,
+                    "n_questions": evaluation.n_questions,
+                    "accuracy": {name: round(result.accuracy, 4) for name, result in conditions.items()},
+                    "answer_mass": {name: round(result.answer_mass, 4) for name, result in conditions.items()},
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.QuestionSet) -> list[dict[str, Any]]:
+    """The neurons found with every baseline, zero-ablated and mean-ablated."""
+    rows = []
+    for baseline, found in runs.items():
+        prompts = tn.build_prompts(model, questions)
+        for name in ("zero", "mean"):
+            intervention = intervention_called(name, 0)
+            if isinstance(intervention, tn.Mean):
+                intervention = replace(intervention, values=tn.mean_activations(model, prompts, positions="all"))
+            row: dict[str, Any] = {"baseline": baseline, "ablation": name, "n_found": len(found.neurons)}
+            if found.neurons:
+                evaluation = tn.evaluate(model, questions, found.neurons, intervention=intervention, **ON)
+                damage = tn.measure_damage(model, found.neurons, prompts, intervention=intervention)
+                row["accuracy"] = {key: round(r.accuracy, 4) for key, r in evaluation.conditions.items()}
+                row["answer_mass"] = {key: round(r.answer_mass, 4) for key, r in evaluation.conditions.items()}
+                row["damage"] = damage.to_dict()
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+INTRODUCTION = """# A trained model
+
+`benchmarks/real_model.py` writes this page. {model} answers completions ("The capital of France is"); neurons are found with the
+paper's thresholds (t = 20 %, p = 40 %, held-out t-test) and converged scores (`method="adaptive"`), from the zero baseline unless
+stated otherwise. Accuracy is in percent, the loss on plain text in nats per token.
+"""
+
+
+def percent(value: float | None) -> str:
+    """A fraction in percent; a dash for None."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The page."""
+    page = INTRODUCTION.format(model=results["model"])
+    page += "\n## What is found, and what ablating it does\n\n"
+    page += "| found on | kept | neurons | unablated | random | matched | most active | ablated | loss rises by | damage neurons | ablated without them |\n"
+    page += "|---|---|---|---|---|---|---|---|---|---|---|\n"
+    for row in results["runs"]:
+        name = row["found_on"].replace("_", r"\_") + (
+            "" if row["baseline"] == "zero" else f", {row['baseline']} baseline"
+        )
+        accuracy, damage = row["accuracy"], row.get("damage")
+        cells = [name, f"{row['n_kept']} of {row['n_asked']}", str(row["n_found"])]
+        cells += [
+            percent(accuracy.get(c)) for c in ("unablated", "random", "random_matched", "top_activation", "ablated")
+        ]
+        cells += [f"{damage['rise']['ablated']:.3f}", str(len(damage["neurons"]))] if damage else ["–", "–"]
+        page += f"| {' | '.join([*cells, percent(row.get('accuracy_others'))])} |\n"
+    sets = list(dict.fromkeys(row["ablated_on"] for row in results["transfer"]))
+    page += "\n## Found on one set, ablated on another\n\nAccuracy ablated / with matched random neurons ablated; in brackets unablated.\n\n"
+    page += (
+        f"| found on | {' | '.join(name.replace('_', chr(92) + '_') for name in sets)} |\n|---{'|---' * len(sets)}|\n"
+    )
+    for found_on in dict.fromkeys(row["found_on"] for row in results["transfer"]):
+        cells = []
+        for name in sets:
+            (row,) = (r for r in results["transfer"] if (r["found_on"], r["ablated_on"]) == (found_on, name))
+            a = row["accuracy"]
+            cells.append(f"{percent(a['ablated'])} / {percent(a['random_matched'])} ({percent(a['unablated'])})")
+        page += f"| {found_on.replace('_', chr(92) + '_')} | {' | '.join(cells)} |\n"
+    page += "\n## Baseline and ablation\n\nNeurons of `common_facts` by baseline, and what is done to them.\n\n"
+    page += "| baseline | ablation | neurons | accuracy | matched | answer mass | loss rises by | damage neurons |\n|---|---|---|---|---|---|---|---|\n"
+    for row in results["two_by_two"]:
+        cells = [row["baseline"], row["ablation"], str(row["n_found"])]
+        if row["n_found"]:
+            cells += [percent(row["accuracy"][c]) for c in ("ablated", "random_matched")]
+            cells += [f"{row['answer_mass']['ablated']:.3f}", f"{row['damage']['rise']['ablated']:.3f}"]
+            cells.append(str(len(row["damage"]["neurons"])))
+        else:
+            cells += ["–"] * 5
+        page += f"| {' | '.join(cells)} |\n"
+    page += f"\nThe two sets share {results['overlap']} neurons.\n"
+    return page
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", help="question sets besides common_facts, NAME or NAME=PATH")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--runs", type=Path, default=Path("runs/real_model"), help="folder of the run folders")
+    parser.add_argument("--page", action="store_true", help="write the page from the stored results")
+    arguments = parser.parse_args()
+    if arguments.page:
+        PAGE.write_text(markdown(json.loads(RESULTS.read_text())), encoding="utf-8")
+        return
+    model = tn.load_model(arguments.model, dtype="float32")
+    common = tn.load_questions("common_facts")
+    others = load_sets(arguments.sets) if arguments.sets else []
+    runs = {"common_facts": find(model, common, arguments.runs / "common_facts")}
+    mean = find(model, common, arguments.runs / "common_facts_mean", baseline="mean")
+    runs |= {questions.name: find(model, questions, arguments.runs / questions.name) for questions in others}
+    asked = load_sets(["common_facts", *arguments.sets], limit=N_ON)
+    overlap = runs["common_facts"].neurons & mean.neurons
+    results: dict[str, Any] = {"model": Path(arguments.model).name, "machine": machine()}
+    results["runs"] = [run_row(name, found) for name, found in runs.items()] + [run_row("common_facts", mean)]
+    results["transfer"] = transfer(model, {**runs, "common_facts_mean": mean}, asked, arguments.runs)
+    results["two_by_two"] = two_by_two(model, {"zero": runs["common_facts"], "mean": mean}, asked[0])
+    results["overlap"] = len(overlap)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
