@@ -187,11 +187,12 @@ to zero.
 
 Which method to trust depends on the quantity of interest:
 
-- For the paper's scores, use `adaptive`: it converges at about the cost of 20 Riemann steps on SmolLM2 (four times as much on the
-  toy, where half of the places are rough), whose salient neurons differ from the converged ones by a fifth.
+- For the paper's scores, use `adaptive`. On SmolLM2 it converges at about the cost of 20 Riemann steps, and a fifth of the
+  neurons that are salient by those steps or by the converged scores differ; on the toy, where half of the places are rough, it
+  costs four times as much.
 - For the effect of ablating one neuron, use `gradient_x_activation`, or measure it with `ablation_effects`: the order of the
-  effects is nearly that of the gradients, at a tenth of the cost, but the salient neurons are others than those of integrated
-  gradients.
+  effects is nearly that of the gradients, at a tenth of the cost on SmolLM2, but the salient neurons differ from those of
+  integrated gradients.
 - Few steps of a rule are no substitute for either.
 """
 

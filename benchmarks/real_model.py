@@ -91,8 +91,8 @@ def transfer(
 def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.QuestionSet) -> list[dict[str, Any]]:
     """The neurons found with every baseline, zero-ablated and mean-ablated."""
     rows = []
+    prompts = tn.build_prompts(model, questions)
     for baseline, found in runs.items():
-        prompts = tn.build_prompts(model, questions)
         for name in ("zero", "mean"):
             intervention = intervention_called(name, 0)
             if isinstance(intervention, tn.Mean):
@@ -140,7 +140,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         cells += [f"{damage['rise']['ablated']:.3f}", str(len(damage["neurons"]))] if damage else ["–", "–"]
         page += f"| {' | '.join([*cells, percent(row.get('accuracy_others'))])} |\n"
     sets = list(dict.fromkeys(row["ablated_on"] for row in results["transfer"]))
-    page += "\n## Found on one set, ablated on another\n\nAccuracy ablated / with matched random neurons ablated; in brackets unablated.\n\n"
+    page += "\n## Found on one set, ablated on another\n\nAccuracy ablated / with matched random neurons ablated; in brackets unablated. The questions are new to the neurons for common\\_facts only; every other set is asked as a whole both times.\n\n"
     page += (
         f"| found on | {' | '.join(name.replace('_', chr(92) + '_') for name in sets)} |\n|---{'|---' * len(sets)}|\n"
     )
@@ -162,7 +162,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         else:
             cells += ["–"] * 5
         page += f"| {' | '.join(cells)} |\n"
-    page += f"\nThe two sets share {results['overlap']} neurons.\n"
+    page += f"\nNeurons in both sets: {results['overlap']}.\n"
     return page
 
 

@@ -281,3 +281,50 @@ def test_excluding_damage_redoes_the_evaluation_from_stored_scores(
 def test_another_setting_is_still_refused(damaged: Path, toy: Model, few: QuestionSet) -> None:
     with pytest.raises(BadInput, match=r"damage_bound = 0\.001, but this run has damage_bound = 0\.5"):
         find_truth_neurons(toy, few, replace(LOW, damage_bound=0.5), out=damaged)
+
+
+@needs_hooked
+def test_sentences_on_what_is_left_add_up(world: Planted) -> None:
+    trap = world.traps["damage"]
+    some = measured(world, NeuronSet([*world.truth, trap]))
+    assert "No other neurons" not in some.summary(), "others were found, but not evaluated"
+    alone = measured(world, NeuronSet([trap]))
+    assert alone.neurons == {trap}
+    assert "1 neuron is a damage neuron. No other neurons were found" in alone.summary()
+
+
+def test_an_excluded_run_says_what_was_left_out(toy: Model, few: QuestionSet) -> None:
+    found = find_truth_neurons(toy, few, replace(LOW, exclude="damage"), progress=False)
+    n_out = len(found.selection.excluded)
+    assert n_out
+    said = " ".join(found.warnings())
+    assert f"{n_out} damage neuron{'s were' if n_out > 1 else ' was'} left out" in said
+    assert "raises the loss on plain text from" not in said
+    assert not found.selection.excluded & found.neurons
+    assert found.selection.found.sum() == len(found.neurons) + n_out
+    assert len(found.selection.to_frame()) == len(found.neurons) == len(found.selection.by_strength)
+    assert found.found_again is None or 0 <= found.found_again <= 1
+
+
+def test_damage_that_cannot_be_measured_cannot_be_excluded(toy: Model, few: QuestionSet) -> None:
+    for settings, texts in (
+        (replace(QUICK, exclude="damage", intervention="resample"), None),
+        (replace(QUICK, intervention="resample"), ["some words"]),
+    ):
+        with pytest.raises(BadInput, match="the loss on plain text needs a tokenizer, and an intervention"):
+            find_truth_neurons(toy, few, settings, texts=texts)
+    for nothing in ([], [""], [[3]]):
+        with pytest.raises(BadInput, match="needs a text of at least two tokens; got none"):
+            find_truth_neurons(toy, few, QUICK, texts=nothing)
+
+
+@pytest.mark.parametrize("intervention", ["mean", "resample"])
+def test_runs_with_other_interventions(toy: Model, few: QuestionSet, intervention: str) -> None:
+    found = find_truth_neurons(toy, few, replace(QUICK, intervention=intervention), progress=False)
+    assert found.neurons
+    if intervention == "resample":
+        assert found.damage is None
+    else:
+        assert found.damage is not None
+        assert found.damage.intervention == "mean-ablated"
+        assert "mean-ablated" in found.damage.summary()

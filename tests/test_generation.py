@@ -171,7 +171,7 @@ def test_the_command_prints_both_texts(whole: Path, run: Callable, toy: Model) -
     ("arguments", "said"),
     [
         (["--chat"], "this model has no chat template"),
-        (["--mode", "mean"], "generate needs an intervention at all positions"),
+        (["--mode", "mean"], "give --mode zero, or --mode scale with --factor F"),
         (["--mode", "scale"], "--mode scale needs a factor"),
         (["--max-new-tokens", "0"], "expected a value greater than or equal to 1"),
     ],

@@ -34,10 +34,11 @@ def print_warnings() -> Iterator[None]:
     """Print this package's warnings in the `with` block as notes on stderr, on one of several workers."""
     with warnings.catch_warnings(record=True) as raised:
         warnings.filterwarnings("always", category=UserWarning, module="tn_lens")
-        yield
-    if workers().is_first:
-        for warning in raised:
-            print(f"Note: {warning.message}", file=sys.stderr)
+        try:
+            yield
+        finally:  # a file that is not the known one may not be readable either
+            for warning in raised if workers().is_first else ():
+                print(f"Note: {warning.message}", file=sys.stderr)
 
 
 def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:

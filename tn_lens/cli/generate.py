@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tn_lens.cli import options
+from tn_lens.core.errors import BadInput
 
 
 def generate(
@@ -41,6 +42,11 @@ def generate(
     settings = settings_of(provenance.settings)
     mode = mode or settings.intervention
     intervention = retest.intervention_of(mode, factor=factor, positions="all", seed=settings.seed)
+    if intervention.needs_prompts:
+        raise BadInput(
+            f"generate needs an intervention that takes no values from prompts, and {mode!r} does; give --mode zero, or --mode scale "
+            "with --factor F"
+        )
     loading: dict[str, Any] = {"dtype": dtype, "device": workers().device(device), "revision": revision}
     loaded = retest.load(model, provenance, trust_remote_code=trust_remote_code, backend=backend, **loading)
     check_same_model(loaded, provenance.settings, folder)

@@ -141,6 +141,8 @@ def select(
     selection = select_neurons(scores, seed=settings.seed, **rules)
     console = open_console()
     console.print(selection.summary())
+    if settings.exclude:
+        console.print("Note: the run left out its damage neurons; this selection includes them.")
     columns = ["site", "layer", "head", "index", "mean_difference", "cohens_d", "p_adjusted"]
     if selection.neurons:
         console.print(frame_table(selection.to_frame().head(20).filter(columns)))

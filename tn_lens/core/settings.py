@@ -114,9 +114,7 @@ class Settings:
     """Name of a registered intervention without required arguments."""
     controls: Sequence[str] = _option(("random", "random_matched"), "Controls of the evaluation.")
     """Names of registered controls."""
-    damage_bound: float = _option(
-        0.05, "Rise of the loss on plain text, in nats per token, from which ablation is damage."
-    )
+    damage_bound: float = _option(0.05, "Largest harmless rise of the loss on plain text, in nats per token.")
     """Largest harmless rise of the loss on plain text, in nats per token; see `measure_damage`."""
     exclude: Literal["damage"] | None = _option(None, "Neurons to leave out: 'damage' for damage neurons.")
     """"damage" leaves out damage neurons before the evaluation. A finished run can be continued with another value."""

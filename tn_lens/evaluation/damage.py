@@ -11,6 +11,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from tn_lens.core.sentences import say, say_each
 from tn_lens.core.stored import Stored
 from tn_lens.evaluation.evaluate import draw_sets
 from tn_lens.evaluation.result import Evaluation
-from tn_lens.evaluation.text import Text, plain_texts, text_loss
+from tn_lens.evaluation.text import Text, n_tokens, plain_texts, text_loss
 from tn_lens.inference.answers import ZERO, ask
 from tn_lens.inference.interventions import Intervention
 from tn_lens.models import Model, backend_of, neuron_space
@@ -82,12 +83,22 @@ class Damage(Stored):
     intervention: str = "zero-ablated"
     """What was done to the neurons, see `Intervention.description`."""
     others: Evaluation | None = None
-    """The evaluation of a run with only the other found neurons ablated; None without damage neurons, or if all are."""
+    """The evaluation of a run with only the other found neurons ablated. None if there are no damage neurons or no others, and
+    if the run leaves damage neurons out."""
 
     def rise(self, part: str | Neuron = WHOLE, condition: str = "ablated") -> float:
         """The rise of the loss in nats per token with a part of a set ablated; NaN if it was not measured."""
-        found = (row.text_loss for row in self.rows if (row.condition, row.part) == (condition, str(part)))
-        return next(found, float("nan")) - self.text_loss
+        return self._losses.get((condition, str(part)), float("nan")) - self.text_loss
+
+    @cached_property
+    def _losses(self) -> dict[tuple[str, str], float]:
+        return {(row.condition, row.part): row.text_loss for row in self.rows}
+
+    @property
+    def n_others(self) -> int:
+        """Number of found neurons that are not damage neurons."""
+        whole = (row.n_neurons for row in self.rows if (row.condition, row.part) == ("ablated", WHOLE))
+        return next(whole, 0) - len(self.neurons)
 
     @property
     def is_damaging(self) -> bool:
@@ -146,7 +157,8 @@ def measure_damage(
 
     Damage neurons are chosen by measured ablations. A neuron that raises the loss by more than `bound` alone is one. In
     every site and layer whose neurons raise it by more together, and then in the whole set, those with the largest rise
-    alone are chosen until the others raise it by no more than `bound`.
+    alone are chosen until the others raise it by no more than `bound`. At most 200 neurons are ablated alone, those of the most
+    damaging sites and layers first.
 
     Args:
         model: a model with a tokenizer.
@@ -206,6 +218,7 @@ class _Measurements(dict[NeuronSet, _Measured]):
     def __init__(self, model: Model, texts: Sequence[Text], prompts: PromptSet, intervention: Intervention) -> None:
         super().__init__()
         self.model, self.texts, self.prompts, self.intervention = model, texts, prompts, intervention
+        self.n_tokens = n_tokens(model, texts) + sum(len(prompt.token_ids) for prompt in prompts)
         self.n_calls = 0
 
     def __missing__(self, neurons: NeuronSet) -> _Measured:
@@ -215,10 +228,7 @@ class _Measurements(dict[NeuronSet, _Measured]):
     def add(self, sets: Iterable[NeuronSet]) -> None:
         """Measure those sets that are new."""
         new = [one for one in dict.fromkeys(sets) if one not in self]
-        n_tokens = sum(
-            len(text) for text in self.texts
-        )  # more than there are, since most tokens are longer than a character
-        size = backend_of(self.model).chunk_size(SETS_TOGETHER, n_tokens)
+        size = backend_of(self.model).chunk_size(SETS_TOGETHER, 2 * self.n_tokens)
         groups = [new[first : first + size] for first in range(0, len(new), size)]
 
         def compute(index: int) -> Tensors:

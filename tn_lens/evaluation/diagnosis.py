@@ -157,7 +157,7 @@ def diagnose(
     seed: int = 0,
     **options: Any,
 ) -> Diagnosis:
-    """Test for every found neuron whether it supports truth, the model's choice, or the format, or every text.
+    """Test for every found neuron whether it supports truth, the model's choice or the format, and whether it damages every text.
 
     Args:
         model: the model.

@@ -81,7 +81,10 @@ def _encode_pair(tokenizer: Any, context: str, continuation: str) -> Row:
     """The tokens of a context and its continuation, as in `HFLM._encode_pair`."""
     bos = tokenizer.bos_token_id
     prefix = tokenizer.eos_token_id if bos is None else bos
-    if not context:
+    if prefix is None:
+        raise BadInput("a log-likelihood needs a tokenizer with a BOS or end-of-text token; got one without")
+    if not context.strip():
+        continuation = context + continuation
         ids = tokenizer.encode(continuation, add_special_tokens=False)
         return 1, ids if ids[:1] == [prefix] else [prefix, *ids]
 

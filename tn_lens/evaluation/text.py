@@ -40,11 +40,25 @@ def text_loss(
             positions only.
     """
     check_acts_on_any_text(intervention, "loss on plain text")
+    check_texts(model, texts)
     encoded = _encode(model, texts)
     count = sum(len(ids) - first for first, ids in encoded)
-    if not count:
-        raise BadInput("loss on plain text needs a text of at least two tokens; got none")
     return -sum(summed_log_probabilities(model, encoded, neurons=neurons, intervention=intervention)) / count
+
+
+def check_texts(model: Model, texts: Sequence[Text]) -> None:
+    """Check that the loss on these texts can be computed.
+
+    Raises:
+        BadInput: there is no token to predict, or the model has no tokenizer.
+    """
+    if not n_tokens(model, texts):
+        raise BadInput("loss on plain text needs a text of at least two tokens; got none")
+
+
+def n_tokens(model: Model, texts: Sequence[Text]) -> int:
+    """Number of tokens of the texts that a loss can be computed on."""
+    return sum(len(ids) for _, ids in _encode(model, texts))
 
 
 def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:

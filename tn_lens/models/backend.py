@@ -146,7 +146,7 @@ class Backend(ABC):
         """
         if self.device.type != "cpu":
             return most
-        return max(1, min(most, int(CHUNK_OPERATIONS / (passes * self.n_parameters))))
+        return max(1, min(most, int(CHUNK_OPERATIONS / max(passes * self.n_parameters, 1))))
 
     @property
     def is_half(self) -> bool:

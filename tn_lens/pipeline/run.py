@@ -20,9 +20,9 @@ from tn_lens.evaluation.damage import Damage, measure_damage
 from tn_lens.evaluation.diagnosis import diagnose
 from tn_lens.evaluation.evaluate import evaluate, with_values
 from tn_lens.evaluation.result import Evaluation
-from tn_lens.evaluation.text import Text
+from tn_lens.evaluation.text import Text, check_texts
 from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
-from tn_lens.inference.interventions import intervention_called
+from tn_lens.inference.interventions import Mean, intervention_called
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
 from tn_lens.models import Model, backend_of, check_model
@@ -88,7 +88,7 @@ def find_truth_neurons(
         BadInput: see the stages. If the manipulation check stops the run, the message names the likely cause.
         WorkerLost: another worker has died or failed.
     """
-    settings = check_arguments(model, questions, settings, out, threads)
+    settings = check_arguments(model, questions, settings, out, threads, texts)
     parts = split_questions(questions, settings)
     with started(out, threads, progress) as run:
         asking = {"order": settings.order, "seed": settings.seed, "drop_long": drop_long}
@@ -136,7 +136,12 @@ def find_truth_neurons(
 
 
 def check_arguments(
-    model: Model, questions: QuestionSet, settings: Settings, out: str | Path | None, threads: int | None
+    model: Model,
+    questions: QuestionSet,
+    settings: Settings,
+    out: str | Path | None,
+    threads: int | None,
+    texts: Sequence[Text] | None = None,
 ) -> Settings:
     """Check the arguments, and fill in the settings.
 
@@ -152,7 +157,15 @@ def check_arguments(
         raise BadInput(f"threads must be a positive integer; got {threads!r}")
     if out is None and workers().n_workers > 1:
         raise BadInput("several workers share their work through the run folder; give one with out=")
-    return resolve_settings(model, settings)
+    settings = resolve_settings(model, settings)
+    if texts is not None:
+        check_texts(model, texts)
+    if (settings.exclude or texts is not None) and not has_loss(model, settings, texts):
+        raise BadInput(
+            "the loss on plain text needs a tokenizer, and an intervention at all positions that takes no values from other "
+            f"prompts; got {settings.intervention!r}; leave out exclude and texts"
+        )
+    return settings
 
 
 @contextmanager
@@ -296,16 +309,24 @@ def effect_of(
     )
 
 
+def has_loss(model: Model, settings: Settings, texts: Sequence[Text] | None) -> bool:
+    """Whether the loss on plain text can be measured: not without a tokenizer, or with values from other prompts."""
+    intervention = intervention_called(settings.intervention, settings.seed)
+    needs_prompts = intervention.needs_prompts and not isinstance(intervention, Mean)
+    return not needs_prompts and intervention.positions == "all" and (texts is not None or model.tokenizer is not None)
+
+
 def damage_of(
     model: Model, neurons: NeuronSet, check: ManipulationCheck, settings: Settings, texts: Sequence[Text] | None
 ) -> Damage | None:
     """Measure the loss on plain text with the found neurons ablated.
 
-    None without neurons, for a model without a tokenizer, and for interventions that take values from prompts.
+    None without neurons, and where there is no loss on plain text. The values of mean-ablation are means over the kept prompts.
     """
-    intervention = with_values(model, check.prompts, neurons, intervention_called(settings.intervention, settings.seed))
-    if not neurons or intervention.needs_prompts or (texts is None and model.tokenizer is None):
+    if not neurons or not has_loss(model, settings, texts):
         return None
+    intervention = intervention_called(settings.intervention, settings.seed)
+    intervention = with_values(model, check.prompts, neurons, intervention)
     about = {"intervention": intervention, "bound": settings.damage_bound, "seed": settings.seed}
     return measure_damage(model, neurons, check.prompts, texts=texts, **about)
 
@@ -341,7 +362,7 @@ def again_with_every_order(table: SelectionTable, selection: Selection) -> float
     split = Split(selection.seed, drawn=selection.seed)
     if split not in table.halves:
         return None
-    once = table.select(selection.adaptive_threshold, split, selection.rules)
+    once = table.select(selection.adaptive_threshold, split, selection.rules).without(selection.excluded)
     return found_again(once.neurons, selection.neurons)
 
 

@@ -82,7 +82,7 @@ def parse_relation(content: Any, name: str, *, template: int = 0, seed: int = 0)
         if reason:
             dropped.append(Dropped(row, f"{subject}: {right}", reason))
             continue
-        # a draw for each question, which does not depend on the others
+        # a separate stream for each question, so that its draw does not depend on those before it
         draw = int(generator(seed, stream_of(f"{name} {subject} {right}")).integers(len(others)))
         text = templates[template].replace("{}", subject)
         questions[sample] = Question(text=text, choices=(right, sorted(others)[draw]))

@@ -14,7 +14,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.questions.files import fetch, read_csv
 from tn_lens.questions.formats import COMPLETION, STATEMENT
 from tn_lens.questions.load import parse_questions
-from tn_lens.questions.question import Dropped, Question, QuestionSet
+from tn_lens.questions.question import Dropped, Question, QuestionSet, plain
 from tn_lens.questions.registry import QUESTION_SETS, Source, single
 from tn_lens.questions.repeats import without_repeats
 
@@ -91,7 +91,7 @@ def pairs(statements: Sequence[Question], ending: str) -> tuple[tuple[Question, 
             endings[match[1]][statement.answer] = row, ending
     questions = []
     for beginning, by_answer in endings.items():
-        if len(by_answer) == 2:
+        if len({plain(ending) for _, ending in by_answer.values()}) == 2:
             questions.append(Question(text=beginning, choices=(by_answer[0][1], by_answer[1][1])))
         else:
             dropped += [Dropped(row, statements[row - 1].text, UNPAIRED) for row, _ in by_answer.values()]

@@ -86,7 +86,7 @@ class TruthNeurons:
     is_held_out: bool
     """Whether the questions of the evaluation were not used to find the neurons."""
     diagnosis: Diagnosis
-    """Whether the neurons support truth, the model's choice, or the format."""
+    """Whether the neurons support truth, the model's choice or the format, and whether they damage every text."""
     stability: Stability
     """The same selection on other splits."""
     found_again: float | None
@@ -162,6 +162,7 @@ class TruthNeurons:
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Name and content of the files that hold the result, see `load_run`."""
         names = ("model", "questions", "share_threshold", "alpha", "correction", "family", "order", "seed")
+        names += ("exclude", "damage_bound") if self.settings.exclude else ()
         about = {name: self.provenance.settings[name] for name in names}
         about["adaptive_threshold"] = self.selection.adaptive_threshold
         yield "neurons.json", dump_json({**about, "neurons": self.records()})

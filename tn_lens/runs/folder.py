@@ -43,7 +43,7 @@ RESULT_FILES = (
     "manifest.json",
 )
 """Files that a run writes in addition to its chunks. The same settings give the same bytes."""
-FINISHED = ("report.html", "summary.json", "result.json")
+FINISHED = ("report.html", "summary.json", "result.json", "neurons.json")
 """Files that only a finished run has."""
 LATE = ("exclude",)
 """Settings that may change when a run is continued, since its chunks do not depend on them."""

@@ -78,19 +78,19 @@ class Selection(Stored):
 
     @property
     def neurons(self) -> NeuronSet:
-        """The truth neurons."""
-        return NeuronSet(n for n, found in zip(self.candidates, self.found, strict=True) if found)
+        """The truth neurons: the candidates that passed the test, without those left out."""
+        passed = (n for n, found in zip(self.candidates, self.found, strict=True) if found)
+        return NeuronSet(n for n in passed if n not in self.excluded)
 
     def without(self, neurons: NeuronSet) -> Selection:
         """The selection without some of the found neurons, which it lists as `excluded`."""
-        out = neurons & self.neurons
-        left = np.array([ok and n not in out for n, ok in zip(self.candidates, self.found, strict=True)], dtype=bool)
-        return replace(self, found=left, excluded=NeuronSet(self.excluded | out))
+        return replace(self, excluded=NeuronSet(self.excluded | (neurons & self.neurons)))
 
     @property
     def by_strength(self) -> list[Neuron]:
         """The found neurons by mean D, the highest first."""
-        return [self.candidates[i] for i in self._ranked() if self.found[i]]
+        neurons = self.neurons
+        return [self.candidates[i] for i in self._ranked() if self.candidates[i] in neurons]
 
     @property
     def cohens_d(self) -> Float[np.ndarray, " candidate"]:
@@ -129,7 +129,9 @@ class Selection(Stored):
             found=self.found,
         )
         frame = frame.iloc[self._ranked()]
-        frame = frame if candidates else frame[frame["found"]].drop(columns="found")
+        if not candidates:
+            neurons = self.neurons
+            frame = frame[[self.candidates[i] in neurons for i in frame.index]].drop(columns="found")
         return frame.reset_index(drop=True)
 
     def statistics(self) -> dict[Neuron, dict[str, Any]]:
