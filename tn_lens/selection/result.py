@@ -131,7 +131,8 @@ class Selection(Stored):
         frame = frame.iloc[self._ranked()]
         if not candidates:
             neurons = self.neurons
-            frame = frame[[self.candidates[i] in neurons for i in frame.index]].drop(columns="found")
+            is_left = np.array([self.candidates[i] in neurons for i in frame.index], dtype=bool)
+            frame = frame[is_left].drop(columns="found")
         return frame.reset_index(drop=True)
 
     def statistics(self) -> dict[Neuron, dict[str, Any]]:
