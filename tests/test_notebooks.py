@@ -166,3 +166,16 @@ def test_progress_bars_and_standard_error_are_not_stored() -> None:
     )
     assert script.clean_output(bar) is script.clean_output(noise) is None
     assert script.clean_output(plot).data == {PLOT: {"data": [], "layout": {}}}
+
+
+def test_bars_appear_in_kernels_and_not_wherever_ipykernel_is_imported() -> None:
+    import ipykernel  # noqa: F401
+    from nbclient import NotebookClient
+
+    from tn_lens.runs.progress import _in_notebook
+
+    assert not _in_notebook()
+    cell = nbformat.v4.new_code_cell("from tn_lens.runs.progress import _in_notebook; print(_in_notebook())")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert [o.text.strip() for o in notebook.cells[0].outputs if o.get("name") == "stdout"] == ["True"]

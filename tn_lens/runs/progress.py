@@ -19,7 +19,13 @@ def progress_bar(items: Iterable[T] | None, text: str | None, *, total: int | No
 
     The environment variable TQDM_DISABLE=1 turns all bars off.
     """
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    watched = sys.stderr.isatty() or _in_notebook()
     # tqdm reads TQDM_DISABLE only if `disable` is not given
     silent: Any = {} if watched and text is not None else {"disable": True}
     return tqdm(items, desc=text, total=total, leave=False, delay=delay, **silent)
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython: Any = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
