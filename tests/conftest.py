@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2
 from xdist.scheduler import LoadScopeScheduling
 
 from scripts.train_toy import build_tokenizer
-from tn_lens import QuestionSet, Settings, TruthNeurons, find_truth_neurons, load_model, load_questions
+from tn_lens import NeuronSet, QuestionSet, Settings, TruthNeurons, find_truth_neurons, load_model, load_questions
 from tn_lens.models import HAS_HOOKED, Model
 
 torch.set_num_threads(1)
@@ -151,6 +151,18 @@ def random_checkpoint(config: Any, seed: int = 0) -> PreTrainedModel:
                     torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 1.3 * parameter.shape[-1] ** -0.5)
                 )
     return model
+
+
+def zeroed(hf: Any, neurons: NeuronSet, d_head: int) -> Any:
+    """Set the rows of W_out and W_O (columns of Hugging Face's weights) to zero."""
+    with torch.no_grad():
+        for neuron in neurons:
+            layer = hf.model.layers[neuron.layer]
+            if neuron.head is None:
+                layer.mlp.down_proj.weight[:, neuron.index] = 0
+            else:
+                layer.self_attn.o_proj.weight[:, neuron.head * d_head + neuron.index] = 0
+    return hf
 
 
 class SharedFixtureScheduling(LoadScopeScheduling):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import zeroed
 from tn_lens import NeuronSet, QuestionSet, build_prompts, evaluate, load_model, load_questions
 from tn_lens.evaluation.likelihoods import log_likelihoods
 from tn_lens.evaluation.metrics import METRICS, answer_pairs
@@ -82,13 +83,7 @@ def tried(hf: Callable[[], Any], tokenizer: Any, backend: str, n_neurons: int) -
         for layer in range(space.n_layers)
         for index in drawn.permutation(width)[:n_neurons]
     ]
-    with torch.no_grad():
-        for neuron in neurons:
-            layer = changed.model.layers[neuron.layer]
-            if neuron.head is None:
-                layer.mlp.down_proj.weight[:, neuron.index] = 0
-            else:
-                layer.self_attn.o_proj.weight[:, neuron.head * space.d_head + neuron.index] = 0
+    zeroed(changed, NeuronSet(neurons), space.d_head)
     both = zip(CONDITIONS, (plain, changed), strict=True)
     options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 16, "device": "cpu"}
     return Tried(model, NeuronSet(neurons), {name: HFLM(pretrained=one, **options) for name, one in both})

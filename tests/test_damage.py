@@ -153,13 +153,13 @@ def test_neurons_that_damage_across_layers_are_named_as_well() -> None:
     assert chosen(loss, across, limit=0.05) == NeuronSet(across[1:])  # the largest rise alone is chosen first
 
 
-def test_a_neuron_that_damages_alone_is_named_even_if_another_one_mends_it() -> None:
-    hurting, mending = neurons_of(1, 2)
+def test_a_neuron_that_damages_alone_is_named_even_if_another_one_compensates_for_it() -> None:
+    harmful, compensating = neurons_of(1, 2)
 
     def loss(ablated: Collection[Neuron]) -> float:
-        return 1.0 * (hurting in ablated) - 1.0 * (mending in ablated)
+        return 1.0 * (harmful in ablated) - 1.0 * (compensating in ablated)
 
-    assert chosen(loss, [hurting, mending], limit=0.05) == NeuronSet([hurting])
+    assert chosen(loss, [harmful, compensating], limit=0.05) == NeuronSet([harmful])
 
 
 @needs_hooked

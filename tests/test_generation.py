@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.train_toy import build_tokenizer
-from tests.conftest import PAPER_MODELS, needs_hooked, paper_config, random_checkpoint
+from tests.conftest import PAPER_MODELS, needs_hooked, paper_config, random_checkpoint, zeroed
 from tn_lens import BadInput, Mean, NeuronSet, Resample, Scale, Zero, generate, load_model
 from tn_lens.models import Model, backend_of, neuron_space
 
@@ -25,18 +25,6 @@ def some_neurons(model: Model, n: int = 8) -> NeuronSet:
     widths = {"mlp": space.d_mlp, "attn": space.n_heads * space.d_head}
     places = [(site, layer, width) for site, width in widths.items() for layer in range(space.n_layers)]
     return NeuronSet(space.neuron(site, layer, (7 * i) % width) for site, layer, width in places for i in range(n))
-
-
-def zeroed(hf: Any, neurons: NeuronSet, d_head: int) -> Any:
-    """Set the rows of W_out and W_O (columns of Hugging Face's weights) to zero."""
-    with torch.no_grad():
-        for neuron in neurons:
-            layer = hf.model.layers[neuron.layer]
-            if neuron.head is None:
-                layer.mlp.down_proj.weight[:, neuron.index] = 0
-            else:
-                layer.self_attn.o_proj.weight[:, neuron.head * d_head + neuron.index] = 0
-    return hf
 
 
 def expected(hf: Any, tokenizer: Any, text: str, n_tokens: int, **special: Any) -> list[int]:

@@ -42,7 +42,7 @@ def generate(
     settings = settings_of(provenance.settings)
     mode = mode or settings.intervention
     intervention = retest.intervention_of(mode, factor=factor, positions="all", seed=settings.seed)
-    if intervention.needs_prompts:
+    if not intervention.acts_on_any_text:
         raise BadInput(
             f"generate needs an intervention that takes no values from prompts, and {mode!r} does; give --mode zero, or --mode scale "
             "with --factor F"

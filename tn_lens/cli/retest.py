@@ -69,7 +69,7 @@ def texts_of(model: Model, intervention: Intervention, file: Path | None) -> Seq
     Raises:
         BadInput: the file cannot be read.
     """
-    if intervention.needs_prompts or intervention.positions != "all":
+    if not intervention.acts_on_any_text:
         return None
     if file is None:
         return plain_texts(model)

@@ -23,6 +23,8 @@ from tn_lens.core.options import (
 GIB = 2**30
 MAX_NODES = 512
 """Default of the largest number of nodes at one site and layer of a prompt."""
+DAMAGE_BOUND = 0.05
+"""Default of the largest harmless rise of the loss on plain text, in nats per token: 0.05 raises the perplexity by 5 %."""
 MAX_MEMORY = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 """Memory limit of one pass of the shared-prefix engine in bytes, besides the weights, by device type. Device types that
 are not listed use the value of the CPU.
@@ -114,7 +116,7 @@ class Settings:
     """Name of a registered intervention without required arguments."""
     controls: Sequence[str] = _option(("random", "random_matched"), "Controls of the evaluation.")
     """Names of registered controls."""
-    damage_bound: float = _option(0.05, "Largest harmless rise of the loss on plain text, in nats per token.")
+    damage_bound: float = _option(DAMAGE_BOUND, "Largest harmless rise of the loss on plain text, in nats per token.")
     """Largest harmless rise of the loss on plain text, in nats per token; see `measure_damage`."""
     exclude: Literal["damage"] | None = _option(None, "Neurons to leave out: 'damage' for damage neurons.")
     """"damage" leaves out damage neurons before the evaluation. A finished run can be continued with another value."""

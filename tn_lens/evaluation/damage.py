@@ -21,10 +21,11 @@ import torch
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import Condition
 from tn_lens.core.sentences import say, say_each
+from tn_lens.core.settings import DAMAGE_BOUND
 from tn_lens.core.stored import Stored
 from tn_lens.evaluation.evaluate import draw_sets
 from tn_lens.evaluation.result import Evaluation
-from tn_lens.evaluation.text import Text, n_tokens, plain_texts, text_loss
+from tn_lens.evaluation.text import Text, encode_texts, plain_texts, text_loss
 from tn_lens.inference.answers import ZERO, ask
 from tn_lens.inference.interventions import Intervention
 from tn_lens.models import Model, backend_of, neuron_space
@@ -34,9 +35,7 @@ from tn_lens.questions.prompts import PromptSet
 from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import map_chunks
 
-BOUND = 0.05
-"""Largest harmless rise of the loss on plain text, in nats per token: 0.05 raises the perplexity by 5 %."""
-CONTROLS: tuple[Condition, ...] = ("random_matched", "top_activation")
+MEASURED_CONTROLS: tuple[Condition, ...] = ("random_matched", "top_activation")
 N_DRAWS = 3
 """Number of draws of each control, over which the loss and the answer mass are averaged."""
 N_QUESTIONS = 16
@@ -108,7 +107,7 @@ class Damage(Stored):
     @property
     def controls(self) -> list[str]:
         """Names of the controls that were measured."""
-        return [name for name in CONTROLS if any(row.condition == name for row in self.rows)]
+        return [name for name in MEASURED_CONTROLS if any(row.condition == name for row in self.rows)]
 
     @property
     def places(self) -> list[Ablated]:
@@ -150,7 +149,7 @@ def measure_damage(
     *,
     texts: Sequence[Text] | None = None,
     intervention: Intervention = ZERO,
-    bound: float = BOUND,
+    bound: float = DAMAGE_BOUND,
     seed: int = 0,
 ) -> Damage:
     """Measure the loss on plain text and the answer mass with the neurons ablated: all, by site and layer, and alone.
@@ -172,15 +171,16 @@ def measure_damage(
     Raises:
         BadInput: the bound is not positive, or the intervention takes values from prompts; see also `text_loss`.
     """
-    if not 0 < bound < float("inf"):
-        raise BadInput(f"bound must be a positive number of nats per token; got {bound!r}")
+    check_bound("bound", bound)
     neuron_space(model).check(neurons)
     asked = prompts.sample(N_QUESTIONS, seed)
     measured = _Measurements(model, plain_texts(model) if texts is None else texts, asked, intervention)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a control with fewer neurons; their number is in the rows
-        drawn = draw_sets(model, asked, neurons, CONTROLS if neurons else (), N_DRAWS, seed) | {"ablated": [neurons]}
-    parts = {name: [_parts(one) for one in drawn[name]] for name in ("ablated", *CONTROLS) if name in drawn}
+        drawn = draw_sets(model, asked, neurons, MEASURED_CONTROLS if neurons else (), N_DRAWS, seed) | {
+            "ablated": [neurons]
+        }
+    parts = {name: [_parts(one) for one in drawn[name]] for name in ("ablated", *MEASURED_CONTROLS) if name in drawn}
     measured.add([NeuronSet(), *(part for draws in parts.values() for draw in draws for part in draw.values())])
     # neurons of the most damaging places first, since the number that is ablated alone is limited
     found = parts["ablated"][0]
@@ -207,6 +207,16 @@ def measure_damage(
     )
 
 
+def check_bound(name: str, bound: Any) -> None:
+    """Check the bound that an argument or a setting of this name gives.
+
+    Raises:
+        BadInput: it is not a positive number.
+    """
+    if not isinstance(bound, int | float) or isinstance(bound, bool) or not 0 < bound < float("inf"):
+        raise BadInput(f"{name} must be a positive number of nats per token; got {bound!r}")
+
+
 class _Measured(NamedTuple):
     text_loss: float
     answer_mass: float
@@ -218,7 +228,8 @@ class _Measurements(dict[NeuronSet, _Measured]):
     def __init__(self, model: Model, texts: Sequence[Text], prompts: PromptSet, intervention: Intervention) -> None:
         super().__init__()
         self.model, self.texts, self.prompts, self.intervention = model, texts, prompts, intervention
-        self.n_tokens = n_tokens(model, texts) + sum(len(prompt.token_ids) for prompt in prompts)
+        rows = [*(ids for _, ids in encode_texts(model, texts)), *(prompt.token_ids for prompt in prompts)]
+        self.n_tokens = sum(map(len, rows))
         self.n_calls = 0
 
     def __missing__(self, neurons: NeuronSet) -> _Measured:

@@ -98,8 +98,8 @@ def evaluate(
             rows_of.setdefault(control, set()).update(rows)
     answers = _answers(model, prompts, rows_of, acting)
     losses = None if texts is None else _losses(model, texts, list(rows_of), acting)
-    asked_questions = questions.only(prompts.groups)  # without long ones
-    values = metric_values(model, asked_questions, metrics, list(rows_of), acting) if metrics else {}
+    # questions that were left out have no metrics either
+    values = metric_values(model, questions.only(prompts.groups), metrics, list(rows_of), acting) if metrics else {}
     return Evaluation(
         name=questions.name,
         prompts=prompts,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tn_lens.core.errors import BadInput
 from tn_lens.inference.answers import NO_NEURONS, ZERO
-from tn_lens.inference.forward import MAX_TOKENS, Layout, pad_right
+from tn_lens.inference.forward import MAX_TOKENS, Layout, batches_of, pad_right
 from tn_lens.inference.interventions import Intervention, check_acts_on_any_text, intervention_hooks
 from tn_lens.models import Model, backend_of
 from tn_lens.models.isolation import isolated
@@ -106,7 +106,8 @@ def summed_log_probabilities(
     backend = backend_of(model)
     hooks = intervention_hooks(model, neurons, intervention, ())
     sums = [0.0] * len(rows)
-    for batch in _batches(rows, min(MAX_TOKENS, MOST_LOGITS // backend.d_vocab)):
+    max_tokens = min(MAX_TOKENS, MOST_LOGITS // backend.d_vocab)
+    for batch in batches_of([len(ids) for _, ids in rows], max_tokens):
         # nothing follows the last token
         tokens = pad_right([rows[row][1][:-1] for row in batch]).to(backend.device)
         start = min(rows[row][0] for row in batch) - 1
@@ -119,15 +120,3 @@ def summed_log_probabilities(
             predicted = predicted[first - 1 - start : len(ids) - 1 - start]
             sums[row] = -float(torch.nn.functional.cross_entropy(predicted, expected, reduction="sum"))
     return sums
-
-
-def _batches(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, at most `most` tokens with padding (but at least one row)."""
-    batch: list[int] = []
-    for row in sorted(range(len(rows)), key=lambda row: len(rows[row][1])):
-        if batch and (len(batch) + 1) * len(rows[row][1]) > most:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch

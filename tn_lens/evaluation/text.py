@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tn_lens.core.errors import BadInput
-from tn_lens.evaluation.likelihoods import summed_log_probabilities, tokenizer_of
+from tn_lens.evaluation.likelihoods import Row, summed_log_probabilities, tokenizer_of
 from tn_lens.inference.answers import NO_NEURONS, ZERO
 from tn_lens.inference.interventions import Intervention, check_acts_on_any_text
 from tn_lens.models import Model, backend_of
@@ -40,30 +40,18 @@ def text_loss(
             positions only.
     """
     check_acts_on_any_text(intervention, "loss on plain text")
-    check_texts(model, texts)
-    encoded = _encode(model, texts)
+    encoded = encode_texts(model, texts)
     count = sum(len(ids) - first for first, ids in encoded)
     return -sum(summed_log_probabilities(model, encoded, neurons=neurons, intervention=intervention)) / count
 
 
-def check_texts(model: Model, texts: Sequence[Text]) -> None:
-    """Check that the loss on these texts can be computed.
+def encode_texts(model: Model, texts: Sequence[Text]) -> list[Row]:
+    """The index of the first predicted token and the token ids of every text that has a token to predict.
 
     Raises:
-        BadInput: there is no token to predict, or the model has no tokenizer.
+        BadInput: no text has one, or the model has no tokenizer.
     """
-    if not n_tokens(model, texts):
-        raise BadInput("loss on plain text needs a text of at least two tokens; got none")
-
-
-def n_tokens(model: Model, texts: Sequence[Text]) -> int:
-    """Number of tokens of the texts that a loss can be computed on."""
-    return sum(len(ids) for _, ids in _encode(model, texts))
-
-
-def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
-    """The index of the first predicted token and the token ids of every text."""
-    encoded: list[tuple[int, list[int]]] = []
+    encoded: list[Row] = []
     most = min(MOST_TOKENS, backend_of(model).n_ctx)
     tokenizer = None if all(isinstance(text, list) for text in texts) else tokenizer_of(model)
     for text in texts:
@@ -77,6 +65,8 @@ def _encode(model: Model, texts: Sequence[Text]) -> list[tuple[int, list[int]]]:
         first = max(1, len(tokenizer(beginning, verbose=False)["input_ids"]) if beginning else 1)
         if len(ids) > first:
             encoded.append((first, ids))
+    if not encoded:
+        raise BadInput("loss on plain text needs a text of at least two tokens; got none")
     return encoded
 
 

@@ -38,7 +38,7 @@ def plot_damage(damage: Damage, *, title: str | None = None, theme: Theme = "lig
     names = [f"all {n_of[WHOLE]}", *(f"{part} ({n_of[part]})" for part in parts[1:])]
     rises = [damage.rise(part) for part in parts]
     if damage.neurons:
-        names.insert(1, f"without damage neurons ({n_of[WHOLE] - len(damage.neurons)})")
+        names.insert(1, f"without damage neurons ({damage.n_others})")
         parts.insert(1, "")
         rises.insert(1, damage.rest_loss - damage.text_loss)
     rows = list(range(len(parts)))

@@ -183,10 +183,15 @@ def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> It
 
     The first `n_shared` tokens of each prompt are cached and count only as keys of the other tokens.
     """
+    return batches_of([len(prompt.token_ids) for prompt in prompts], max_tokens, n_shared)
+
+
+def batches_of(lengths: Sequence[int], max_tokens: int, n_shared: int = 0) -> Iterator[list[int]]:
+    """The same for texts of these numbers of tokens."""
     batch: list[int] = []
     n_own = 0
-    for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids)):
-        n_tokens = len(prompts[index].token_ids)
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        n_tokens = lengths[index]
         n_columns = n_tokens - n_shared
         padded = (len(batch) + 1) * n_columns
         too_large = padded > max_tokens or padded * n_tokens > MAX_PAIRS

@@ -61,6 +61,11 @@ class Intervention(ABC):
         """Whether the new values depend on the prompts that are asked together."""
         return False
 
+    @property
+    def acts_on_any_text(self) -> bool:
+        """Whether it can act on texts that are not prompts: at all positions, and without values from prompts."""
+        return self.positions == "all" and not self.needs_prompts
+
     def replace(self, place: Place, activations: Float[Tensor, "row column neuron"]) -> Tensor | float:
         """New values, for interventions that depend only on the activations; others override `prepare`."""
         raise NotImplementedError
@@ -200,7 +205,7 @@ def check_acts_on_any_text(intervention: Intervention, purpose: str) -> None:
     Raises:
         BadInput: it takes values from prompts, or acts at some positions only. `purpose` names what needs it.
     """
-    if intervention.needs_prompts or intervention.positions != "all":
+    if not intervention.acts_on_any_text:
         raise BadInput(
             f"{purpose} needs an intervention at all positions that takes no values from prompts: zero, scale, or mean with "
             f"values; got {intervention.description!r}"

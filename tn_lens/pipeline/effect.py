@@ -37,18 +37,16 @@ def effect_of(
         selection = selection.without(damage.neurons)
     measuring = settings.of_evaluation() | {"order": "both", "drop_long": drop_long}
     evaluation = run.stage("evaluation", evaluate, model, questions, selection.neurons, **measuring)
-    return (
-        selection,
-        evaluation,
-        run.stage("others", with_others, damage, model, questions, selection.neurons, measuring),
-    )
+    damage = run.stage("others", with_others, damage, model, questions, selection.neurons, measuring)
+    return selection, evaluation, damage
 
 
 def has_loss(model: Model, settings: Settings, texts: Sequence[Text] | None) -> bool:
     """Whether the loss on plain text can be measured: not without a tokenizer, or with values from other prompts."""
     intervention = intervention_called(settings.intervention, settings.seed)
-    needs_prompts = intervention.needs_prompts and not isinstance(intervention, Mean)
-    return not needs_prompts and intervention.positions == "all" and (texts is not None or model.tokenizer is not None)
+    if isinstance(intervention, Mean):  # a run computes the means
+        intervention = replace(intervention, values={})
+    return intervention.acts_on_any_text and (texts is not None or model.tokenizer is not None)
 
 
 def damage_of(
@@ -70,8 +68,8 @@ def with_others(
     damage: Damage | None, model: Model, questions: QuestionSet, neurons: NeuronSet, measuring: Mapping[str, Any]
 ) -> Damage | None:
     """Add the evaluation of the found neurons that are not damage neurons."""
-    others = NeuronSet(neurons - damage.neurons) if damage is not None else neurons
-    if damage is None or not others or others == neurons:
+    if damage is None or not neurons & damage.neurons or not neurons - damage.neurons:
         return damage
+    others = NeuronSet(neurons - damage.neurons)
     measuring = {**measuring, "conditions": ("unablated", "ablated")}
     return replace(damage, others=evaluate(model, questions, others, **measuring))

@@ -16,7 +16,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
 from tn_lens.evaluation.diagnosis import diagnose
-from tn_lens.evaluation.text import Text, check_texts
+from tn_lens.evaluation.text import Text, encode_texts
 from tn_lens.evaluation.tuning import THRESHOLDS, Tuning, tune_threshold
 from tn_lens.inference.manipulation import ManipulationCheck, manipulation_check
 from tn_lens.inference.means import mean_activations
@@ -154,7 +154,7 @@ def check_arguments(
         raise BadInput("several workers share their work through the run folder; give one with out=")
     settings = resolve_settings(model, settings)
     if texts is not None:
-        check_texts(model, texts)
+        encode_texts(model, texts)  # raises if there is nothing to predict
     if (settings.exclude or texts is not None) and not has_loss(model, settings, texts):
         raise BadInput(
             "the loss on plain text needs a tokenizer, and an intervention at all positions that takes no values from other "

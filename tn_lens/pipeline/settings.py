@@ -14,6 +14,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.seeds import generator
 from tn_lens.core.settings import Settings, default_memory
 from tn_lens.evaluation.controls import CONTROLS
+from tn_lens.evaluation.damage import check_bound
 from tn_lens.evaluation.reference import PAPER
 from tn_lens.inference.interventions import intervention_called
 from tn_lens.models import Model, backend_of
@@ -82,9 +83,7 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BadInput(f"{name} must be a positive integer; got {value!r}")
-    bound = settings.damage_bound
-    if not isinstance(bound, int | float) or isinstance(bound, bool) or not 0 < bound < float("inf"):
-        raise BadInput(f"damage_bound must be a positive number of nats per token; got {bound!r}")
+    check_bound("damage_bound", settings.damage_bound)
     n = settings.convergence_sample
     if not isinstance(n, int) or isinstance(n, bool) or n < 0:
         raise BadInput(f"convergence_sample must be a number of questions, or 0 for no check; got {n!r}")

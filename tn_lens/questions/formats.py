@@ -46,6 +46,11 @@ class PromptTemplate:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template, in addition to `enable_thinking=False`."""
 
+    @property
+    def ends_with_question(self) -> bool:
+        """Whether the answer continues the question itself, and not a cue after it."""
+        return (self.user + self.cue).endswith("{question}")
+
 
 FORMATS: Registry[PromptTemplate] = Registry("prompt format")
 """Prompt formats by name."""

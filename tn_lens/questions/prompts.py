@@ -257,8 +257,7 @@ class PromptEncoder:
     def _asked(self, question: Question, order: tuple[int, ...]) -> str:
         """The text of the question, or of the statement about one of its choices."""
         if not _is_judged(question, self.template):
-            # the completion of a question is a whole text, and not asked within another one
-            return question.asked_as(self.template.kind) if self.template.user == "{question}" else question.text
+            return question.asked_as(self.template.kind) if self.template.ends_with_question else question.text
         # the right verdict is True if the first of the order is 0
         wrong = [choice for index, choice in enumerate(question.choices) if index != question.answer]
         choice = wrong[stream_of(question.id) % len(wrong)] if order[0] else question.choices[question.answer]

@@ -38,7 +38,7 @@ class Question:
     context: str = ""
     """The text that a template with `{context}` puts before the question, for example solved examples."""
     completion: str = field(default="", repr=False)
-    """The text that the choices continue in formats of kind "completion"; by default `text`."""
+    """The text that the choices continue in formats of kind "completion" that end with it; by default `text`."""
     statement: str = field(default="", repr=False)
     """The statement about a choice in formats of kind "statement", with the placeholder `{choice}`; by default made from `text`."""
     correct: tuple[str, ...] = field(default=(), repr=False)
