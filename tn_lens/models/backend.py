@@ -100,7 +100,7 @@ class Siblings(ABC):
         return final
 
 
-CHUNK_OPERATIONS = 1e12
+CHUNK_OPERATIONS = 5e11
 """Number of operations in one chunk on a CPU. A constant, since the size of chunks affects the rounding of results."""
 
 
@@ -138,7 +138,7 @@ class Backend(ABC):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def chunk_size(self, most: int, passes: float | int) -> int:
-        """Number of prompts in one chunk of a run: `most`, or fewer on a CPU, where a chunk takes about ten seconds on two cores.
+        """Number of prompts in one chunk of a run: `most`, or fewer on a CPU, where a chunk takes about five seconds on two cores.
 
         Args:
             most: largest number of prompts.
