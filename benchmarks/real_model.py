@@ -25,7 +25,7 @@ from tn_lens.pipeline.retest import load_sets, retest
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "real_model.md"
 SETTINGS = tn.Settings(
-    method="adaptive", limit=200, n_repetitions=5, controls=("random", "random_matched", "top_activation")
+    method="adaptive", limit=150, n_repetitions=5, controls=("random", "random_matched", "top_activation")
 )
 """Settings of every run; the baseline is zero, as in the paper."""
 ON = {"n_repetitions": 3, "conditions": ("unablated", "random_matched", "top_activation", "ablated")}

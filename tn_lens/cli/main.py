@@ -21,6 +21,7 @@ from tn_lens.cli.evaluate import evaluate
 from tn_lens.cli.generate import generate
 from tn_lens.cli.pages import compare, report, write_file
 from tn_lens.cli.show import show
+from tn_lens.cli.waiting import spinner
 from tn_lens.core.errors import BadInput, WorkerLost
 from tn_lens.core.settings import Settings
 
@@ -75,26 +76,27 @@ def run(
     """Find, test, ablate and plot the truth neurons of a model."""
     if out is None and not dry_run:
         raise BadInput("expected a run folder; give one with --out runs/NAME")
-    # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
-    from transformers.utils import logging as hf_logging
+    with spinner(f"loading {model}"):
+        # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
+        from transformers.utils import logging as hf_logging
 
-    from tn_lens.cli.console import print_run, print_warnings
-    from tn_lens.evaluation.text import read_texts
-    from tn_lens.models.loading import load_model
-    from tn_lens.pipeline.dry_run import plan_run
-    from tn_lens.pipeline.run import find_truth_neurons
-    from tn_lens.questions.load import load_questions
-    from tn_lens.questions.registry import name_and_source
-    from tn_lens.runs.workers import workers
+        from tn_lens.cli.console import print_run, print_warnings
+        from tn_lens.evaluation.text import read_texts
+        from tn_lens.models.loading import load_model
+        from tn_lens.pipeline.dry_run import plan_run
+        from tn_lens.pipeline.run import find_truth_neurons
+        from tn_lens.questions.load import load_questions
+        from tn_lens.questions.registry import name_and_source
+        from tn_lens.runs.workers import workers
 
-    hf_logging.disable_progress_bar()
-    settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
-    name, source = name_and_source(questions)
-    with print_warnings():
-        asked = load_questions(name, source=source)
-    together = workers()
-    loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
-    loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
+        hf_logging.disable_progress_bar()
+        settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
+        name, source = name_and_source(questions)
+        with print_warnings():
+            asked = load_questions(name, source=source)
+        together = workers()
+        loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
+        loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
     if dry_run:
         if together.is_first:
             typer.echo(plan_run(loaded, asked, settings, drop_long=drop_long).summary())

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from tn_lens.cli.console import frame_table, open_console, print_warnings
+from tn_lens.cli.waiting import spinner
 from tn_lens.core.errors import BadInput
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.text import Text, plain_texts, read_texts
@@ -38,9 +39,10 @@ def load(name: str | None, provenance: Provenance, *, trust_remote_code: bool, *
     source, backend = provenance.model_source, provenance.settings.get("backend")
     defaults = {"dtype": source.get("dtype"), "revision": source.get("revision"), "backend": backend}
     options = {key: value or defaults.get(key) for key, value in options.items()}
-    if name is None:
-        return retest.load_noted(source["model"], **options)
-    return load_model(name, trust_remote_code=trust_remote_code, **options)
+    with spinner(f"loading {name or source['model']}"):
+        if name is None:
+            return retest.load_noted(source["model"], **options)
+        return load_model(name, trust_remote_code=trust_remote_code, **options)
 
 
 def load_sets(on: Sequence[str], **options: Any) -> list[QuestionSet]:
