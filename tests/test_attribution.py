@@ -15,6 +15,7 @@ from tn_lens.attribution.baseline import post_norm_warning
 from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.quadrature import quadrature_rule
 from tn_lens.attribution.target import TARGETS, probability_difference, right_probability
+from tn_lens.core.errors import BadInput
 from tn_lens.models import Model, last_logits
 from tn_lens.neurons import NEURON_SITES, SiteName, hook_name
 from tn_lens.questions.toy import binary
@@ -180,6 +181,36 @@ def test_right_and_wrong_apart_make_the_difference(tiny: Callable[..., Model], p
         torch.testing.assert_close(apart.change[site], together.change[site])
     alone = attribute(model, prompts, target=right_probability)
     torch.testing.assert_close(alone.difference["mlp"], apart.right["mlp"])
+
+
+@pytest.mark.parametrize("engine", ["shared_prefix", "direct"])
+@pytest.mark.parametrize("method", ["riemann_right", "gausslegendre", "adaptive", "gradient_x_activation"])
+def test_some_layers_have_the_scores_that_they_have_among_all(
+    engine: str, method: str, tiny: Callable[..., Model], prompts: PromptSet
+) -> None:
+    model = tiny("Llama-3.1-8B-Instruct")
+    chosen = {"attn": [1], "mlp": [0, 1]}
+    options = {"method": method, "engine": engine, "separate": True}
+    every = attribute(model, prompts[:2], **options)
+    some = attribute(model, prompts[:2], sites=chosen, **options)
+    n_layers = every.space.n_layers
+    assert n_layers > 2
+    for site, layers in chosen.items():
+        others = [layer for layer in range(n_layers) if layer not in layers]
+        for name in ("difference", "right", "wrong"):
+            expected, got = getattr(every, name)[site], getattr(some, name)[site]
+            close = 1e-12 if method != "adaptive" else 2e-3 * float(expected.abs().max())
+            torch.testing.assert_close(got[:, layers], expected[:, layers], rtol=1e-9, atol=close)
+            assert expected[:, others].abs().max() > 0
+            assert got[:, others].abs().max() == 0
+        assert some.n_nodes[site][:, others].max() == 0
+        assert some.n_nodes[site][:, layers].min() > 0
+
+
+@pytest.mark.parametrize("layers", [[], [99], [-1], [True]])
+def test_layers_that_do_not_exist_are_refused(layers: list, tiny: Callable[..., Model], prompts: PromptSet) -> None:
+    with pytest.raises(BadInput, match=r"expected one or more layers of 'mlp' from 0 to \d, got "):
+        attribute(tiny("Llama-3.1-8B-Instruct"), prompts[:1], sites={"mlp": layers})
 
 
 def test_all_positions_are_complete_together(tiny: Callable[..., Model], prompts: PromptSet) -> None:

@@ -102,6 +102,21 @@ def test_help_version_and_import_load_no_heavy_library() -> None:
 
 
 @pytest.mark.parametrize(
+    ("variables", "printed"),
+    [({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "RANK": "1"}, False), ({"FORCE_COLOR": ""}, False)],
+)
+def test_a_spinner_moves_in_terminals_on_one_worker(variables: dict[str, str], printed: bool) -> None:
+    """`FORCE_COLOR` makes rich treat a pipe as a terminal."""
+    code = "import time; from tn_lens.cli.waiting import spinner\nwith spinner('loading [b]x'): time.sleep(0.5)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **variables}
+    )
+    assert done.stdout == ""
+    assert (done.stderr.count("loading [b]x") > 2) is printed
+    assert printed or done.stderr == ""
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["run", "--model", "no/such place", "--questions", "toy", "--out", "X"], "neither a folder nor a hub id"),

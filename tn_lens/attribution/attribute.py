@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -52,7 +52,7 @@ def attribute(
     baseline: Baseline = "zero",
     baseline_input: BaselineInput = "end_of_text",
     positions: Positions = "last",
-    sites: Sequence[SiteName] | SiteName = NEURON_SITES,
+    sites: Sequence[SiteName] | Mapping[SiteName, Sequence[int]] | SiteName = NEURON_SITES,
     target: Target | TargetName = "probability_difference",
     separate: bool = False,
     engine: EngineName = "auto",
@@ -73,7 +73,8 @@ def attribute(
         baseline: start of the integration path; see `mean_activations` for means over other prompts.
         baseline_input: input whose activations are the baseline `"input"`; see `tn_lens.inference.baselines`.
         positions: `"last"`, the position whose logits are read, or `"all"` together, whose scores are summed.
-        sites: names of registered sites: `"mlp"` (hook_post), `"attn"` (hook_z), or the residual stream's.
+        sites: names of registered sites: `"mlp"` (hook_post), `"attn"` (hook_z), or the residual stream's. A mapping gives the
+            layers of each site to attribute; the neurons of its other layers have the score 0.
         target: `"probability_difference"` (the paper), `"normalized_difference"`, `"log_ratio"`, or a function of the last
             logits [row, vocab] and the prompt that returns one number per row.
         separate: also attribute f_t and f_f separately (Attr_t and Attr_f), which takes one more backward pass.
@@ -92,6 +93,7 @@ def attribute(
     prompts = PromptSet.of(prompts)
     space = space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
+    layers = _layers_of(sites, space)
     attribution_method = check_method(method, n_steps, baseline, positions)
     control = error_control(method, n_steps, tolerance, max_nodes)
     is_refined = bool(control.get("tolerance"))
@@ -112,7 +114,7 @@ def attribute(
     )
 
     def scores_of(first: int, batch: Sequence[Prompt], n_rows: int) -> BatchScores:
-        prepared = prepare(engine_name, model, batch, space.sites, positions)
+        prepared = prepare(engine_name, model, batch, space.sites, positions, layers)
         begin = rows_of(start, slice(first, first + len(batch)))
         options = {"targets": targets, "baseline": begin, "n_steps": n_steps, "n_rows": n_rows, **control}
         return attribution_method.attribute(prepared, **options)
@@ -193,11 +195,21 @@ def prepare(
     prompts: Sequence[Prompt],
     sites: Sequence[SiteName],
     positions: Positions,
+    layers: Mapping[SiteName, Container[int]] | None = None,
 ) -> Engine:
     """Run prompts (a single one for the direct engine) in preparation for rows that differ from them."""
     if engine == "shared_prefix":
-        return SharedPrefix(model, prompts, sites)
-    return Direct(model, prompts[0], sites, positions)
+        return SharedPrefix(model, prompts, sites, layers)
+    return Direct(model, prompts[0], sites, positions, layers)
+
+
+def _layers_of(sites: object, space: NeuronSpace) -> dict[SiteName, Sequence[int]]:
+    """The layers of each site to attribute, if only some are given."""
+    layers = dict(sites) if isinstance(sites, Mapping) else {}
+    for site, given in layers.items():
+        if not given or not all(type(layer) is int and 0 <= layer < space.n_layers for layer in given):
+            raise BadInput(f"expected one or more layers of {site!r} from 0 to {space.n_layers - 1}, got {given!r}")
+    return layers
 
 
 def space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
@@ -256,11 +268,12 @@ def check_method(method: str, n_steps: int, baseline: Baseline, positions: Posit
     return found
 
 
-def attribution_chunks(model: Model, prompts: PromptSet) -> tuple[PromptSet, ...]:
-    """Split prompts into the chunks in which a run attributes them."""
+def attribution_chunks(model: Model, prompts: PromptSet, n_places: int | None = None) -> tuple[PromptSet, ...]:
+    """Split prompts into the chunks in which a run attributes them, at all or at some sites and layers."""
     backend = backend_of(model)
+    n_places = n_places or len(NEURON_SITES) * backend.space.n_layers
     # a forward and a backward pass, four operations per weight, of 20 rows per site and layer through half of the layers
-    passes = 4 * 20 * len(NEURON_SITES) * backend.space.n_layers / 2
+    passes = 4 * 20 * n_places / 2
     return prompts.chunks(backend.chunk_size(PROMPTS_ATTRIBUTED, passes))
 
 

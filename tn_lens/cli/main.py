@@ -90,7 +90,9 @@ def run(
         from tn_lens.runs.workers import workers
 
         hf_logging.disable_progress_bar()
-        settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
+        settings = (
+            Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
+        )
         name, source = name_and_source(questions)
         with print_warnings():
             asked = load_questions(name, source=source)

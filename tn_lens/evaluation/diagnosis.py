@@ -225,9 +225,14 @@ def attribute_columns(
     model: Model, prompts: PromptSet, neurons: NeuronSet, *, separate: bool = False, **options: Any
 ) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
     """The scores of the given neurons only: D as "difference", and with `separate` also "right" and "wrong"."""
-    chunks = attribution_chunks(model, prompts)
     wanted = ("difference", "right", "wrong") if separate else ("difference",)
-    sites = [site for site in options.pop("sites", neurons.sites) if neurons.at(site)]
+    sites = {
+        site: sorted({neuron.layer for neuron in neurons.at(site)})
+        for site in options.pop("sites", neurons.sites)
+        if neurons.at(site)
+    }
+    n_places = sum(map(len, sites.values())) * (3 if separate else 1)
+    chunks = attribution_chunks(model, prompts, n_places)
 
     def compute(index: int) -> Tensors:
         scores = attribute(model, chunks[index], sites=sites, separate=separate, **options)

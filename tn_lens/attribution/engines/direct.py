@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,16 @@ from tn_lens.questions.prompts import Prompt
 class Direct:
     """Engine that runs copies of one whole prompt in which activations are replaced."""
 
-    def __init__(self, model: Model, prompt: Prompt, sites: Sequence[SiteName], positions: Positions) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        sites: Sequence[SiteName],
+        positions: Positions,
+        layers: Mapping[SiteName, Container[int]] | None = None,
+    ) -> None:
         self.backend, self.prompts, self.positions = backend_of(model), [prompt], positions
+        self.layers = layers or {}
         self.precision = torch.finfo(self.backend.dtype).eps
         self.tokens = torch.tensor([prompt.token_ids], device=self.backend.device)  # [1, position]
         n_layers = self.backend.space.n_layers

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -94,8 +94,15 @@ def plan(
 class SharedPrefix:
     """Engine for prompts of any length, whose rows are single positions that replace the last position of the prompt."""
 
-    def __init__(self, model: Model, prompts: Sequence[Prompt], sites: Sequence[SiteName]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        sites: Sequence[SiteName],
+        layers: Mapping[SiteName, Container[int]] | None = None,
+    ) -> None:
         backend = backend_of(model)
+        self.layers = layers or {}
         self.prompts = list(prompts)
         self.precision = torch.finfo(backend.dtype).eps
         n_layers = backend.space.n_layers

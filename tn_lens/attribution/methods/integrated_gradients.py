@@ -54,9 +54,9 @@ def integrate(
     for part in evaluate(paths, targets, alphas, n_rows, with_ends=bool(rule.weight_at_end)):
         for index, each in enumerate(sums):
             each.add(part, index)
-    n_nodes = {
-        site: torch.full_like(change, rule.n_steps, dtype=torch.int32) for site, change in sums[0].change.items()
-    }
+    n_nodes = {site: torch.zeros_like(change, dtype=torch.int32) for site, change in sums[0].change.items()}
+    for site, layer in paths.places:
+        n_nodes[site][:, layer] = rule.n_steps
     return BatchScores([each.scores for each in sums], [each.change for each in sums], n_nodes=n_nodes)
 
 
@@ -92,10 +92,10 @@ class Sums:
         self.scores[site][:, layer] += summed
 
     def _add_ends(self, ends: Ends, target: int) -> None:
-        for site, delta in self.paths.delta.items():
-            at_end = torch.cat([g for (of_site, _), g in ends.gradients[target].items() if of_site == site], dim=1)
-            # [prompt, layer, position, neuron], summed over positions
-            self.scores[site] += self.weight_at_end * (delta * at_end).sum(2)
+        for (site, layer), at_end in ends.gradients[target].items():
+            # [prompt, position, neuron], summed over positions
+            summed = (self.paths.delta[site][:, layer] * at_end[:, 0]).sum(1)
+            self.scores[site][:, layer] += self.weight_at_end * summed
 
 
 def _with_rule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -28,6 +28,8 @@ class Engine(Protocol):
     """The activations at the attributed positions, in at least float32."""
     logits: Float[Tensor, "prompt vocab"]
     """Logits at the last position of the prompts, without any replacement."""
+    layers: Mapping[SiteName, Container[int]]
+    """The layers to attribute, for each site of which not all are."""
 
     def carry(self, place: Place, activation: Float[Tensor, "*batch neuron"]) -> Float[Tensor, "*batch _"]:
         """Map an activation linearly to the vector that the engine interpolates at a place."""

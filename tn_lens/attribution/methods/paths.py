@@ -28,12 +28,15 @@ Alphas: TypeAlias = Mapping[Place, Float[Tensor, "_ node"]]
 
 
 class Paths:
-    """The straight paths of all sites and layers, from the baseline to the activations of the prompts."""
+    """The straight paths of the sites and layers to attribute, from the baseline to the activations of the prompts."""
 
     def __init__(self, engine: Engine, baseline: Mapping[SiteName, Float[Tensor, "*prompt layer _"]]) -> None:
         self.engine = engine
         n_layers = next(iter(engine.own.values())).shape[1]
-        self.places: list[Place] = [(site, layer) for layer in range(n_layers) for site in engine.own]
+        every = range(n_layers)
+        self.places: list[Place] = [
+            (site, layer) for layer in every for site in engine.own if layer in engine.layers.get(site, every)
+        ]
         # [prompt, layer, position, neuron], with one prompt if all prompts share the baseline
         start = {
             site: baseline[site].to(activation).reshape(-1, n_layers, 1, activation.shape[-1])
