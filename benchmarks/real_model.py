@@ -3,7 +3,7 @@
 `python benchmarks/real_model.py --model smollm2 cities=PATH country_language=PATH ...` finds neurons on `common_facts` and on every
 given set, each in its own run folder (a stopped run is continued), ablates the neurons of every run on every set, and repeats the
 run on `common_facts` with the mean as the baseline and as the ablation. Writes real_model.json and docs/real_model.md; `--page`
-only writes the page.
+only writes the page, and `--figures` also writes the figures of the README, which requires Chrome.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SETTINGS = tn.Settings(
     method="adaptive", limit=120, n_repetitions=3, controls=("random", "random_matched", "top_activation")
 )
 """Settings of the run on `common_facts`, those of `make demo-real`; the baseline is zero, as in the paper."""
-ELSEWHERE = {"limit": 50}
+ELSEWHERE = {"limit": 40}
 """What is different in the runs on other sets."""
-ON = {"n_repetitions": 3, "conditions": ("unablated", "random_matched", "top_activation", "ablated")}
+ON = {"n_repetitions": 2, "conditions": ("unablated", "random_matched", "top_activation", "ablated")}
 """Keyword arguments of `evaluate` on other sets."""
-N_ON = 50
+N_ON = 40
 """Maximum number of questions of each set on which the neurons of the runs are ablated."""
 
 
@@ -111,6 +111,18 @@ def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.
     return rows
 
 
+def draw(found: tn.TruthNeurons) -> None:
+    """Write the figures of a run."""
+    folder = PAGE.parent / "figures"
+    assert found.damage is not None
+    for name, figure in {
+        "real_accuracies": tn.figures.plot_accuracies(found.evaluation),
+        "real_damage": tn.figures.plot_damage(found.damage),
+        "real_layers": tn.figures.plot_layers(found.selection),
+    }.items():
+        tn.figures.save_figure(figure, folder / f"{name}.png")
+
+
 INTRODUCTION = """# A trained model
 
 `benchmarks/real_model.py` writes this page. {model} answers completions ("The capital of France is"); neurons are found with the
@@ -175,7 +187,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--runs", type=Path, default=Path("runs/real_model"), help="folder of the run folders")
     parser.add_argument("--page", action="store_true", help="write the page from the stored results")
+    parser.add_argument("--figures", action="store_true", help="write the figures of the run on common_facts")
     arguments = parser.parse_args()
+    if arguments.figures:
+        draw(tn.load_run(arguments.runs / "common_facts"))
+        return
     if arguments.page:
         PAGE.write_text(markdown(json.loads(RESULTS.read_text())), encoding="utf-8")
         return

@@ -530,7 +530,8 @@ def test_wrong_settings_are_refused_before_anything_runs(place: int, refusals: l
 def test_a_dry_run_estimates_the_cost_and_writes_nothing(run: Callable, tmp_path: Path) -> None:
     code, text, _ = run(*TOY, "--out", tmp_path / "run", *FAST, "--dry-run")
     assert code == 0
-    assert re.search(r"24 questions, 48 prompts of up to \d+ tokens; at most about \d+ min \d+ s .* GiB", text)
+    assert re.search(r"24 questions, 48 prompts of up to \d+ tokens; about \d+ min \d+ s .* GiB", text)
+    assert re.search(r"The manipulation check kept \d+ of 16 questions", text)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""The embedded model shows the paper's effect on held-out questions, and the README contains its numbers."""
+"""The embedded model shows the paper's effect on held-out questions, and the documentation contains its numbers."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_the_questions_of_the_report_were_not_used_to_find_neurons(demo: TruthNe
     assert set(demo.selection.half_1).isdisjoint(demo.selection.half_2)
 
 
-def test_the_readme_shows_this_run(demo: TruthNeurons) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_shows_this_run(demo: TruthNeurons) -> None:
+    text = (ROOT / "docs" / "toy.md").read_text(encoding="utf-8")
     assert demo.selection.summary() in text
     assert demo.diagnosis.summary() in " ".join(text.split())
     for name, result in demo.evaluation.conditions.items():

@@ -101,7 +101,8 @@ def run(
         loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
     if dry_run:
         if together.is_first:
-            typer.echo(plan_run(loaded, asked, settings, drop_long=drop_long).summary())
+            plan = plan_run(loaded, asked, settings, drop_long=drop_long)
+            typer.echo("\n".join((plan.summary(), *plan.check.explain())))
         return
     keeping: dict[str, Any] = {"out": out, "overwrite": overwrite, "command": ["tn-lens", *sys.argv[1:]]}
     keeping |= {"drop_long": drop_long, "force": force, "threads": threads, "texts": text and read_texts(text)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -158,8 +158,10 @@ def tell(sentences: Iterable[str]) -> None:
             tqdm.write(sentence)
 
 
-def track(items: Iterable[T], text: str) -> Iterable[T]:
-    """Iterate with a progress bar."""
+def track(items: Collection[T], text: str) -> Iterable[T]:
+    """Iterate with a progress bar, unless there is only one item: within a run, its chunk already has a bar."""
+    if len(items) < 2:
+        return items
     run = _CURRENT.get()
     return progress_bar(items, text if run.progress else None, delay=0.0 if run.folder else DELAY)
 
