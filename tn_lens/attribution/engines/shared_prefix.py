@@ -34,6 +34,8 @@ LAYERS_PER_PASS = 8
 """Maximum number of layers whose rows run together. More layers use the hardware better, but cost memory."""
 STEPS = 20
 """Number of steps to which LAYERS_PER_PASS applies."""
+ROWS_REFINED = 50
+"""Minimum number of rows of one prompt in a pass, if its paths are refined."""
 ENOUGH_ROWS = 200
 """Number of rows from which matrix products on a CPU are efficient."""
 RESERVED = 24 * 2**20
@@ -52,14 +54,14 @@ def unsupported(model: Model) -> str | None:
 
 
 def plan(
-    model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int, *, is_refined: bool = False
+    model: Model, n_tokens: int, n_places: float, n_steps: int, max_memory: int, *, is_refined: bool = False
 ) -> PassSize:
     """Number of prompts and rows in one pass, from the shapes of the model and the budget, never from free memory.
 
     Args:
         model: the model.
         n_tokens: number of tokens of the longest prompt.
-        n_places: number of sites in one layer.
+        n_places: mean number of attributed sites in one layer.
         n_steps: number of steps.
         max_memory: maximum memory of one pass in bytes, without the weights. It is compared with estimates of what the
             backward pass keeps and of what the pass over the prompts requires.
@@ -69,10 +71,12 @@ def plan(
     backend = backend_of(model)
     space, size = backend.space, backend.dtype.itemsize
     # one more row at each place for the baseline; the common end of all paths is not one of the steps if they are refined
-    n_rows = space.n_layers * n_places * (n_steps + 1) + is_refined
+    n_rows = round(space.n_layers * n_places) * (n_steps + 1) + is_refined
     # the rows are divided evenly among the passes; of few steps, more layers run together
     layers_per_pass = LAYERS_PER_PASS * max(1, STEPS // max(1, n_steps))
     n_rows = math.ceil(n_rows / math.ceil(space.n_layers / layers_per_pass))
+    # a few places need more rows when they are refined than at first
+    n_rows = max(n_rows, ROWS_REFINED) if is_refined else n_rows
     d_mlp, d_attn = space.d_mlp, space.n_heads * space.d_head
     d_cached = 2 * space.d_head * backend.n_key_value_heads  # keys and values
     row_bytes, logit_bytes = backend.bytes_per_row(n_tokens, n_rows), 5 * backend.wide_dtype.itemsize * backend.d_vocab
