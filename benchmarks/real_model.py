@@ -25,14 +25,14 @@ from tn_lens.pipeline.retest import load_sets, retest
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "real_model.md"
 SETTINGS = tn.Settings(
-    method="adaptive", limit=120, n_repetitions=3, controls=("random", "random_matched", "top_activation")
+    method="adaptive", limit=100, n_repetitions=3, controls=("random", "random_matched", "top_activation")
 )
 """Settings of the run on `common_facts`, those of `make demo-real`; the baseline is zero, as in the paper."""
-ELSEWHERE = {"limit": 40}
+ELSEWHERE = {"limit": 30}
 """What is different in the runs on other sets."""
 ON = {"n_repetitions": 2, "conditions": ("unablated", "random_matched", "top_activation", "ablated")}
 """Keyword arguments of `evaluate` on other sets."""
-N_ON = 40
+N_ON = 30
 """Maximum number of questions of each set on which the neurons of the runs are ablated."""
 
 
@@ -102,7 +102,9 @@ def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.
             row: dict[str, Any] = {"baseline": baseline, "ablation": name, "n_found": len(found.neurons)}
             if found.neurons:
                 evaluation = tn.evaluate(model, questions, found.neurons, intervention=intervention, **ON)
-                damage = tn.measure_damage(model, found.neurons, prompts, intervention=intervention)
+                # a run measures the damage of zero-ablation
+                measured = found.damage if name == "zero" else None
+                damage = measured or tn.measure_damage(model, found.neurons, prompts, intervention=intervention)
                 row["accuracy"] = {key: round(r.accuracy, 4) for key, r in evaluation.conditions.items()}
                 row["answer_mass"] = {key: round(r.answer_mass, 4) for key, r in evaluation.conditions.items()}
                 row["damage"] = damage.to_dict()
@@ -198,11 +200,11 @@ def main() -> None:
     model = tn.load_model(arguments.model, dtype="float32")
     common = tn.load_questions("common_facts")
     others = load_sets(arguments.sets) if arguments.sets else []
-    runs = {"common_facts": find(model, common, arguments.runs / "common_facts")}
-    mean = find(model, common, arguments.runs / "common_facts_mean", baseline="mean")
-    runs |= {
+    elsewhere = {
         questions.name: find(model, questions, arguments.runs / questions.name, **ELSEWHERE) for questions in others
     }
+    mean = find(model, common, arguments.runs / "common_facts_mean", baseline="mean")
+    runs = {"common_facts": find(model, common, arguments.runs / "common_facts"), **elsewhere}
     asked = load_sets(["common_facts", *arguments.sets], limit=N_ON)
     overlap = runs["common_facts"].neurons & mean.neurons
     results: dict[str, Any] = {"model": Path(arguments.model).name, "machine": machine()}

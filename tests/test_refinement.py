@@ -44,6 +44,7 @@ class Functions:
     """An engine whose layers are functions of two neurons each: f = the sum over layers at the point of the row."""
 
     precision = torch.finfo(torch.float64).eps
+    layers: dict = {}  # noqa: RUF012 (all of them)
 
     def __init__(self, *layers: Callable[[Tensor], Tensor]) -> None:
         self.layers = layers
