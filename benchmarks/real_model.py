@@ -25,7 +25,7 @@ from tn_lens.pipeline.retest import load_sets, retest
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "real_model.md"
 SETTINGS = tn.Settings(
-    method="adaptive", limit=100, n_repetitions=3, controls=("random", "random_matched", "top_activation")
+    method="adaptive", limit=80, n_repetitions=3, controls=("random", "random_matched", "top_activation")
 )
 """Settings of the run on `common_facts`, those of `make demo-real`; the baseline is zero, as in the paper."""
 ELSEWHERE = {"limit": 30}
