@@ -10,7 +10,7 @@ demo: .venv/demo
 
 # Find the truth neurons of SmolLM2-135M-Instruct (93 MB) on common facts; a stopped run is continued.
 demo-real: .venv/real
-	.venv/bin/tn-lens run --model smollm2 --questions common_facts --method adaptive --limit 80 --repetitions 3 \
+	.venv/bin/tn-lens run --model smollm2 --questions common_facts --method adaptive --limit 120 --repetitions 3 \
 		--controls random random_matched top_activation --out runs/demo-real
 
 test: .venv/test docs

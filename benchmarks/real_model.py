@@ -25,14 +25,14 @@ from tn_lens.pipeline.retest import load_sets, retest
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "real_model.md"
 SETTINGS = tn.Settings(
-    method="adaptive", limit=80, n_repetitions=3, controls=("random", "random_matched", "top_activation")
+    method="adaptive", limit=120, n_repetitions=3, controls=("random", "random_matched", "top_activation")
 )
 """Settings of the run on `common_facts`, those of `make demo-real`; the baseline is zero, as in the paper."""
-ELSEWHERE = {"limit": 30}
+ELSEWHERE = {"limit": 100}
 """What is different in the runs on other sets."""
 ON = {"n_repetitions": 2, "conditions": ("unablated", "random_matched", "top_activation", "ablated")}
 """Keyword arguments of `evaluate` on other sets."""
-N_ON = 30
+N_ON = 60
 """Maximum number of questions of each set on which the neurons of the runs are ablated."""
 
 
