@@ -23,7 +23,7 @@ def run(path: Path) -> Any:
     os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of the results depend on the number of threads
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
     return clean(notebook)
 

