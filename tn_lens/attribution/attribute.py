@@ -91,9 +91,8 @@ def attribute(
     """
     check_model(model)
     prompts = PromptSet.of(prompts)
-    space = space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
+    space, layers = _space_and_layers(model, sites)
     _check_arguments(prompts, space, positions, max_memory, internal_batch_size)
-    layers = _layers_of(sites, space)
     attribution_method = check_method(method, n_steps, baseline, positions)
     control = error_control(method, n_steps, tolerance, max_nodes)
     is_refined = bool(control.get("tolerance"))
@@ -106,7 +105,7 @@ def attribute(
         model,
         prompts,
         engine_name,
-        n_places=sum(len(set(layers.get(site, range(space.n_layers)))) for site in space.sites) / space.n_layers,
+        n_places=sum(map(len, layers.values())) / space.n_layers,
         n_steps=N_INNER if is_refined else n_steps,
         is_refined=is_refined,
         max_memory=max_memory,
@@ -120,9 +119,8 @@ def attribute(
         return attribution_method.attribute(prepared, **options)
 
     results = _Results(model, prompts, space, len(targets))
-    size = results.fill(scores_of, planned)
-    about = {"engine": engine_name, "pass_size": size, "planned": planned}
-    return results.attribution(separate, tolerance=control.get("tolerance") or None, **about)
+    about = {"tolerance": control.get("tolerance") or None, "engine": engine_name, "planned": planned}
+    return results.attribution(separate, pass_size=results.fill(scores_of, planned), **about)
 
 
 class _Results:
@@ -203,13 +201,15 @@ def prepare(
     return Direct(model, prompts[0], sites, positions, layers)
 
 
-def _layers_of(sites: object, space: NeuronSpace) -> dict[SiteName, Sequence[int]]:
-    """The layers of each site to attribute, if only some are given."""
-    layers = dict(sites) if isinstance(sites, Mapping) else {}
-    for site, given in layers.items():
-        if not given or not all(type(layer) is int and 0 <= layer < space.n_layers for layer in given):
+def _space_and_layers(model: Model, sites: Any) -> tuple[NeuronSpace, dict[SiteName, set[int]]]:
+    """The neurons at the given sites, and the layers of each site to attribute."""
+    space = space_of(model, (sites,) if isinstance(sites, str) else tuple(sites))
+    every = range(space.n_layers)
+    chosen = dict(sites) if isinstance(sites, Mapping) else {}
+    for site, given in chosen.items():
+        if not given or not all(type(layer) is int and layer in every for layer in given):
             raise BadInput(f"expected one or more layers of {site!r} from 0 to {space.n_layers - 1}, got {given!r}")
-    return layers
+    return space, {site: set(chosen.get(site, every)) for site in space.sites}
 
 
 def space_of(model: Model, sites: Sequence[SiteName]) -> NeuronSpace:
