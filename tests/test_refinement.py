@@ -47,7 +47,7 @@ class Functions:
     layers: dict = {}  # noqa: RUF012 (all of them)
 
     def __init__(self, *layers: Callable[[Tensor], Tensor]) -> None:
-        self.layers = layers
+        self.functions = layers
         self.prompts = prompts_of([3])
         end = torch.tensor([1.0, 2.0], dtype=torch.float64)
         self.own = {"mlp": end.expand(1, len(layers), 1, 2).clone()}
@@ -55,7 +55,7 @@ class Functions:
         self.n_rows = 0
 
     def _at(self, points: Tensor) -> Tensor:
-        return torch.stack([layer(points[:, index]) for index, layer in enumerate(self.layers)], dim=1)
+        return torch.stack([layer(points[:, index]) for index, layer in enumerate(self.functions)], dim=1)
 
     def carry(self, place: Place, activation: Tensor) -> Tensor:
         return activation
@@ -76,7 +76,7 @@ class Functions:
         return final
 
     def baseline(self) -> dict[str, Tensor]:
-        return {"mlp": torch.zeros(len(self.layers), 2, dtype=torch.float64)}
+        return {"mlp": torch.zeros(len(self.functions), 2, dtype=torch.float64)}
 
 
 def value(logits: Tensor, prompt: Prompt) -> Tensor:

@@ -49,7 +49,7 @@ VERDICTS: Mapping[Verdict, str] = {
 
 MOST_WRONG = 200
 """Maximum number of wrongly answered questions that are attributed."""
-ROUGH = 6
+ROUGH = 12
 """Nodes of a place with found neurons in an adaptive method, relative to the 20 that are assumed for the size of chunks."""
 MOST_CASES = 64
 """Maximum number of prompts of half 2 for which both labels are attributed separately."""
