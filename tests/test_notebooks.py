@@ -144,7 +144,7 @@ def test_there_are_six_notebooks() -> None:
 
 
 def test_different_outputs_are_detected() -> None:
-    """The comparison detects differences in words, in numbers, in plots, and in the number of values."""
+    """The comparison detects differences in text, in numbers, in plots, and in the number of values."""
 
     def notebook(text: str, values: list[float]) -> Any:
         plot = {"data": [{"y": values, "type": "bar"}], "layout": {"title": {"text": "found 3"}}}

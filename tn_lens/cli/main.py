@@ -76,6 +76,7 @@ def run(
     """Find, test, ablate and plot the truth neurons of a model."""
     if out is None and not dry_run:
         raise BadInput("expected a run folder; give one with --out runs/NAME")
+    settings = Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
     with spinner(f"loading {model}"):
         # imported here, since torch and transformers take seconds, also for --help and errors in the arguments
         from transformers.utils import logging as hf_logging
@@ -90,9 +91,6 @@ def run(
         from tn_lens.runs.workers import workers
 
         hf_logging.disable_progress_bar()
-        settings = (
-            Settings(**given) if preset is None else Settings.preset(preset, **options.only_given(context, given))
-        )
         name, source = name_and_source(questions)
         with print_warnings():
             asked = load_questions(name, source=source)

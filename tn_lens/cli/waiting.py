@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 
 @contextmanager
@@ -13,12 +13,8 @@ def spinner(text: str) -> Iterator[None]:
     from rich.console import Console
     from rich.markup import escape
 
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(escape(text)):
+    # the rank that torchrun sets; `workers` would load torch
+    is_shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    with console.status(escape(text)) if is_shown else nullcontext():
         yield

@@ -50,7 +50,8 @@ VERDICTS: Mapping[Verdict, str] = {
 MOST_WRONG = 200
 """Maximum number of wrongly answered questions that are attributed."""
 ROUGH = 12
-"""Nodes of a place with found neurons in an adaptive method, relative to the 20 that are assumed for the size of chunks."""
+"""Cost of a site and layer with found neurons if it is refined, relative to the mean that `attribution_chunks` assumes: found
+neurons often lie in early layers, whose paths need many nodes."""
 MOST_CASES = 64
 """Maximum number of prompts of half 2 for which both labels are attributed separately."""
 
@@ -228,14 +229,13 @@ def attribute_columns(
 ) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
     """The scores of the given neurons only: D as "difference", and with `separate` also "right" and "wrong"."""
     wanted = ("difference", "right", "wrong") if separate else ("difference",)
-    method = options.get("method", "riemann_right")
+    is_refined = bool(METHODS[options.get("method", "riemann_right")].tolerance)
     sites = {
         site: sorted({neuron.layer for neuron in neurons.at(site)})
         for site in options.pop("sites", neurons.sites)
         if neurons.at(site)
     }
-    # the layers of found neurons are often those that need the most nodes
-    n_places = sum(map(len, sites.values())) * (3 if separate else 1) * (ROUGH if METHODS[method].tolerance else 1)
+    n_places = sum(map(len, sites.values())) * len(wanted) * (ROUGH if is_refined else 1)
     chunks = attribution_chunks(model, prompts, n_places)
 
     def compute(index: int) -> Tensors:

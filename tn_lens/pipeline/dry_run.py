@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
 
 from tn_lens.attribution.attribute import attribute
+from tn_lens.attribution.methods import METHODS
 from tn_lens.core.sentences import say
 from tn_lens.core.settings import Settings
 from tn_lens.evaluation.text import plain_texts, text_loss
@@ -67,16 +69,15 @@ def plan_run(
     check = manipulation_check(model, prompts.sample(N_PROBES, settings.seed))
     probe = check.prompts or check.asked
     kept = len(probe) / len(check.asked)
-    per_attribution = _seconds_each(lambda part: attribute(model, part, **settings.of_attribution()), probe)
-    per_answer = _seconds_each(lambda part: ask(model, part), reporting)
+    per_attribution = _seconds_each(partial(attribute, model, **settings.of_attribution()), probe)
+    per_answer = _seconds_each(partial(ask, model), reporting)
     n_attributed = kept * len(prompts)
-    if settings.method != "adaptive":
+    if METHODS[settings.method].tolerance == 0:  # a rule, of which a run checks the convergence
         n_attributed += CONVERGING * min(settings.convergence_sample, n_attributed)
     n_conditions = 2 + len(settings.controls) * settings.n_repetitions
     seconds = per_attribution * n_attributed
     if has_loss(model, settings, None):
-        texts = plain_texts(model)
-        loss = _seconds_each(lambda part: text_loss(model, texts), check.asked.chunks(1)[0])
+        loss = _seconds(lambda: text_loss(model, plain_texts(model)))
         seconds += SETS_DAMAGED * (loss + N_PROBES * per_answer)
         n_conditions += 2  # without damage neurons
     seconds += per_answer * (len(prompts) + n_conditions * len(reporting))
@@ -96,12 +97,16 @@ def _seconds_each(act: Callable[[PromptSet], object], prompts: PromptSet) -> flo
     n = 1
     while True:
         part = prompts.only(questions[:n])  # whole questions, since some methods compare their orders
-        started = time.perf_counter()
-        act(part)
-        seconds = time.perf_counter() - started
+        seconds = _seconds(partial(act, part))
         if n >= len(questions) or (n > 1 and seconds > ENOUGH / 3) or seconds > ENOUGH:
             return seconds / len(part)
         n *= 2
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
 
 
 def _memory(model: Model) -> int:
