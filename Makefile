@@ -9,9 +9,8 @@ demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
 
 # Find the truth neurons of SmolLM2-135M-Instruct (93 MB) on common facts; a stopped run is continued.
-# Two workers with one thread each are faster than one worker with two threads.
 demo-real: .venv/real
-	OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 -m tn_lens run --model smollm2 \
+	.venv/bin/tn-lens run --model smollm2 \
 		--questions common_facts --method adaptive --limit 120 --repetitions 3 \
 		--controls random random_matched top_activation --out runs/demo-real
 
