@@ -101,7 +101,7 @@ def test_the_set_is_the_same_everywhere() -> None:
     assert (
         QUESTIONS.digest
         == tn.load_questions("common_facts").digest
-        == "caf47c3c107b68e9c6f335dcce65f2f691b1b47c322af69846a29c93574fe36f"
+        == "e5c866ed78c11dc5d47657d3e6135724be5116e1a99469b2a85c948ff367f79f"
     )
 
 

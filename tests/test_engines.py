@@ -201,10 +201,10 @@ def test_out_of_memory_while_the_prompts_are_run_takes_fewer_of_them(monkeypatch
     whole = attribute(model, prompts, n_steps=3)
     real = shared_prefix.SharedPrefix.__init__
 
-    def small(self: shared_prefix.SharedPrefix, model: Model, prompts: list[Prompt], sites: Any) -> None:
+    def small(self: shared_prefix.SharedPrefix, model: Model, prompts: list[Prompt], *places: Any) -> None:
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("on purpose")
-        real(self, model, prompts, sites)
+        real(self, model, prompts, *places)
 
     monkeypatch.setattr(shared_prefix.SharedPrefix, "__init__", small)
     with pytest.warns(UserWarning, match=r"smaller passes \(prompts: 2, rows: 24\)"):
@@ -230,7 +230,7 @@ def test_the_budget_changes_chunks_and_not_scores(budget: int) -> None:
 
 def test_plans_grow_with_the_budget_and_nothing_else() -> None:
     model = styled("gpt2")
-    plans = [shared_prefix.plan(model, 100, 2, 20, budget) for budget in (1, 10**6, 10**7, 10**8, 10**10)]
+    plans = [shared_prefix.plan(model, 100, 6, 20, budget) for budget in (1, 10**6, 10**7, 10**8, 10**10)]
     assert plans[0] == (1, 1)
     assert plans == sorted(plans)
     assert plans[-1] == (16, 126)

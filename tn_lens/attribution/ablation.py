@@ -73,7 +73,7 @@ def ablation_effects(
         model,
         prompts,
         engine_name,
-        n_places=len(space.sites),
+        n_places=space.n_layers * len(space.sites),
         n_steps=len(neurons) // (space.n_layers * len(space.sites)),
         max_memory=max_memory,
         internal_batch_size=internal_batch_size,

@@ -54,14 +54,14 @@ def unsupported(model: Model) -> str | None:
 
 
 def plan(
-    model: Model, n_tokens: int, n_places: float, n_steps: int, max_memory: int, *, is_refined: bool = False
+    model: Model, n_tokens: int, n_places: int, n_steps: int, max_memory: int, *, is_refined: bool = False
 ) -> PassSize:
     """Number of prompts and rows in one pass, from the shapes of the model and the budget, never from free memory.
 
     Args:
         model: the model.
         n_tokens: number of tokens of the longest prompt.
-        n_places: mean number of attributed sites in one layer.
+        n_places: number of attributed pairs of a site and a layer.
         n_steps: number of steps.
         max_memory: maximum memory of one pass in bytes, without the weights. It is compared with estimates of what the
             backward pass keeps and of what the pass over the prompts requires.
@@ -71,7 +71,7 @@ def plan(
     backend = backend_of(model)
     space, size = backend.space, backend.dtype.itemsize
     # one more row at each place for the baseline; the common end of all paths is not one of the steps if they are refined
-    n_rows = round(space.n_layers * n_places) * (n_steps + 1) + is_refined
+    n_rows = n_places * (n_steps + 1) + is_refined
     # the rows are divided evenly among the passes; of few steps, more layers run together
     layers_per_pass = LAYERS_PER_PASS * max(1, STEPS // max(1, n_steps))
     n_rows = math.ceil(n_rows / math.ceil(space.n_layers / layers_per_pass))
