@@ -223,6 +223,27 @@ def test_a_silent_worker_is_dead_after_a_while(monkeypatch: pytest.MonkeyPatch) 
         first.wait()
 
 
+def test_a_worker_that_exits_while_its_heartbeat_is_in_the_store_does_not_abort(tmp_path: Path) -> None:
+    script = tmp_path / "exits.py"
+    script.write_text(
+        "import contextlib, time\n"
+        "from datetime import timedelta\n"
+        "import torch.distributed as dist\n"
+        "from tn_lens.runs import workers\n"
+        "class Slow(dist.TCPStore):\n"
+        "    def set(self, key, value):\n"
+        "        with contextlib.suppress(RuntimeError):\n"
+        "            self.wait(['never set'], timedelta(milliseconds=5))\n"
+        "workers.BEAT = 0.0\n"
+        "store = Slow('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "workers.Workers(0, 2, 0, store).start_heartbeat()\n"
+        "time.sleep(0.1)\n"
+        "print('done')\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_only_one_worker_says_why_the_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PATIENCE", 0.1)
     first, second = pair()

@@ -6,6 +6,7 @@ chunks; if a worker dies or fails, the others raise `WorkerLost`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -48,6 +49,8 @@ class Workers:
     store: Any = None
     """Key-value store of torch.distributed, through which the workers synchronize."""
     meetings: Any = field(default_factory=count)
+    ending: threading.Event = field(default_factory=threading.Event)
+    """Set when the process exits, so that the heartbeat stops."""
 
     @property
     def is_first(self) -> bool:
@@ -172,13 +175,26 @@ class Workers:
             "continue"
         )
 
+    def start_heartbeat(self) -> None:
+        """Tell the other workers every `BEAT` seconds, from a thread, that this one is alive."""
+        thread = threading.Thread(target=self._beat, daemon=True)
+        thread.start()
+
+        # at the end of the process the interpreter kills daemon threads, and killing one inside the store aborts the process
+        def stop() -> None:
+            self.ending.set()
+            thread.join(PATIENCE)
+
+        atexit.register(stop)
+
     def _beat(self) -> None:
         for number in count(1):
             try:
                 self.store.set(f"beat/{self.rank}", str(number))
             except (RuntimeError, OSError):
                 return
-            time.sleep(BEAT)
+            if self.ending.wait(BEAT):
+                return
 
     def _terminated(self, *signal_and_frame: Any) -> None:
         """Handle SIGTERM. Torchrun terminates all workers when one has died; report it if it ran on this machine."""
@@ -222,7 +238,7 @@ def workers() -> Workers:
     store.set_timeout(timedelta(seconds=SILENCE))
     joined = Workers(rank, n_workers, local_rank, store)
     store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
-    threading.Thread(target=joined._beat, daemon=True).start()
+    joined.start_heartbeat()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, joined._terminated)
     return joined
