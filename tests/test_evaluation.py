@@ -37,7 +37,8 @@ from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tables import group_means, table1, table2
 from tn_lens.evaluation.text import plain_texts, text_loss
 from tn_lens.inference.answers import ask
-from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches, prefix_groups
+from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches
+from tn_lens.inference.prefixes import Group, prefix_groups
 from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.inference.manipulation import is_right
 from tn_lens.models import Model, build_model, neuron_space
@@ -79,14 +80,14 @@ SHAPED = [pytest.param(name, marks=needs_hooked) for name in ("gpt2", "neo", "ne
 def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Model]) -> None:
     model = tiny(name, torch.float32) if name in PAPER_MODELS else shaped(name)
     rows = torch.randint(4, 280, (32, 30), generator=torch.Generator().manual_seed(3)).tolist()
-    opening, other = rows[0][:12], rows[1][:20]
-    tokens = [[*(opening if i % 2 else other), *row[: 5 + i % 9]] for i, row in enumerate(rows)]
+    openings = [rows[0][:12], rows[1][:20], rows[2][:12]]
+    tokens = [[*openings[i % 3], *row[: 5 + i % 9]] for i, row in enumerate(rows)]
     prompts = [
         Prompt(token_ids=tuple(ids), label_ids=((5, 6), (7,)), right=0, question=str(i), start=len(ids) - 4)
         for i, ids in enumerate(tokens)
     ]
     groups = prefix_groups(prompts)
-    assert sorted(g.n_shared for g in groups) == [12, 20]
+    assert [(g.n_shared, len(g.families)) for g in groups] == [(12, 2), (20, 1)]
     assert sorted(row for g in groups for row in g.rows) == list(range(32))
     neurons = random_neurons(neuron_space(model), 40, NeuronSet(), np.random.default_rng(1))
     interventions: list[tuple[NeuronSet, Intervention]] = [
@@ -144,6 +145,43 @@ def test_prompts_with_nothing_in_common_are_run_whole() -> None:
     prompts = [Prompt(token_ids=(i, 1, 2), label_ids=((5,), (7,)), right=0, question=str(i)) for i in range(40)]
     assert [(len(g.rows), g.n_shared) for g in prefix_groups(prompts)] == [(40, 0)]
     assert prefix_groups([]) == []
+
+
+def n_tokens_run(groups: list[Group], prompts: list[Prompt]) -> int:
+    own = sum(len(prompts[row].token_ids) - g.n_shared for g in groups for row in g.rows)
+    return own + sum(g.n_shared * len(g.families) for g in groups)
+
+
+def test_prefixes_of_one_length_run_together() -> None:
+    """Completions of several templates: each template is run once, and all templates of one length in one batch."""
+    templates = [(1, 10 + n, 20 + n, *range(30, 30 + n % 2)) for n in range(6)]
+    rows = [(*template, 100 + subject, 2) for template in templates for subject in range(25)]
+    prompts = [replace(prompt(n, 0), token_ids=ids) for n, ids in enumerate(rows)]
+    groups = prefix_groups(prompts)
+    assert [(g.n_shared, len(g.families), len(g.rows)) for g in groups] == [(3, 3, 75), (4, 3, 75)]
+    assert n_tokens_run(groups, prompts) == 3 * 3 + 3 * 4 + 150 * 2
+    # where a further pass is expensive, one length has to do
+    assert [(g.n_shared, len(g.families)) for g in prefix_groups(prompts, "cuda")] == [(0, 1)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prefixes_save_tokens_and_are_those_of_their_prompts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for n in range(60):
+        ids = tuple(rng.integers(0, 2, size=rng.integers(1, 14)).tolist())
+        prompts.append(replace(prompt(n, 0), token_ids=ids, start=int(rng.integers(0, len(ids)))))
+    for length in (None, 3):  # questions that begin anywhere, or at one position
+        rows = prompts if length is None else [replace(each, start=length) for each in prompts]
+        groups = prefix_groups(rows)
+        assert sorted(row for g in groups for row in g.rows) == list(range(60))
+        assert len({g.n_shared for g in groups}) == len(groups)
+        for g in groups:
+            for family in g.families:
+                assert len({(rows[row].token_ids[: g.n_shared], min(rows[row].start, g.n_shared)) for row in family}) == 1
+                assert all(len(rows[row].token_ids) > g.n_shared for row in family)
+                assert all(g.prefix_of[row] == g.families.index(family) for row in family)
+        assert n_tokens_run(groups, rows) <= sum(len(each.token_ids) for each in rows)
 
 
 def test_the_question_begins_where_it_begins(toy: Model, shared: Path) -> None:

@@ -1,7 +1,7 @@
 """Batched forward passes over many prompts that run common prefixes once.
 
-Prompts of one template begin with the same tokens. The common prefix of a group is run once, and each row continues from the
-frozen keys and values. Rows of similar length are batched with padding on the right, which causal attention masks, and only
+Prompts of one template begin with the same tokens. Common prefixes are run once, and each row continues from the frozen keys and
+values. Rows of similar length are batched with padding on the right, which causal attention masks, and only
 the position that is read is unembedded.
 """
 
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tn_lens.core.options import Where
+from tn_lens.inference.prefixes import Group, prefix_groups
 from tn_lens.models import Hooks, Model, backend_of
+from tn_lens.models.backend import Backend
 from tn_lens.questions.prompts import Prompt, PromptSet
 from tn_lens.runs.chunks import PROMPTS_ASKED
 
@@ -27,10 +30,6 @@ LEAST_TOKENS = 256
 """Number of tokens that suffices for efficient matrix products. Larger batches are split rather than padded by more than
 `PADDING`."""
 PADDING = 1.1
-LEAST_SHARED = 8
-"""Minimum number of tokens of a common prefix that is run separately."""
-LEAST_ROWS = 16
-"""Minimum number of prompts in a separate group, so that its batches stay large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +66,6 @@ class Layout:
                 return place >= self.starts[:, None]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Prompts that begin with the same tokens."""
-
-    rows: list[int]
-    n_shared: int
-
-
 @torch.no_grad()
 def prompt_logits(
     model: Model,
@@ -97,37 +88,51 @@ def prompt_logits(
         Indices of the prompts of a batch, and their logits.
     """
     backend = backend_of(model)
-    device = backend.device
     shareable = share_prefix and not backend.unshareable
-    groups = prefix_groups(prompts) if shareable else [Group(list(range(len(prompts))), 0)]
-    for group in groups:
-        shared = prompts[group.rows[0]].token_ids[: group.n_shared]
-        prefix = None
-        if group.n_shared:
-            layout = Layout(
-                rows=(),
-                first=0,
-                n_columns=group.n_shared,
-                lengths=torch.tensor([1 + max(len(prompts[row].token_ids) for row in group.rows)], device=device),
-                starts=torch.tensor([prompts[group.rows[0]].start], device=device),
-            )
-            with backend.hooks(hooks(layout) if hooks else []):
-                # interventions act on the common prefix as well
-                prefix = backend.run_prefix(torch.tensor([shared], device=device))
-        for batch in batches([prompts[row] for row in group.rows], max_tokens, group.n_shared):
-            rows = [group.rows[index] for index in batch]
-            tokens = pad_right([prompts[row].token_ids[group.n_shared :] for row in rows]).to(device)
-            lengths = torch.tensor([len(prompts[row].token_ids) for row in rows], device=device)
-            layout = Layout(
-                rows=tuple(rows),
-                first=group.n_shared,
-                n_columns=tokens.shape[1],
-                lengths=lengths,
-                starts=torch.tensor([prompts[row].start for row in rows], device=device),
-            )
-            with backend.hooks(hooks(layout) if hooks else []):
-                logits = backend.last_logits(tokens, places=lengths - group.n_shared - 1, prefix=prefix)
-            yield rows, logits
+    whole = [Group((tuple(range(len(prompts))),), 0)]
+    for group in prefix_groups(prompts, backend.device.type) if shareable else whole:
+        # as many prefixes together as fit into one batch
+        for families in batches_of([group.n_shared] * len(group.families), max_tokens):
+            part = Group(tuple(group.families[index] for index in families), group.n_shared)
+            yield from _group_logits(backend, prompts, part, hooks or (lambda _: []), max_tokens)
+
+
+def _group_logits(
+    backend: Backend, prompts: Sequence[Prompt], group: Group, hooks: Callable[[Layout], Hooks], max_tokens: int
+) -> Iterator[tuple[list[int], Float[Tensor, "row vocab"]]]:
+    """Logits at the last position of the prompts of one group."""
+    n_shared, prefix_of = group.n_shared, group.prefix_of
+    tensor = partial(torch.tensor, device=backend.device)
+    continued = None
+    if n_shared:
+        firsts = [prompts[family[0]] for family in group.families]
+        layout = Layout(
+            rows=(),
+            first=0,
+            n_columns=n_shared,
+            lengths=tensor([n_shared + 1] * len(firsts)),  # the last position is not part of a prefix
+            starts=tensor([prompt.start for prompt in firsts]),
+        )
+        # interventions act on the common prefixes as well
+        with backend.hooks(hooks(layout)):
+            continued = backend.run_prefixes(tensor([prompt.token_ids[:n_shared] for prompt in firsts]))
+    # rows share the keys and values of a single prefix, but have copies of those of several
+    n_cached = n_shared if len(group.families) == 1 else 0
+    for batch in batches([prompts[row] for row in group.rows], max_tokens, n_cached):
+        rows = [group.rows[index] for index in batch]
+        tokens = pad_right([prompts[row].token_ids[n_shared:] for row in rows]).to(backend.device)
+        lengths = tensor([len(prompts[row].token_ids) for row in rows])
+        layout = Layout(
+            rows=tuple(rows),
+            first=n_shared,
+            n_columns=tokens.shape[1],
+            lengths=lengths,
+            starts=tensor([prompts[row].start for row in rows]),
+        )
+        cache = continued(tensor([prefix_of[row] for row in rows])) if continued else None
+        with backend.hooks(hooks(layout)):
+            logits = backend.last_logits(tokens, places=lengths - n_shared - 1, cache=cache)
+        yield rows, logits
 
 
 def asked_chunks(model: Model, prompts: PromptSet) -> tuple[PromptSet, ...]:
@@ -135,47 +140,6 @@ def asked_chunks(model: Model, prompts: PromptSet) -> tuple[PromptSet, ...]:
     mean_length = sum(len(prompt.token_ids) for prompt in prompts) / max(len(prompts), 1)
     # two operations per weight and token
     return prompts.chunks(backend_of(model).chunk_size(PROMPTS_ASKED, 2 * mean_length or 1))
-
-
-def prefix_groups(prompts: Sequence[Prompt]) -> list[Group]:
-    """Group prompts by common prefixes where this saves tokens, for example by the few-shot examples of a subject."""
-    if not prompts:
-        return []
-    return _split(sorted(range(len(prompts)), key=lambda row: prompts[row].token_ids), prompts, 0)[1]
-
-
-def _split(rows: list[int], prompts: Sequence[Prompt], known: int) -> tuple[int, list[Group]]:
-    """Number of tokens to run, and the groups. `rows` are sorted by token ids, and the first `known` tokens are equal."""
-    token_ids = [prompts[row].token_ids for row in rows]
-    first, last = token_ids[0], token_ids[-1]  # sorted, so these two share the fewest tokens
-    most = min(map(len, token_ids)) - 1  # at least one token must be left to run
-    # an intervention from the start of the question must not begin inside a common prefix
-    starts = {prompts[row].start for row in rows}
-    n_shared = min(known, most)
-    while n_shared < most and first[n_shared] == last[n_shared]:
-        n_shared += 1
-    n_shared = min([n_shared, *starts]) if len(starts) > 1 else n_shared
-    if n_shared < LEAST_SHARED or len(rows) < 2:
-        n_shared = 0
-    together = n_shared + sum(len(ids) - n_shared for ids in token_ids)
-    parts: list[list[int]] = []
-    for row, ids in zip(rows, token_ids, strict=True):
-        after = ids[n_shared : n_shared + 1]
-        if not parts or prompts[parts[-1][0]].token_ids[n_shared : n_shared + 1] != after:
-            parts.append([])
-        parts[-1].append(row)
-    rest = [row for part in parts if len(part) < LEAST_ROWS for row in part]
-    large = [part for part in parts if len(part) >= LEAST_ROWS]
-    if not large or len(parts) == 1:
-        return together, [Group(rows, n_shared)]
-    split = [_split(part, prompts, n_shared + 1) for part in large]
-    apart = sum(cost for cost, _ in split)
-    if rest:
-        apart += n_shared + sum(len(prompts[row].token_ids) - n_shared for row in rest)
-    if apart >= together:
-        return together, [Group(rows, n_shared)]
-    groups = [group for _, groups in split for group in groups]
-    return apart, groups + ([Group(rest, n_shared)] if rest else [])
 
 
 def batches(prompts: Sequence[Prompt], max_tokens: int, n_shared: int = 0) -> Iterator[list[int]]:

@@ -31,8 +31,8 @@ Hooks = list[tuple[str, Callable[..., Any]]]
 The hook point's `name` is the name given here. A function that returns None leaves the activation unchanged.
 """
 
-Prefix = Callable[[int], Any]
-"""Frozen keys and values of one row that other rows continue: number of rows -> cache for their pass, without copies."""
+Prefixes = Callable[[Int[Tensor, " row"]], Any]
+"""Frozen keys and values of prefixes that rows continue: index of the prefix of each row -> cache for a pass of the rows."""
 
 TokenRows = Int[Tensor, "row column"]
 """Token ids, or a mask of them with 0 at padding and 1 elsewhere."""
@@ -237,13 +237,14 @@ class Backend(ABC):
             BadInput: the model has no such hook point.
         """
 
+    @abstractmethod
     def last_logits(
         self,
         tokens: TokenRows,
         *,
         mask: TokenRows | None = None,
         places: Int[Tensor, " row"] | None = None,
-        prefix: Prefix | None = None,
+        cache: Any = None,
     ) -> Float[Tensor, "row vocab"]:
         """Logits at one position of every row, in at least float32.
 
@@ -251,14 +252,8 @@ class Backend(ABC):
             tokens: rows padded on the left, with a mask, or on the right, where causal attention hides the padding.
             mask: 0 at padding on the left, 1 elsewhere.
             places: column to read in each row. Default: the last column.
-            prefix: cached positions that precede every row.
+            cache: keys and values of the positions that precede the rows, from `run_prefixes` or `empty_cache`.
         """
-        # each model class has its own cache
-        return self._last_logits(tokens, mask, places, None if prefix is None else prefix(len(tokens)))
-
-    @abstractmethod
-    def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
-        """Implement `last_logits`, given a cache with the same number of rows as `tokens`."""
 
     @abstractmethod
     def all_logits(self, tokens: TokenRows, *, start: int = 0) -> Float[Tensor, "row _ vocab"]:
@@ -288,7 +283,7 @@ class Backend(ABC):
         cache = None if self.unshareable else self.empty_cache()
         tokens, written = list(ids), list[int]()
         while len(written) < n_tokens:
-            logits = self._last_logits(torch.tensor([tokens], device=self.device), None, None, cache)
+            logits = self.last_logits(torch.tensor([tokens], device=self.device), cache=cache)
             written.append(int(logits[0].argmax()))
             if written[-1] in self.end_ids:
                 return written[:-1]
@@ -296,8 +291,8 @@ class Backend(ABC):
         return written
 
     @abstractmethod
-    def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
-        """Run the common beginning of several rows and cache it for `last_logits`."""
+    def run_prefixes(self, tokens: Int[Tensor, "prefix column"]) -> Prefixes:
+        """Run beginnings of rows and cache them for `last_logits`. The rows view a single prefix, and copy one of several."""
 
     @abstractmethod
     def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
+from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefixes, Siblings, TokenRows
 from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
 from tn_lens.models.comparison import probe_tokens, reject_bidirectional
@@ -28,6 +28,7 @@ from tn_lens.models.tensors import (
     causal_mask,
     reject_rotated,
     replace_methods,
+    rows_of,
     sibling_mask,
 )
 from tn_lens.models.unembedding import wide_linear
@@ -174,7 +175,9 @@ class Bridge(Backend):
                 handle.hook.remove()
                 point.fwd_hooks.remove(handle)
 
-    def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
+    def last_logits(
+        self, tokens: TokenRows, *, mask: TokenRows | None = None, places: Any = None, cache: Any = None
+    ) -> Float[Tensor, "row vocab"]:
         past = {} if cache is None else {"past_key_values": cache}
         padding = {} if mask is None else self._padding_options(mask)
         if places is None:
@@ -191,13 +194,13 @@ class Bridge(Backend):
     def empty_cache(self) -> DynamicCache:
         return DynamicCache()
 
-    def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
+    def run_prefixes(self, tokens: Int[Tensor, "prefix column"]) -> Prefixes:
         cache = self.empty_cache()
         # the logits are not used, so only one position is unembedded
         with self._unembed_only(torch.zeros_like(tokens[:, :1])):
             self._logits(tokens, past_key_values=cache, use_cache=True)
-        # views of [1, head, prefix, d_head] as [row, head, prefix, d_head]
-        return lambda n_rows: frozen_cache(cache, lambda value: value.expand(n_rows, -1, -1, -1))
+        # [prefix, head, position, d_head] -> [row, head, position, d_head]
+        return lambda index: frozen_cache(cache, lambda value: rows_of(value, index))
 
     def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:
         return BridgeSiblings(self, tokens, mask, names, can_join=self.sharing.can_join)

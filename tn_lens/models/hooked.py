@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig, Transfo
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from tn_lens.core.errors import BadInput
-from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefix, Siblings, TokenRows
+from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefixes, Siblings, TokenRows
 from tn_lens.models.comparison import NOT_CAUSAL
 from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask
 from tn_lens.models.tensors import (
@@ -25,6 +25,7 @@ from tn_lens.models.tensors import (
     ordinary,
     reject_rotated,
     replace_methods,
+    rows_of,
     visible_prefix,
 )
 from tn_lens.models.unembedding import wide_linear
@@ -171,7 +172,9 @@ class Hooked(Backend):
             lambda stream: unembed.hook_out(wide_linear(unembed.hook_in(stream), unembed.W_U.T, unembed.b_U)),
         )
 
-    def _last_logits(self, tokens: TokenRows, mask: TokenRows | None, places: Any, cache: Any) -> Tensor:
+    def last_logits(
+        self, tokens: TokenRows, *, mask: TokenRows | None = None, places: Any = None, cache: Any = None
+    ) -> Float[Tensor, "row vocab"]:
         residual = self.model(
             tokens,
             # always passed, since TransformerLens otherwise infers padding from the tokens
@@ -188,28 +191,26 @@ class Hooked(Backend):
         mask, n_layers = torch.ones_like(tokens), self.model.cfg.n_layers
         return self.unembed(self.model(tokens, attention_mask=mask, stop_at_layer=n_layers)[:, start:])
 
-    def empty_cache(self) -> TransformerLensKeyValueCache:
-        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, 1)
+    def empty_cache(self, n_rows: int = 1) -> TransformerLensKeyValueCache:
+        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, n_rows)
 
-    def run_prefix(self, tokens: Int[Tensor, "1 column"]) -> Prefix:
-        cfg, cache = self.model.cfg, self.empty_cache()
+    def run_prefixes(self, tokens: Int[Tensor, "prefix column"]) -> Prefixes:
+        cfg, cache = self.model.cfg, self.empty_cache(len(tokens))
         self.model(tokens, attention_mask=torch.ones_like(tokens), past_kv_cache=cache, stop_at_layer=cfg.n_layers)
 
-        def expand(n_rows: int) -> TransformerLensKeyValueCache:
-            expanded = TransformerLensKeyValueCache(
+        def continued(index: Int[Tensor, " row"]) -> TransformerLensKeyValueCache:
+            kept = TransformerLensKeyValueCache(
                 entries=[
-                    # views of [1, position, head, d_head] as [row, position, head, d_head]
-                    type(entry)(
-                        entry.past_keys.expand(n_rows, -1, -1, -1), entry.past_values.expand(n_rows, -1, -1, -1)
-                    )
+                    # [prefix, position, head, d_head] -> [row, position, head, d_head]
+                    type(entry)(rows_of(entry.past_keys, index), rows_of(entry.past_values, index))
                     for entry in cache.entries
                 ],
-                previous_attention_mask=cache.previous_attention_mask.expand(n_rows, -1),
+                previous_attention_mask=rows_of(cache.previous_attention_mask, index),
             )
-            expanded.freeze()
-            return expanded
+            kept.freeze()
+            return kept
 
-        return expand
+        return continued
 
     def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:
         return HookedSiblings(self, tokens, mask, names)

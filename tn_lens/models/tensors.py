@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tn_lens.core.errors import BadInput
@@ -44,6 +44,11 @@ def replace_methods(replacements: Iterable[Replacement]) -> Iterator[None]:
                 del attributes[name]
             else:
                 attributes[name] = original
+
+
+def rows_of(value: Shaped[Tensor, "prefix *_"], index: Int[Tensor, " row"]) -> Shaped[Tensor, "row *_"]:
+    """The row of `value` at each index; a view if there is only one."""
+    return value.expand(len(index), *value.shape[1:]) if len(value) == 1 else value[index]
 
 
 def ordinary(tensor: Tensor) -> Tensor:
