@@ -25,7 +25,7 @@ from tn_lens.core.settings import DAMAGE_BOUND
 from tn_lens.core.stored import Stored
 from tn_lens.evaluation.evaluate import draw_sets
 from tn_lens.evaluation.result import Evaluation
-from tn_lens.evaluation.text import Text, encode_texts, plain_texts, text_loss
+from tn_lens.evaluation.text import Text, encode_texts, loss_of_rows, plain_texts
 from tn_lens.inference.answers import ZERO, ask
 from tn_lens.inference.interventions import Intervention
 from tn_lens.models import Model, backend_of, neuron_space
@@ -228,7 +228,8 @@ class _Measurements(dict[NeuronSet, _Measured]):
     def __init__(self, model: Model, texts: Sequence[Text], prompts: PromptSet, intervention: Intervention) -> None:
         super().__init__()
         self.model, self.texts, self.prompts, self.intervention = model, texts, prompts, intervention
-        rows = [*(ids for _, ids in encode_texts(model, texts)), *(prompt.token_ids for prompt in prompts)]
+        self.encoded = encode_texts(model, texts)
+        rows = [*(ids for _, ids in self.encoded), *(prompt.token_ids for prompt in prompts)]
         self.n_tokens = sum(map(len, rows))
         self.n_calls = 0
 
@@ -255,7 +256,7 @@ class _Measurements(dict[NeuronSet, _Measured]):
     def _measure(self, neurons: NeuronSet) -> _Measured:
         acting = {"neurons": neurons, "intervention": self.intervention}
         answers = ask(self.model, self.prompts, **acting)
-        return _Measured(text_loss(self.model, self.texts, **acting), float(answers.sum(-1).double().mean()))
+        return _Measured(loss_of_rows(self.model, self.encoded, **acting), float(answers.sum(-1).double().mean()))
 
 
 def _parts(neurons: NeuronSet) -> dict[str, NeuronSet]:

@@ -18,7 +18,7 @@ from tn_lens.core.seeds import generator
 from tn_lens.evaluation.controls import CONTROLS, Activity
 from tn_lens.evaluation.metrics import check_metrics, metric_values
 from tn_lens.evaluation.result import Evaluation
-from tn_lens.evaluation.text import Text, text_loss
+from tn_lens.evaluation.text import Text, encode_texts, loss_of_rows
 from tn_lens.inference.answers import ZERO, Asking, ask_each
 from tn_lens.inference.interventions import Intervention, Mean, intervention_called
 from tn_lens.inference.means import mean_activations
@@ -175,9 +175,10 @@ def _losses(
     model: Model, texts: Sequence[Text], sets: Sequence[NeuronSet], intervention: Intervention
 ) -> dict[NeuronSet, float]:
     """The loss on plain text with each set of neurons ablated."""
+    encoded = encode_texts(model, texts)
 
     def compute(index: int) -> Tensors:
-        loss = text_loss(model, texts, neurons=sets[index], intervention=intervention)
+        loss = loss_of_rows(model, encoded, neurons=sets[index], intervention=intervention)
         return {"loss": torch.tensor(loss, dtype=torch.float64)}
 
     keys = [chunk_key("loss", texts, neurons, intervention) for neurons in sets]

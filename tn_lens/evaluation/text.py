@@ -39,8 +39,12 @@ def text_loss(
         BadInput: there is no token to predict, the model has no tokenizer, or the intervention needs prompts or acts at some
             positions only.
     """
+    return loss_of_rows(model, encode_texts(model, texts), neurons=neurons, intervention=intervention)
+
+
+def loss_of_rows(model: Model, encoded: Sequence[Row], *, neurons: NeuronSet, intervention: Intervention) -> float:
+    """The same for encoded texts, for callers that measure many sets of neurons on them."""
     check_acts_on_any_text(intervention, "loss on plain text")
-    encoded = encode_texts(model, texts)
     count = sum(len(ids) - first for first, ids in encoded)
     return -sum(summed_log_probabilities(model, encoded, neurons=neurons, intervention=intervention)) / count
 
