@@ -1,15 +1,17 @@
-"""Compare scores and found neurons in bfloat16 and float16 with those in float32: `python benchmarks/precision.py`.
+"""Compare scores, found neurons and speed in bfloat16 and float16 with those in float32: `python benchmarks/precision.py`.
 
-The model is the embedded one, and all dtypes use the same questions. Writes precision.json.
+All dtypes use the same questions: those of the toy world for the embedded model, and `common_facts` for other models
+(`--model smollm2 --prompts 24`). Writes the rows of the model to precision.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
+from measuring import machine, timed
 
 from tn_lens import attribute, build_prompts, load_model, load_questions, manipulation_check, select_neurons
 from tn_lens.neurons import NEURON_SITES
@@ -19,13 +21,30 @@ RESULTS = Path(__file__).with_suffix(".json")
 
 def main() -> None:
     """Measure, and write the results."""
-    exact = load_model("toy", dtype="float32")
-    prompts = manipulation_check(exact, build_prompts(exact, load_questions("toy").part("find"), order="both")).prompts
-    reference = attribute(exact, prompts)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="toy")
+    parser.add_argument("--prompts", type=int, help="maximum number of questions; by default all")
+    parser.add_argument("--method", default="riemann_right")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    given = parser.parse_args()
+    exact = load_model(given.model, dtype="float32")
+    questions = load_questions("toy" if given.model == "toy" else "common_facts").part("find")
+    if given.prompts:
+        questions = questions[:: max(1, len(questions) // given.prompts)][: given.prompts]
+    prompts = manipulation_check(exact, build_prompts(exact, questions, order="both")).prompts
+    reference, seconds = timed(lambda: attribute(exact, prompts, method=given.method))
     rows = []
-    for dtype in ("bfloat16", "float16"):
-        scores = attribute(load_model("toy", dtype=dtype), prompts)
-        row: dict[str, object] = {"dtype": dtype, "n_prompts": len(prompts)}
+    for dtype in given.dtypes:
+        model = load_model(given.model, dtype=dtype)
+        scores, rounded_seconds = timed(lambda model=model: attribute(model, prompts, method=given.method))
+        row: dict[str, object] = {
+            "model": given.model,
+            "method": given.method,
+            "dtype": dtype,
+            "n_prompts": len(prompts),
+            "seconds_relative_to_float32": round(rounded_seconds / seconds, 2),
+            "machine": machine(),
+        }
         for site in NEURON_SITES:
             a, b = reference.difference[site], scores.difference[site]
             correlations = [
@@ -39,8 +58,10 @@ def main() -> None:
             row[f"found_at_{t:.0%}"] = [len(exact_set), len(rounded_set), round(exact_set.jaccard(rounded_set), 3)]
         rows.append(row)
         print(row, flush=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    stored = json.loads(RESULTS.read_text())
+    others = [row for row in stored if (row.get("model", "toy"), row.get("method")) != (given.model, given.method)]
+    RESULTS.write_text(json.dumps([*others, *rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

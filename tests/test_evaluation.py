@@ -38,9 +38,9 @@ from tn_lens.evaluation.tables import group_means, table1, table2
 from tn_lens.evaluation.text import plain_texts, text_loss
 from tn_lens.inference.answers import ask
 from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches
-from tn_lens.inference.prefixes import Group, prefix_groups
 from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.inference.manipulation import is_right
+from tn_lens.inference.prefixes import Group, prefix_groups
 from tn_lens.models import Model, build_model, neuron_space
 from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.toy import binary, four_choice
@@ -178,7 +178,9 @@ def test_prefixes_save_tokens_and_are_those_of_their_prompts(seed: int) -> None:
         assert len({g.n_shared for g in groups}) == len(groups)
         for g in groups:
             for family in g.families:
-                assert len({(rows[row].token_ids[: g.n_shared], min(rows[row].start, g.n_shared)) for row in family}) == 1
+                assert (
+                    len({(rows[row].token_ids[: g.n_shared], min(rows[row].start, g.n_shared)) for row in family}) == 1
+                )
                 assert all(len(rows[row].token_ids) > g.n_shared for row in family)
                 assert all(g.prefix_of[row] == g.families.index(family) for row in family)
         assert n_tokens_run(groups, rows) <= sum(len(each.token_ids) for each in rows)

@@ -216,6 +216,18 @@ def test_table_1_without_order_averages_draws_none() -> None:
     assert len(named.x) == 3, "a condition that was not asked every order has no average"
 
 
+def test_without_a_welch_test_the_interval_over_questions_decides() -> None:
+    one = evaluation(n_orders=1, n=80)
+    kept = replace(one, probabilities=one.probabilities | {"ablated": one.probabilities["unablated"]})
+    assert np.isnan([one.welch_p, kept.welch_p]).all(), "every question has one order"
+    assert (one.is_lower, kept.is_lower) == (True, False)
+    title = "lowers accuracy in 1 of 2 evaluations"
+    by_interval = figures.plot_accuracies([one, replace(kept, name="b", model_name="b")]).finding
+    assert f"{title} (95 % interval over questions)" in by_interval
+    both = figures.plot_accuracies([evaluation(), replace(kept, name="b", model_name="b")]).finding
+    assert f"{title} (one-sided Welch test, p < 0.05; where no two repetitions differ, 95 % interval" in both
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_figure_3(stored: bool) -> None:
     several = [evaluation("a"), evaluation("b", seed=1)]

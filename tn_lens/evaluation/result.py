@@ -20,7 +20,7 @@ from tn_lens.evaluation.condition import ConditionResult
 from tn_lens.evaluation.tables import Table, table1, table2
 from tn_lens.neurons import NeuronSet
 from tn_lens.questions.prompts import PromptSet
-from tn_lens.selection.significance import welch
+from tn_lens.selection.significance import LEVEL, welch
 
 FLOOR = 0.01
 """Smallest denominator in the floored form of equation 11."""
@@ -99,6 +99,12 @@ class Evaluation(Stored):
     def welch_p(self) -> float:
         """p-value of the one-sided Welch t-test over repetitions that ablation lowers accuracy (paper 3.3)."""
         return welch(self.conditions["ablated"].accuracies, self.conditions["unablated"].accuracies)
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether ablation lowers accuracy significantly: by the Welch test, or, if no two repetitions differ, by the 95 %
+        bootstrap interval over questions."""
+        return bool(self.welch_p < LEVEL if np.isfinite(self.welch_p) else self.compare().high < 0)
 
     @property
     def reduction(self) -> float:

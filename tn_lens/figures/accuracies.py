@@ -200,6 +200,5 @@ def _title(shown: Sequence[Evaluation], noun: str | None) -> list[str]:
         (e,) = shown
         names = (name_of(e.model_name or "The model"), plain(e.name), plain(e.intervention))
         return say_each("figures.accuracies_of_one", e, *names)
-    n_lower = sum(e.welch_p < LEVEL for e in shown)
     n_models, n_sets = len({e.model_name for e in shown}), len({e.name for e in shown})
-    return say_each("figures.accuracies_of_several", n_lower, len(shown), n_models, n_sets, LEVEL, noun)
+    return say_each("figures.accuracies_of_several", shown, n_models, n_sets, LEVEL, noun)

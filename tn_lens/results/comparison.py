@@ -159,13 +159,13 @@ class RunComparison:
 
     def sentences(self) -> list[str]:
         """The results of the comparison, in sentences."""
-        n_lower = sum(run.evaluation.welch_p < LEVEL for run in self.runs.values())
+        evaluations = [run.evaluation for run in self.runs.values()]
         mean = self.means().iloc[-1].to_dict() if self.has_one_set else None
         settings = [run.settings for run in self.runs.values()]
         differing = [name for name in COMPARED if len({getattr(s, name) for s in settings}) > 1]
         # the share threshold is called p in sentences, as in the paper
         differing = ["p" if name == "share_threshold" else name for name in differing]
-        return say_each("comparison.sentences", self, n_lower, LEVEL, mean, differing)
+        return say_each("comparison.sentences", self, evaluations, LEVEL, mean, differing)
 
     def summary(self) -> str:
         """The sentences as one paragraph."""
