@@ -218,7 +218,7 @@ def test_table_1_without_order_averages_draws_none() -> None:
 
 def test_without_a_welch_test_the_interval_over_questions_decides() -> None:
     one = evaluation(n_orders=1, n=80)
-    kept = replace(one, probabilities=one.probabilities | {"ablated": one.probabilities["unablated"]})
+    kept = replace(one, probabilities={**one.probabilities, "ablated": one.probabilities["unablated"]})
     assert np.isnan([one.welch_p, kept.welch_p]).all(), "every question has one order"
     assert (one.is_lower, kept.is_lower) == (True, False)
     title = "lowers accuracy in 1 of 2 evaluations"
