@@ -54,8 +54,8 @@ def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
         "n_found": len(found.neurons),
         "by_layer": found.neurons.by_layer(found.selection.space.n_layers),
         "verdicts": found.diagnosis.n_by_verdict,
-        "accuracy": {condition: round(result.accuracy, 4) for condition, result in conditions.items()},
-        "answer_mass": {condition: round(result.answer_mass, 4) for condition, result in conditions.items()},
+        "accuracy": {condition: round(result.accuracy, 6) for condition, result in conditions.items()},
+        "answer_mass": {condition: round(result.answer_mass, 6) for condition, result in conditions.items()},
         "welch_p": found.evaluation.welch_p,
         "neurons": list(map(str, found.neurons)),
     }
@@ -63,7 +63,7 @@ def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
         row["damage"] = found.damage.to_dict()
         others = found.damage.others
         if others is not None:
-            row["accuracy_others"] = round(others.conditions["ablated"].accuracy, 4)
+            row["accuracy_others"] = round(others.conditions["ablated"].accuracy, 6)
     return row
 
 
@@ -82,8 +82,8 @@ def transfer(
                     "found_on": found_on,
                     "ablated_on": evaluation.name,
                     "n_questions": evaluation.n_questions,
-                    "accuracy": {name: round(result.accuracy, 4) for name, result in conditions.items()},
-                    "answer_mass": {name: round(result.answer_mass, 4) for name, result in conditions.items()},
+                    "accuracy": {name: round(result.accuracy, 6) for name, result in conditions.items()},
+                    "answer_mass": {name: round(result.answer_mass, 6) for name, result in conditions.items()},
                 }
             )
             print(rows[-1], flush=True)
@@ -105,8 +105,8 @@ def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.
                 # a run measures the damage of zero-ablation
                 measured = found.damage if name == "zero" else None
                 damage = measured or tn.measure_damage(model, found.neurons, prompts, intervention=intervention)
-                row["accuracy"] = {key: round(r.accuracy, 4) for key, r in evaluation.conditions.items()}
-                row["answer_mass"] = {key: round(r.answer_mass, 4) for key, r in evaluation.conditions.items()}
+                row["accuracy"] = {key: round(r.accuracy, 6) for key, r in evaluation.conditions.items()}
+                row["answer_mass"] = {key: round(r.answer_mass, 6) for key, r in evaluation.conditions.items()}
                 row["damage"] = damage.to_dict()
             rows.append(row)
             print(row, flush=True)
@@ -127,9 +127,28 @@ def draw(found: tn.TruthNeurons) -> None:
 
 INTRODUCTION = """# A trained model
 
-`benchmarks/real_model.py` writes this page. {model} answers completions ("The capital of France is"); neurons are found with the
-paper's thresholds (t = 20 %, p = 40 %, held-out t-test) and converged scores (`method="adaptive"`), from the zero baseline unless
-stated otherwise. Accuracy is in percent, the loss on plain text in nats per token.
+`benchmarks/real_model.py` writes this page. {model} is asked completions ("The capital of France is").
+Neurons are found with the
+paper's thresholds (t = 20 %, p = 40 %, t-test on held-out questions) and converged scores (`method="adaptive"`), from the zero
+baseline unless stated otherwise, and are zero-ablated. Accuracies are in percent. The loss on plain text is the change by ablation,
+in nats per token.
+"""
+ELSEWHERE_TEXT = """
+## Found on one set, ablated on another
+
+Accuracy with the found neurons ablated, with as many matched random neurons ablated, and with as many of the most active neurons
+ablated, on at most 60 questions of each set. Questions of common\\_facts are none of those on which neurons were found; the other
+sets are not divided into parts.
+
+"""
+ADVICE = """
+Neurons in both sets: {overlap}.
+
+**Check a fall in accuracy with mean-ablation before you interpret it** (`tn-lens evaluate RUN --mode mean`). With the {n} neurons from the
+zero baseline zero-ablated, accuracy goes from {unablated} to {zero} % and the loss on plain text rises by {zero_rise:.3f}; with the
+same neurons set to their mean activation, accuracy is {mean} %, and the loss rises by {mean_rise:.3f}. Zero-ablation
+thus acts by removing what these neurons contribute to every text, not what they contribute to one answer. Scores from the
+mean baseline (`Settings.preset("recommended")`) measure only the latter, and converge faster ([baselines](baselines.md)).
 """
 
 
@@ -138,48 +157,64 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def escaped(name: str) -> str:
+    """A name as plain text in Markdown."""
+    return name.replace("_", r"\_")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The page."""
     page = INTRODUCTION.format(model=results["model"])
     page += "\n## What is found, and what ablating it does\n\n"
-    page += "| found on | kept | neurons | unablated | random | matched | most active | ablated | loss rises by | damage neurons | ablated without them |\n"
-    page += "|---|---|---|---|---|---|---|---|---|---|---|\n"
+    names = ("unablated", "random", "random_matched", "top_activation", "ablated")
+    rows = []
     for row in results["runs"]:
-        name = row["found_on"].replace("_", r"\_") + (
-            "" if row["baseline"] == "zero" else f", {row['baseline']} baseline"
-        )
-        accuracy, damage = row["accuracy"], row.get("damage")
+        name = escaped(row["found_on"]) + ("" if row["baseline"] == "zero" else f", {row['baseline']} baseline")
         cells = [name, f"{row['n_kept']} of {row['n_asked']}", str(row["n_found"])]
-        cells += [
-            percent(accuracy.get(c)) for c in ("unablated", "random", "random_matched", "top_activation", "ablated")
-        ]
-        cells += [f"{damage['rise']['ablated']:.3f}", str(len(damage["neurons"]))] if damage else ["–", "–"]
-        page += f"| {' | '.join([*cells, percent(row.get('accuracy_others'))])} |\n"
+        cells.append(", ".join(f"{n} {verdict}" for verdict, n in row["verdicts"].items() if n))
+        cells += [percent(row["accuracy"].get(condition)) for condition in names]
+        cells += [f"{row['damage']['rise']['ablated']:+.3f}", percent(row.get("accuracy_others"))]
+        rows.append(cells)
+    header = ["found on", "kept", "neurons", "verdicts", "unablated", "random", "matched", "most active", "ablated"]
+    page += table([*header, "loss on plain text", "ablated without damage neurons"], rows)
+    page += ELSEWHERE_TEXT
     sets = list(dict.fromkeys(row["ablated_on"] for row in results["transfer"]))
-    page += "\n## Found on one set, ablated on another\n\nAccuracy ablated / with matched random neurons ablated; in brackets unablated. The questions are new to the neurons for common\\_facts only; every other set is asked as a whole both times.\n\n"
-    page += (
-        f"| found on | {' | '.join(name.replace('_', chr(92) + '_') for name in sets)} |\n|---{'|---' * len(sets)}|\n"
-    )
+    rows = []
     for found_on in dict.fromkeys(row["found_on"] for row in results["transfer"]):
-        cells = []
-        for name in sets:
-            (row,) = (r for r in results["transfer"] if (r["found_on"], r["ablated_on"]) == (found_on, name))
-            a = row["accuracy"]
-            cells.append(f"{percent(a['ablated'])} / {percent(a['random_matched'])} ({percent(a['unablated'])})")
-        page += f"| {found_on.replace('_', chr(92) + '_')} | {' | '.join(cells)} |\n"
-    page += "\n## Baseline and ablation\n\nNeurons of `common_facts` by baseline, and what is done to them.\n\n"
-    page += "| baseline | ablation | neurons | accuracy | matched | answer mass | loss rises by | damage neurons |\n|---|---|---|---|---|---|---|---|\n"
+        on = {row["ablated_on"]: row["accuracy"] for row in results["transfer"] if row["found_on"] == found_on}
+        others = ("random_matched", "top_activation")
+        cells = [
+            f"**{percent(on[name]['ablated'])}** / {' / '.join(percent(on[name][c]) for c in others)}" for name in sets
+        ]
+        rows.append([escaped(found_on).replace(r"\_mean", ", mean baseline"), *cells])
+    rows.append(["unablated", *(percent(on[name]["unablated"]) for name in sets)])
+    page += table(["found on", *map(escaped, sets)], rows)
+    page += "\n## Baseline and ablation\n\nNeurons found on common\\_facts from each baseline, and both ablations of them.\n\n"
+    rows = []
     for row in results["two_by_two"]:
         cells = [row["baseline"], row["ablation"], str(row["n_found"])]
         if row["n_found"]:
-            cells += [percent(row["accuracy"][c]) for c in ("ablated", "random_matched")]
-            cells += [f"{row['answer_mass']['ablated']:.3f}", f"{row['damage']['rise']['ablated']:.3f}"]
+            cells += [percent(row["accuracy"][c]) for c in ("unablated", "random_matched", "ablated")]
+            cells += [f"{row['answer_mass']['ablated']:.3f}", f"{row['damage']['rise']['ablated']:+.3f}"]
             cells.append(str(len(row["damage"]["neurons"])))
-        else:
-            cells += ["–"] * 5
-        page += f"| {' | '.join(cells)} |\n"
-    page += f"\nNeurons in both sets: {results['overlap']}.\n"
-    return page
+        rows.append(cells + ["–"] * (9 - len(cells)))
+    header = ["baseline", "ablation", "neurons", "unablated", "matched", "ablated", "answer mass", "loss on plain text"]
+    page += table([*header, "damage neurons"], rows)
+    by_zero, by_mean = (row for row in results["two_by_two"] if row["baseline"] == "zero")
+    return page + ADVICE.format(
+        overlap=results["overlap"],
+        n=by_zero["n_found"],
+        unablated=percent(by_zero["accuracy"]["unablated"]),
+        zero=percent(by_zero["accuracy"]["ablated"]),
+        mean=percent(by_mean["accuracy"]["ablated"]),
+        zero_rise=by_zero["damage"]["rise"]["ablated"],
+        mean_rise=by_mean["damage"]["rise"]["ablated"],
+    )
 
 
 def main() -> None:
@@ -207,7 +242,7 @@ def main() -> None:
     runs = {"common_facts": find(model, common, arguments.runs / "common_facts"), **elsewhere}
     asked = load_sets(["common_facts", *arguments.sets], limit=N_ON)
     overlap = runs["common_facts"].neurons & mean.neurons
-    results: dict[str, Any] = {"model": Path(arguments.model).name, "machine": machine()}
+    results: dict[str, Any] = {"model": runs["common_facts"].model_name, "machine": machine()}
     results["runs"] = [run_row(name, found) for name, found in runs.items()] + [run_row("common_facts", mean)]
     results["transfer"] = transfer(model, {**runs, "common_facts_mean": mean}, asked, arguments.runs)
     results["two_by_two"] = two_by_two(model, {"zero": runs["common_facts"], "mean": mean}, asked[0])

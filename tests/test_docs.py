@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,18 @@ EXAMPLES = EXAMPLE.findall((ROOT / "docs" / "extending.md").read_text(encoding="
 """The examples of the guide to extensions: one for each registry."""
 REGISTRIES: tuple[Registry[Any], ...] = (METHODS, QUESTION_SETS, FORMATS, INTERVENTIONS, CONTROLS, SITES)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_the_page_about_a_trained_model_has_the_stored_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    real_model = importlib.import_module("real_model")
+    results = json.loads(real_model.RESULTS.read_text())
+    assert real_model.PAGE.read_text(encoding="utf-8") == real_model.markdown(results)
+    (found,) = (row for row in results["runs"] if (row["found_on"], row["baseline"]) == ("common_facts", "zero"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for condition, label in (("unablated", "| nothing |  |"), ("ablated", "| **the found neurons** | 9 |")):
+        accuracy, mass = found["accuracy"][condition], found["answer_mass"][condition]
+        assert f"{label} {100 * accuracy:.1f} | {mass:.3f} |" in readme
 
 
 def anchors(text: str) -> set[str]:

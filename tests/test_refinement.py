@@ -21,6 +21,8 @@ from tn_lens.attribution.methods.refinement import integrate_adaptively, sum_ada
 from tn_lens.attribution.quadrature import lobatto_panel, quadrature_rule
 from tn_lens.models import Model
 
+ROUNDING = 1e-14
+"""Rounding error of a score, relative to the largest one."""
 WIDTH = 1e-3
 
 
@@ -113,7 +115,7 @@ def test_closed_forms_are_within_the_tolerance(name: str, tolerance: float) -> N
     assert scores.n_nodes is not None
     estimate = scores.error["mlp"][0]
     assert (error <= tolerance * scale).all()
-    assert (estimate >= error / 10).all()
+    assert (estimate >= error / 10 - ROUNDING * scale).all()
     assert (estimate <= 1.001 * tolerance * scale).all()
     # the calm layer takes no more nodes because of the other one
     assert scores.n_nodes["mlp"][0, 1] == 5
@@ -127,7 +129,7 @@ def test_what_has_not_converged_has_a_large_error(name: str) -> None:
     expected = true_scores(*layers)
     error = (scores.scores[0]["mlp"][0] - expected).abs().amax(1)
     assert scores.error is not None
-    assert (scores.error["mlp"][0] >= error / 10).all()
+    assert (scores.error["mlp"][0] >= error / 10 - ROUNDING * float(expected.abs().max())).all()
     # without refinement the panel is wrong, except for the polynomial
     wrong = error > 1e-3 * expected.abs().max()
     assert wrong.tolist() == [name != "polynomial", False]
@@ -154,7 +156,7 @@ def test_the_estimate_is_not_smaller_than_a_tenth_of_the_error_of_a_panel() -> N
         scores = integrated(*layers, max_nodes=5)
         assert scores.error is not None
         error = (scores.scores[0]["mlp"][0] - true_scores(*layers)).abs().amax(1)
-        assert (scores.error["mlp"][0] >= error / 10).all()
+        assert (scores.error["mlp"][0] >= error / 10 - ROUNDING * float(expected.abs().max())).all()
 
 
 @pytest.mark.parametrize("method", ["riemann_right", "riemann_middle", "gausslegendre"])
