@@ -12,7 +12,9 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from measuring import machine
@@ -42,6 +44,12 @@ def find(model: Model, questions: tn.QuestionSet, out: Path, **changes: Any) -> 
     return tn.find_truth_neurons(model, questions, replace(SETTINGS, **changes), out=out)
 
 
+def mean_nodes(found: tn.TruthNeurons) -> float:
+    """Mean number of nodes per site and layer, with which the scores of a run have converged."""
+    assert found.convergence is not None
+    return round(fmean(chain.from_iterable(found.convergence.n_nodes.values())), 2)
+
+
 def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
     """The neurons of a run, the effect of ablating them and the damage."""
     conditions = found.evaluation.conditions
@@ -51,6 +59,7 @@ def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
         "n_asked": found.check.n_asked,
         "n_kept": found.check.n_kept,
         "n_reported": found.evaluation.n_questions,
+        "mean_nodes": mean_nodes(found),
         "n_found": len(found.neurons),
         "by_layer": found.neurons.by_layer(found.selection.space.n_layers),
         "verdicts": found.diagnosis.n_by_verdict,
@@ -100,6 +109,7 @@ def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.
             if isinstance(intervention, tn.Mean):
                 intervention = replace(intervention, values=tn.mean_activations(model, prompts, positions="all"))
             row: dict[str, Any] = {"baseline": baseline, "ablation": name, "n_found": len(found.neurons)}
+            row["mean_nodes"] = mean_nodes(found)
             if found.neurons:
                 evaluation = tn.evaluate(model, questions, found.neurons, intervention=intervention, **ON)
                 # a run measures the damage of zero-ablation
@@ -139,6 +149,13 @@ ELSEWHERE_TEXT = """
 Accuracy with the found neurons ablated, with as many matched random neurons ablated, and with as many of the most active neurons
 ablated, on at most 60 questions of each set. Questions of common\\_facts are none of those on which neurons were found; the other
 sets are not divided into parts.
+
+"""
+TWO_BY_TWO_TEXT = """
+## Baseline and ablation
+
+Neurons found on common\\_facts from each baseline, and both ablations of them, on 60 other questions. Nodes: evaluations per prompt,
+site and layer until the scores converge (tolerance 1e-3).
 
 """
 ADVICE = """
@@ -194,16 +211,26 @@ def markdown(results: Mapping[str, Any]) -> str:
         rows.append([escaped(found_on).replace(r"\_mean", ", mean baseline"), *cells])
     rows.append(["unablated", *(percent(on[name]["unablated"]) for name in sets)])
     page += table(["found on", *map(escaped, sets)], rows)
-    page += "\n## Baseline and ablation\n\nNeurons found on common\\_facts from each baseline, and both ablations of them.\n\n"
+    page += TWO_BY_TWO_TEXT
     rows = []
     for row in results["two_by_two"]:
-        cells = [row["baseline"], row["ablation"], str(row["n_found"])]
+        cells = [row["baseline"], row["ablation"], f"{row['mean_nodes']:.1f}", str(row["n_found"])]
         if row["n_found"]:
             cells += [percent(row["accuracy"][c]) for c in ("unablated", "random_matched", "ablated")]
             cells += [f"{row['answer_mass']['ablated']:.3f}", f"{row['damage']['rise']['ablated']:+.3f}"]
             cells.append(str(len(row["damage"]["neurons"])))
-        rows.append(cells + ["–"] * (9 - len(cells)))
-    header = ["baseline", "ablation", "neurons", "unablated", "matched", "ablated", "answer mass", "loss on plain text"]
+        rows.append(cells + ["–"] * (10 - len(cells)))
+    header = [
+        "baseline",
+        "ablation",
+        "nodes",
+        "neurons",
+        "unablated",
+        "matched",
+        "ablated",
+        "answer mass",
+        "loss on plain text",
+    ]
     page += table([*header, "damage neurons"], rows)
     by_zero, by_mean = (row for row in results["two_by_two"] if row["baseline"] == "zero")
     return page + ADVICE.format(
