@@ -138,10 +138,9 @@ def draw(found: tn.TruthNeurons) -> None:
 INTRODUCTION = """# A trained model
 
 `benchmarks/real_model.py` writes this page. {model} is asked completions ("The capital of France is").
-Neurons are found with the
-paper's thresholds (t = 20 %, p = 40 %, t-test on held-out questions) and converged scores (`method="adaptive"`), from the zero
-baseline unless stated otherwise, and are zero-ablated. Accuracies are in percent. The loss on plain text is the change by ablation,
-in nats per token.
+Neurons are found with the paper's thresholds (t = 20 %, p = 40 %, t-test on held-out questions) and converged scores
+(`method="adaptive"`), from the zero baseline unless stated otherwise, and are zero-ablated. Accuracies are in percent. The loss on
+plain text is the change by ablation, in nats per token.
 """
 ELSEWHERE_TEXT = """
 ## Found on one set, ablated on another
