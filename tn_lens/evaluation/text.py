@@ -17,7 +17,7 @@ from tn_lens.questions.toy_world import facts
 
 MOST_TOKENS = 512
 """Maximum number of tokens of one text; longer texts are truncated."""
-N_TOY = 200
+N_TOY = 50
 """Number of facts of the toy world that serve as plain text for the toy model."""
 
 Text: TypeAlias = str | tuple[str, str] | list[int]
@@ -77,7 +77,8 @@ def encode_texts(model: Model, texts: Sequence[Text]) -> list[Row]:
 def plain_texts(model: Model) -> list[Text]:
     """Plain texts for a model: a few paragraphs on everyday topics; for the toy model, its facts as open questions."""
     if backend_of(model).name == "toy":
-        known = [fact for fact in facts() if fact.split == "train"][:N_TOY]
+        known = [fact for fact in facts() if fact.split == "train"]
+        known = known[:: len(known) // N_TOY][:N_TOY]  # of every topic
         return [(f"Question : {fact.question()} Answer :", f" {fact.value}") for fact in known]
     content = resources.files("tn_lens.evaluation").joinpath("plain.txt").read_text(encoding="utf-8")
     return list(paragraphs(content))
