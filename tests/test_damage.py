@@ -220,7 +220,7 @@ def test_interventions_that_take_values_from_prompts_have_no_loss_on_text(toy: M
         measure_damage(toy, neurons, build_prompts(toy, few), intervention=Zero(positions="last"))
 
 
-LOW = replace(QUICK, damage_bound=0.001)
+LOW = replace(QUICK, damage_bound=0.0003)
 """Settings with a bound so low that some neurons of the toy exceed it."""
 
 
@@ -279,7 +279,7 @@ def test_excluding_damage_redoes_the_evaluation_from_stored_scores(
 
 
 def test_another_setting_is_still_refused(damaged: Path, toy: Model, few: QuestionSet) -> None:
-    with pytest.raises(BadInput, match=r"damage_bound = 0\.001, but this run has damage_bound = 0\.5"):
+    with pytest.raises(BadInput, match=r"damage_bound = 0\.0003, but this run has damage_bound = 0\.5"):
         find_truth_neurons(toy, few, replace(LOW, damage_bound=0.5), out=damaged)
 
 
