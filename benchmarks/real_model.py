@@ -201,6 +201,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     page += ELSEWHERE_TEXT
     sets = list(dict.fromkeys(row["ablated_on"] for row in results["transfer"]))
     rows = []
+    on: dict[str, Any] = {}
     for found_on in dict.fromkeys(row["found_on"] for row in results["transfer"]):
         on = {row["ablated_on"]: row["accuracy"] for row in results["transfer"] if row["found_on"] == found_on}
         others = ("random_matched", "top_activation")
