@@ -16,7 +16,7 @@ from tn_lens.attribution.engines.direct import Direct
 from tn_lens.attribution.quadrature import quadrature_rule
 from tn_lens.attribution.target import TARGETS, probability_difference, right_probability
 from tn_lens.core.errors import BadInput
-from tn_lens.models import Model, last_logits
+from tn_lens.models import HAS_HOOKED, Model, last_logits
 from tn_lens.neurons import NEURON_SITES, SiteName, hook_name
 from tn_lens.questions.toy import binary
 
@@ -199,8 +199,10 @@ def test_some_layers_have_the_scores_that_they_have_among_all(
         others = [layer for layer in range(n_layers) if layer not in layers]
         for name in ("difference", "right", "wrong"):
             expected, got = getattr(every, name)[site], getattr(some, name)[site]
-            close = 1e-12 if method != "adaptive" else 2e-3 * float(expected.abs().max())
-            torch.testing.assert_close(got[:, layers], expected[:, layers], rtol=1e-9, atol=close)
+            # Hugging Face's attention is not in float64 throughout
+            close = 2e-3 if method == "adaptive" else 1e-9 if HAS_HOOKED else 1e-6
+            close *= float(expected.abs().max())
+            torch.testing.assert_close(got[:, layers], expected[:, layers], rtol=0, atol=close)
             assert expected[:, others].abs().max() > 0
             assert got[:, others].abs().max() == 0
         assert some.n_nodes[site][:, others].max() == 0
