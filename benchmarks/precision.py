@@ -59,7 +59,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     stored = json.loads(RESULTS.read_text())
-    others = [row for row in stored if (row.get("model", "toy"), row.get("method")) != (given.model, given.method)]
+    others = [row for row in stored if (row["model"], row["method"]) != (given.model, given.method)]
     RESULTS.write_text(json.dumps([*others, *rows], indent=1) + "\n")
 
 

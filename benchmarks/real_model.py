@@ -20,6 +20,7 @@ from typing import Any
 from measuring import machine
 
 import tn_lens as tn
+from tn_lens.evaluation.result import Evaluation
 from tn_lens.inference.interventions import intervention_called
 from tn_lens.models import Model
 from tn_lens.pipeline.retest import load_sets, retest
@@ -44,6 +45,15 @@ def find(model: Model, questions: tn.QuestionSet, out: Path, **changes: Any) -> 
     return tn.find_truth_neurons(model, questions, replace(SETTINGS, **changes), out=out)
 
 
+def numbers(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Accuracy and answer mass by condition."""
+    conditions = evaluation.conditions.items()
+    return {
+        "accuracy": {name: round(result.accuracy, 6) for name, result in conditions},
+        "answer_mass": {name: round(result.answer_mass, 6) for name, result in conditions},
+    }
+
+
 def mean_nodes(found: tn.TruthNeurons) -> float:
     """Mean number of nodes per site and layer, with which the scores of a run have converged."""
     assert found.convergence is not None
@@ -52,7 +62,6 @@ def mean_nodes(found: tn.TruthNeurons) -> float:
 
 def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
     """The neurons of a run, the effect of ablating them and the damage."""
-    conditions = found.evaluation.conditions
     row: dict[str, Any] = {
         "found_on": name,
         "baseline": found.settings.baseline,
@@ -63,8 +72,7 @@ def run_row(name: str, found: tn.TruthNeurons) -> dict[str, Any]:
         "n_found": len(found.neurons),
         "by_layer": found.neurons.by_layer(found.selection.space.n_layers),
         "verdicts": found.diagnosis.n_by_verdict,
-        "accuracy": {condition: round(result.accuracy, 6) for condition, result in conditions.items()},
-        "answer_mass": {condition: round(result.answer_mass, 6) for condition, result in conditions.items()},
+        **numbers(found.evaluation),
         "welch_p": found.evaluation.welch_p,
         "neurons": list(map(str, found.neurons)),
     }
@@ -85,14 +93,12 @@ def transfer(
         if not found.neurons:
             continue
         for evaluation in retest(model, found.neurons, sets, out=out / f"{found_on}_elsewhere", **ON):
-            conditions = evaluation.conditions
             rows.append(
                 {
                     "found_on": found_on,
                     "ablated_on": evaluation.name,
                     "n_questions": evaluation.n_questions,
-                    "accuracy": {name: round(result.accuracy, 6) for name, result in conditions.items()},
-                    "answer_mass": {name: round(result.answer_mass, 6) for name, result in conditions.items()},
+                    **numbers(evaluation),
                 }
             )
             print(rows[-1], flush=True)
@@ -115,9 +121,7 @@ def two_by_two(model: Model, runs: Mapping[str, tn.TruthNeurons], questions: tn.
                 # a run measures the damage of zero-ablation
                 measured = found.damage if name == "zero" else None
                 damage = measured or tn.measure_damage(model, found.neurons, prompts, intervention=intervention)
-                row["accuracy"] = {key: round(r.accuracy, 6) for key, r in evaluation.conditions.items()}
-                row["answer_mass"] = {key: round(r.answer_mass, 6) for key, r in evaluation.conditions.items()}
-                row["damage"] = damage.to_dict()
+                row |= {**numbers(evaluation), "damage": damage.to_dict()}
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -199,17 +203,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     header = ["found on", "kept", "neurons", "verdicts", "unablated", "random", "matched", "most active", "ablated"]
     page += table([*header, "loss on plain text", "ablated without damage neurons"], rows)
     page += ELSEWHERE_TEXT
-    sets = list(dict.fromkeys(row["ablated_on"] for row in results["transfer"]))
+    accuracy = {(row["found_on"], row["ablated_on"]): row["accuracy"] for row in results["transfer"]}
+    found_on, sets = (list(dict.fromkeys(names)) for names in zip(*accuracy, strict=True))
     rows = []
-    on: dict[str, Any] = {}
-    for found_on in dict.fromkeys(row["found_on"] for row in results["transfer"]):
-        on = {row["ablated_on"]: row["accuracy"] for row in results["transfer"] if row["found_on"] == found_on}
-        others = ("random_matched", "top_activation")
+    for found in found_on:
         cells = [
-            f"**{percent(on[name]['ablated'])}** / {' / '.join(percent(on[name][c]) for c in others)}" for name in sets
+            [percent(accuracy[found, name][c]) for c in ("ablated", "random_matched", "top_activation")]
+            for name in sets
         ]
-        rows.append([escaped(found_on).replace(r"\_mean", ", mean baseline"), *cells])
-    rows.append(["unablated", *(percent(on[name]["unablated"]) for name in sets)])
+        name = escaped(found).replace(r"\_mean", ", mean baseline")
+        rows.append([name, *(f"**{ours}** / {' / '.join(others)}" for ours, *others in cells)])
+    rows.append(["unablated", *(percent(accuracy[found_on[0], name]["unablated"]) for name in sets)])
     page += table(["found on", *map(escaped, sets)], rows)
     page += TWO_BY_TWO_TEXT
     rows = []
