@@ -37,11 +37,11 @@ from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tables import group_means, table1, table2
 from tn_lens.evaluation.text import plain_texts, text_loss
 from tn_lens.inference.answers import ask
-from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches
+from tn_lens.inference.forward import LEAST_TOKENS, MOST_COPIED, PADDING, batches
 from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.inference.manipulation import is_right
 from tn_lens.inference.prefixes import Group, prefix_groups
-from tn_lens.models import Model, build_model, neuron_space
+from tn_lens.models import Model, backend_of, build_model, neuron_space
 from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.toy import binary, four_choice
 
@@ -162,6 +162,23 @@ def test_prefixes_of_one_length_run_together() -> None:
     assert n_tokens_run(groups, prompts) == 3 * 3 + 3 * 4 + 150 * 2
     # where a further pass is expensive, one length has to do
     assert [(g.n_shared, len(g.families)) for g in prefix_groups(prompts, "cuda")] == [(0, 1)]
+
+
+@pytest.mark.parametrize(("n_shared", "n_runs"), [(12, 1), (MOST_COPIED, 1), (MOST_COPIED + 1, 3)])
+def test_long_prefixes_run_alone_since_rows_would_copy_them(
+    n_shared: int, n_runs: int, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("Llama-3.1-8B-Instruct", torch.float32)
+    rows = torch.randint(4, 280, (12, 60), generator=torch.Generator().manual_seed(4)).tolist()
+    ids = [(*rows[i % 3][:n_shared], *row[-4:]) for i, row in enumerate(rows)]
+    prompts = [replace(prompt(i, 0), token_ids=each, label_ids=((5,), (7,))) for i, each in enumerate(ids)]
+    whole = ask(model, prompts, share_prefix=False)
+    sizes: list[int] = []
+    backend = type(backend_of(model))
+    run = backend.run_prefixes
+    monkeypatch.setattr(backend, "run_prefixes", lambda self, tokens: (sizes.append(len(tokens)), run(self, tokens))[1])
+    torch.testing.assert_close(ask(model, prompts), whole, atol=1e-4, rtol=0)
+    assert sizes == [3 // n_runs] * n_runs
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,8 +1,8 @@
 """Batched forward passes over many prompts that run common prefixes once.
 
 Prompts of one template begin with the same tokens. Common prefixes are run once, and each row continues from the frozen keys and
-values. Rows of similar length are batched with padding on the right, which causal attention masks, and only
-the position that is read is unembedded.
+values. Rows of similar length are batched with padding on the right, which causal attention masks, and only the position that is
+read is unembedded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ LEAST_TOKENS = 256
 """Number of tokens that suffices for efficient matrix products. Larger batches are split rather than padded by more than
 `PADDING`."""
 PADDING = 1.1
+MOST_COPIED = 32
+"""Maximum number of tokens of prefixes that run together. Their keys and values are copied to every row, and copies of longer
+prefixes would leave room for few rows in a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,9 @@ def prompt_logits(
     shareable = share_prefix and not backend.unshareable
     whole = [Group((tuple(range(len(prompts))),), 0)]
     for group in prefix_groups(prompts, backend.device.type) if shareable else whole:
-        # as many prefixes together as fit into one batch
-        for families in batches_of([group.n_shared] * len(group.families), max_tokens):
+        # as many short prefixes together as fit into one batch, and long ones alone
+        together = max_tokens if group.n_shared <= MOST_COPIED else 0
+        for families in batches_of([group.n_shared] * len(group.families), together):
             part = Group(tuple(group.families[index] for index in families), group.n_shared)
             yield from _group_logits(backend, prompts, part, hooks or (lambda _: []), max_tokens)
 
