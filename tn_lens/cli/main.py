@@ -9,13 +9,13 @@ import re
 import sys
 import warnings
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tn_lens import __version__
 from tn_lens.cli import options
 from tn_lens.cli.evaluate import evaluate
 from tn_lens.cli.generate import generate
@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"tn-lens {version('truth-neurons')}")
+        typer.echo(f"tn-lens {__version__}")
         raise typer.Exit
     return wanted
 
@@ -169,9 +169,9 @@ for command in (show, report, compare, evaluate, generate):
     app.command(epilog=options.SET_NAMES if command is evaluate else None)(command)
 
 
-def _spread_lists(arguments: list[str]) -> list[str]:
+def _spread_lists(command: Any, arguments: list[str]) -> list[str]:
     """Write `--on a b c` as `--on a --on b --on c`, the form in which the parser accepts several values."""
-    commands = vars(typer.main.get_command(app))["commands"].values()
+    commands = command.commands.values()
     lists = {flag for command in commands for p in command.params if getattr(p, "multiple", False) for flag in p.opts}
     spread: list[str] = []
     current: str | None = None
@@ -202,7 +202,8 @@ def main() -> None:
         os.environ.setdefault(variable, "error")  # read when the library is imported
     message = ""
     try:
-        code = app(_spread_lists(sys.argv[1:]), standalone_mode=False) or 0
+        command = typer.main.get_command(app)
+        code = command(_spread_lists(command, sys.argv[1:]), standalone_mode=False) or 0
         _leave()
     except (BadInput, WorkerLost, USAGE_ERROR) as error:
         text = " ".join(getattr(error, "format_message", lambda: str(error))().replace("Value error, ", "").split())
