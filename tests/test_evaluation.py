@@ -36,11 +36,11 @@ from tn_lens.evaluation.reference import PAPER
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tables import group_means, table1, table2
 from tn_lens.evaluation.text import plain_texts, text_loss
-from tn_lens.inference.answers import ask
-from tn_lens.inference.forward import LEAST_TOKENS, MOST_COPIED, PADDING, batches
+from tn_lens.inference.answers import Asking, ask, ask_each, ask_with
+from tn_lens.inference.forward import LEAST_TOKENS, PADDING, batches
 from tn_lens.inference.interventions import INTERVENTIONS
 from tn_lens.inference.manipulation import is_right
-from tn_lens.inference.prefixes import Group, prefix_groups
+from tn_lens.inference.trees import PASS_TOKENS, Grove, groves
 from tn_lens.models import Model, backend_of, build_model, neuron_space
 from tn_lens.questions.question import Question, QuestionSet
 from tn_lens.questions.toy import binary, four_choice
@@ -77,7 +77,9 @@ SHAPED = [pytest.param(name, marks=needs_hooked) for name in ("gpt2", "neo", "ne
 
 
 @pytest.mark.parametrize("name", [*PAPER_MODELS, *SHAPED])
-def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Model]) -> None:
+def test_a_shared_prefix_equals_whole_prompts(
+    name: str, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(name, torch.float32) if name in PAPER_MODELS else shaped(name)
     rows = torch.randint(4, 280, (32, 30), generator=torch.Generator().manual_seed(3)).tolist()
     openings = [rows[0][:12], rows[1][:20], rows[2][:12]]
@@ -86,9 +88,9 @@ def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Mod
         Prompt(token_ids=tuple(ids), label_ids=((5, 6), (7,)), right=0, question=str(i), start=len(ids) - 4)
         for i, ids in enumerate(tokens)
     ]
-    groups = prefix_groups(prompts)
-    assert [(g.n_shared, len(g.families)) for g in groups] == [(12, 2), (20, 1)]
-    assert sorted(row for g in groups for row in g.rows) == list(range(32))
+    # if a further pass costs little, the openings are run before the trees that share them
+    monkeypatch.setitem(PASS_TOKENS, "cpu", 4)
+    assert sorted(len(grove.prefix) for grove in groves(tuple(prompts), "cpu", 39)) == [12, 12, 20]
     neurons = random_neurons(neuron_space(model), 40, NeuronSet(), np.random.default_rng(1))
     interventions: list[tuple[NeuronSet, Intervention]] = [
         (NeuronSet(), Zero()),
@@ -101,7 +103,7 @@ def test_a_shared_prefix_equals_whole_prompts(name: str, tiny: Callable[..., Mod
         shared = ask(model, prompts, **how)
         whole = ask(model, prompts, share_prefix=False, **how)
         torch.testing.assert_close(shared, whole, atol=1e-4, rtol=0)
-        small = ask(model, prompts, max_tokens=40, **how)
+        small = ask(model, prompts, max_tokens=39, **how)
         torch.testing.assert_close(shared, small, atol=1e-4, rtol=0)
 
 
@@ -143,64 +145,95 @@ def shaped(name: str) -> Model:
 
 def test_prompts_with_nothing_in_common_are_run_whole() -> None:
     prompts = [Prompt(token_ids=(i, 1, 2), label_ids=((5,), (7,)), right=0, question=str(i)) for i in range(40)]
-    assert [(len(g.rows), g.n_shared) for g in prefix_groups(prompts)] == [(40, 0)]
-    assert prefix_groups([]) == []
+    (grove,) = groves(tuple(prompts))
+    assert (grove.prefix, grove.n_tokens) == ((), 120)
+    assert groves(()) == ()
 
 
-def n_tokens_run(groups: list[Group], prompts: list[Prompt]) -> int:
-    own = sum(len(prompts[row].token_ids) - g.n_shared for g in groups for row in g.rows)
-    return own + sum(g.n_shared * len(g.families) for g in groups)
-
-
-def test_prefixes_of_one_length_run_together() -> None:
-    """Completions of several templates: each template is run once, and all templates of one length in one batch."""
+def test_every_beginning_is_run_once() -> None:
+    """Completions of several templates: a template is run once, and nothing is padded."""
     templates = [(1, 10 + n, 20 + n, *range(30, 30 + n % 2)) for n in range(6)]
-    rows = [(*template, 100 + subject, 2) for template in templates for subject in range(25)]
-    prompts = [replace(prompt(n, 0), token_ids=ids) for n, ids in enumerate(rows)]
-    groups = prefix_groups(prompts)
-    assert [(g.n_shared, len(g.families), len(g.rows)) for g in groups] == [(3, 3, 75), (4, 3, 75)]
-    assert n_tokens_run(groups, prompts) == 3 * 3 + 3 * 4 + 150 * 2
-    # where a further pass is expensive, one length has to do
-    assert [(g.n_shared, len(g.families)) for g in prefix_groups(prompts, "cuda")] == [(0, 1)]
+    rows = [(*template, 100 + subject, 2) for template in templates for subject in range(5)]
+    prompts = tuple(replace(prompt(n, 0), token_ids=ids) for n, ids in enumerate(rows))
+    (grove,) = groves(prompts)
+    (tree,) = grove.trees
+    assert len(tree) == 1 + sum(len(template) - 1 for template in templates) + 2 * 30
+    # a prompt that another one continues keeps a last position of its own
+    (tree,) = groves((replace(prompt(0, 0), token_ids=(1, 2)), replace(prompt(1, 0), token_ids=(1, 2, 3))))[0].trees
+    assert [column.token for column in tree.columns] == [1, 2, 3, 2]
+    assert tree.visible.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    assert tree.positions == (0, 1, 2, 1)
+    assert tree.ends == {1: 2, 0: 3}
 
 
-@pytest.mark.parametrize(("n_shared", "n_runs"), [(12, 1), (MOST_COPIED, 1), (MOST_COPIED + 1, 3)])
-def test_long_prefixes_run_alone_since_rows_would_copy_them(
-    n_shared: int, n_runs: int, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_shot_examples_of_a_subject_are_run_once(tiny: Callable[..., Model], passes: list) -> None:
     model = tiny("Llama-3.1-8B-Instruct", torch.float32)
-    rows = torch.randint(4, 280, (12, 60), generator=torch.Generator().manual_seed(4)).tolist()
-    ids = [(*rows[i % 3][:n_shared], *row[-4:]) for i, row in enumerate(rows)]
+    rows = torch.randint(4, 280, (12, 110), generator=torch.Generator().manual_seed(4)).tolist()
+    shots = [rows[0][:100], rows[1][:100]]
+    ids = [(*shots[i % 2], *row[-8:]) for i, row in enumerate(rows)]
     prompts = [replace(prompt(i, 0), token_ids=each, label_ids=((5,), (7,))) for i, each in enumerate(ids)]
-    whole = ask(model, prompts, share_prefix=False)
-    sizes: list[int] = []
-    backend = type(backend_of(model))
-    run = backend.run_prefixes
-    monkeypatch.setattr(backend, "run_prefixes", lambda self, tokens: (sizes.append(len(tokens)), run(self, tokens))[1])
-    torch.testing.assert_close(ask(model, prompts), whole, atol=1e-4, rtol=0)
-    assert sizes == [3 // n_runs] * n_runs
+    together = ask(model, prompts, max_tokens=108)
+    assert [n_before for _, n_before in passes] == [100, 100]
+    torch.testing.assert_close(together, ask(model, prompts, share_prefix=False), atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The number of rows and of cached positions of every pass over trees."""
+    seen: list[tuple[int, int]] = []
+
+    def count(run: Callable) -> Callable:
+        return lambda self, rows, *rest: (seen.append((len(rows.tokens), rows.n_before)), run(self, rows, *rest))[1]
+
+    for backend in {type(backend_of(load_model("toy")))}:
+        monkeypatch.setattr(backend, "packed_logits", count(backend.packed_logits))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B-Instruct", "OLMo-2-1124-7B-Instruct"])
+def test_sets_of_neurons_share_passes(name: str, tiny: Callable[..., Model], passes: list) -> None:
+    model = tiny(name, torch.float32)
+    prompts = PromptSet(tuple(build_prompts(model, binary()[:6], order="both")))
+    rng = np.random.default_rng(2)
+    sets = [NeuronSet(), *(random_neurons(neuron_space(model), n, NeuronSet(), rng) for n in (40, 40, 1))]
+    for intervention in (Zero(), Scale(factor=2.0, positions="last"), Mean(), Resample(seed=1)):
+        passes.clear()
+        together = ask_with(model, prompts, sets, intervention=intervention)
+        assert len(passes) < len(sets) or not intervention.keeps_prefix
+        one_by_one = [ask(model, prompts, neurons=each, intervention=intervention) for each in sets]
+        torch.testing.assert_close(together, torch.stack(one_by_one), atol=1e-5, rtol=0)
+        askings = [Asking(prompts=prompts, neurons=each, intervention=intervention) for each in sets]
+        torch.testing.assert_close(torch.stack(ask_each(model, askings)), together, atol=1e-5, rtol=0)
+        assert (together[0] - together[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_prefixes_save_tokens_and_are_those_of_their_prompts(seed: int) -> None:
+def test_trees_hold_every_prompt(seed: int) -> None:
     rng = np.random.default_rng(seed)
     prompts = []
     for n in range(60):
         ids = tuple(rng.integers(0, 2, size=rng.integers(1, 14)).tolist())
         prompts.append(replace(prompt(n, 0), token_ids=ids, start=int(rng.integers(0, len(ids)))))
-    for length in (None, 3):  # questions that begin anywhere, or at one position
-        rows = prompts if length is None else [replace(each, start=length) for each in prompts]
-        groups = prefix_groups(rows)
-        assert sorted(row for g in groups for row in g.rows) == list(range(60))
-        assert len({g.n_shared for g in groups}) == len(groups)
-        for g in groups:
-            for family in g.families:
-                assert (
-                    len({(rows[row].token_ids[: g.n_shared], min(rows[row].start, g.n_shared)) for row in family}) == 1
-                )
-                assert all(len(rows[row].token_ids) > g.n_shared for row in family)
-                assert all(g.prefix_of[row] == g.families.index(family) for row in family)
-        assert n_tokens_run(groups, rows) <= sum(len(each.token_ids) for each in rows)
+    for start, most_columns in ((None, 512), (3, 512), (3, 30)):  # questions that begin anywhere, or at one position
+        rows = tuple(prompts if start is None else [replace(each, start=start) for each in prompts])
+        planned = groves(rows, "cpu", most_columns)
+        assert sorted(row for grove in planned for tree in grove.trees for row in tree.ends) == list(range(60))
+        assert sum(grove.n_tokens for grove in planned) <= sum(len(each.token_ids) for each in rows)
+        for grove in planned:
+            for tree in grove.trees:
+                assert len(tree) <= most_columns
+                for row, end in tree.ends.items():
+                    assert_is_path(rows[row], grove, tree.visible[end], tree)
+
+
+def assert_is_path(one: Prompt, grove: Grove, visible: np.ndarray, tree: Any) -> None:
+    """The columns that the end of a prompt attends to are its tokens, in order."""
+    seen = np.flatnonzero(visible)
+    path = (*grove.prefix, *(tree.columns[column] for column in seen))
+    assert tuple(column.token for column in path) == one.token_ids
+    assert [tree.positions[column] for column in seen] == list(range(len(grove.prefix), len(path)))
+    assert [column.in_question for column in path] == [at >= one.start for at in range(len(path))]
+    assert [column.is_last for column in path] == [False] * (len(path) - 1) + [True]
 
 
 def test_the_question_begins_where_it_begins(toy: Model, shared: Path) -> None:
@@ -255,7 +288,7 @@ def test_right_is_strictly_more_probable() -> None:
 
 def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.7, 0.2]])
-    monkeypatch.setattr("tn_lens.inference.answers.ask", lambda *_, **__: answers)
+    monkeypatch.setattr("tn_lens.inference.answers.ask_with", lambda *_, **__: answers[None])
     prompts = [prompt(0, 0), prompt(0, 1), prompt(1, 0), prompt(1, 1)]
     check = manipulation_check(toy, prompts)
     assert check.passed.tolist() == [True, True, False, False]
@@ -269,7 +302,7 @@ def test_a_question_passes_only_if_right_in_both_orders(toy: Model, monkeypatch:
 
 def test_a_model_that_always_says_a_is_called_lopsided(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "tn_lens.inference.answers.ask", lambda _, prompts, **__: torch.tensor([[0.9, 0.1]] * len(prompts))
+        "tn_lens.inference.answers.ask_with", lambda _, prompts, *__, **___: torch.tensor([[[0.9, 0.1]] * len(prompts)])
     )
     check = manipulation_check(toy, [prompt(i, i % 2) for i in range(20)])
     assert check.questions == list(map(str, range(0, 20, 2)))

@@ -87,7 +87,7 @@ def test_the_settings_select_format_symbols_and_examples(toy: Model, tmp_path: P
 def test_the_check_says_why_questions_failed(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     # right in both orders; in one; in none; without probability
     answers = [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [1e-3, 0], [1e-3, 0]]
-    monkeypatch.setattr("tn_lens.inference.answers.ask", lambda *_, **__: torch.tensor(answers))
+    monkeypatch.setattr("tn_lens.inference.answers.ask_with", lambda *_, **__: torch.tensor(answers)[None])
     check = tn.manipulation_check(toy, tn.build_prompts(toy, tn.load_questions("toy")[:4], order="both"))
     assert check.failures == {"mass": 1, "position": 1, "content": 1}
     counts, mass, tokens = check.explain()

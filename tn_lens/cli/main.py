@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tn_lens import __version__
 from tn_lens.cli import options
 from tn_lens.cli.evaluate import evaluate
 from tn_lens.cli.generate import generate
@@ -36,7 +35,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        typer.echo(f"tn-lens {__version__}")
+        from importlib.metadata import version  # takes longer than the rest of the command
+
+        typer.echo(f"tn-lens {version('truth-neurons')}")
         raise typer.Exit
     return wanted
 

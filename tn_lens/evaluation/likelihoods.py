@@ -10,14 +10,12 @@ import torch
 
 from tn_lens.core.errors import BadInput
 from tn_lens.inference.answers import NO_NEURONS, ZERO
-from tn_lens.inference.forward import MAX_TOKENS, Layout, batches_of, pad_right
+from tn_lens.inference.forward import MAX_TOKENS, MOST_LOGITS, Layout, batches_of, pad_right
 from tn_lens.inference.interventions import Intervention, check_acts_on_any_text, intervention_hooks
 from tn_lens.models import Model, backend_of
 from tn_lens.models.isolation import isolated
 from tn_lens.neurons import NeuronSet
 
-MOST_LOGITS = 2**26
-"""Maximum number of logits of one batch."""
 Row = tuple[int, list[int]]
 """The index of the first token that is predicted, and the token ids."""
 
@@ -104,7 +102,7 @@ def summed_log_probabilities(
 ) -> list[float]:
     """The summed log-probabilities of the tokens of each row from its first predicted one on, in nats."""
     backend = backend_of(model)
-    hooks = intervention_hooks(model, neurons, intervention, ())
+    hooks = intervention_hooks(model, [neurons], intervention, ())
     sums = [0.0] * len(rows)
     max_tokens = min(MAX_TOKENS, MOST_LOGITS // backend.d_vocab)
     for batch in batches_of([len(ids) for _, ids in rows], max_tokens):

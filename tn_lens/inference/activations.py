@@ -33,7 +33,7 @@ def last_activations(
     places = {hook_name(site, layer): (site, layer) for site in values for layer in range(space.n_layers)}
 
     def hooks(layout: Layout) -> Hooks:
-        last = layout.lengths - layout.first - 1  # column of the last position of each row
+        last = layout.lengths - 1  # column of the last position of each row
 
         def keep(value: Tensor, hook: Any) -> None:
             site, layer = places[hook.name]
@@ -41,8 +41,7 @@ def last_activations(
             # [row, column, ...] -> [row, neuron]
             values[site][list(layout.rows), layer] = value[each, last.to(value.device)].flatten(1).to("cpu", dtype)
 
-        # a common prefix contains no last position
-        return [*also, *((name, keep) for name in (places if layout.rows else ()))]
+        return [*also, *((name, keep) for name in places)]
 
     for _ in prompt_logits(model, prompts, hooks=hooks):
         pass

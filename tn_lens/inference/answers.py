@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tn_lens.core.errors import BadInput
-from tn_lens.inference.forward import MAX_TOKENS, asked_chunks, prompt_logits
+from tn_lens.inference.forward import (
+    MAX_TOKENS,
+    Reached,
+    asked_chunk_size,
+    asked_chunks,
+    prompt_logits,
+    tree_logits,
+)
 from tn_lens.inference.interventions import Intervention, Zero, intervention_hooks
 from tn_lens.models import Model, backend_of
 from tn_lens.models.isolation import isolated
@@ -24,8 +31,6 @@ NO_NEURONS = NeuronSet()
 ZERO = Zero()
 
 
-@isolated
-@torch.no_grad()
 def ask(
     model: Model,
     prompts: Sequence[Prompt],
@@ -41,11 +46,11 @@ def ask(
 
     Args:
         model: model to run.
-        prompts: prompts of any length. Common prefixes are run once.
+        prompts: prompts of any length. Common beginnings are run once.
         neurons: neurons to intervene on; none by default.
         intervention: intervention on these neurons; zero-ablation by default.
         max_tokens: maximum number of tokens in one batch.
-        share_prefix: whether to run common prefixes once. If False, every prompt is run as a whole.
+        share_prefix: whether to run common beginnings once. If False, every prompt is run as a whole.
 
     Returns:
         Probabilities in [0, 1] on the CPU, in at least float32. If prompts have different numbers of choices, the
@@ -54,19 +59,54 @@ def ask(
     Raises:
         BadInput: the model's logits are not finite, or the neurons do not exist in the model.
     """
+    options: dict[str, Any] = {"max_tokens": max_tokens, "share_prefix": share_prefix}
+    return ask_with(model, prompts, [neurons], intervention=intervention, **options)[0]
+
+
+@isolated
+@torch.no_grad()
+def ask_with(
+    model: Model,
+    prompts: Sequence[Prompt],
+    sets: Sequence[NeuronSet],
+    *,
+    intervention: Intervention = ZERO,
+    max_tokens: int = MAX_TOKENS,
+    share_prefix: bool = True,
+) -> Float[Tensor, "set prompt choice"]:
+    """Answer probabilities with each set of neurons acted on. The sets share forward passes; see `ask`."""
     width = max((p.n_choices for p in prompts), default=0)
-    # [prompt, choice]
-    answers = torch.zeros(len(prompts), width, dtype=backend_of(model).wide_dtype)
-    hooks = intervention_hooks(model, neurons, intervention, prompts)
-    shareable = share_prefix and (hooks is None or intervention.keeps_prefix)
-    for rows, logits in prompt_logits(model, prompts, hooks=hooks, max_tokens=max_tokens, share_prefix=shareable):
-        probabilities = logits.softmax(-1)  # [row, vocab]
-        if not probabilities.isfinite().all():
+    answers = torch.zeros(len(sets), len(prompts), width, dtype=backend_of(model).wide_dtype)
+    for which, rows, logits in _logits_with(model, prompts, sets, intervention, max_tokens, share_prefix):
+        asked = [prompts[row] for row in rows.tolist()]
+        labels = _label_probabilities(logits.softmax(-1), asked, width)  # [place, choice]
+        # one logit that is not finite makes every probability of its row NaN
+        if not labels.isfinite().all():
             raise BadInput(
                 f"the model's logits are not finite in {backend_of(model).dtype}; load it in bfloat16 or float32"
             )
-        answers[rows] = _label_probabilities(probabilities, [prompts[row] for row in rows], width).cpu()
+        answers[which, rows] = labels.cpu()
     return answers
+
+
+def _logits_with(
+    model: Model,
+    prompts: Sequence[Prompt],
+    sets: Sequence[NeuronSet],
+    intervention: Intervention,
+    max_tokens: int,
+    share_prefix: bool,
+) -> Iterator[Reached]:
+    """Last logits of the prompts with each set of neurons acted on."""
+    is_acting = any(sets)
+    if share_prefix and not backend_of(model).unshareable and (intervention.keeps_prefix or not is_acting):
+        hooks = intervention_hooks(model, sets, intervention, prompts)
+        yield from tree_logits(model, prompts, len(sets), hooks=hooks, max_tokens=max_tokens)
+        return
+    for index, neurons in enumerate(sets):
+        hooks = intervention_hooks(model, [neurons], intervention, prompts)
+        for rows, logits in prompt_logits(model, prompts, hooks=hooks, max_tokens=max_tokens):
+            yield torch.full((len(rows),), index), torch.tensor(rows), logits
 
 
 def _label_probabilities(
@@ -93,44 +133,49 @@ class Asking:
 
 
 class _Chunk(NamedTuple):
-    asking: Asking
+    askings: list[int]
+    """Indices of the askings, which share their prompts and their intervention."""
     part: PromptSet
     key: str
 
 
 def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") -> list[Float[Tensor, "prompt choice"]]:
-    """Call `ask` several times, in chunks with one intervention and at most `PROMPTS_ASKED` prompts.
+    """Call `ask` several times, in chunks with one intervention. Askings of the same prompts share forward passes.
 
     Args:
         model: model to run.
         askings: prompts and interventions. Each gives one result.
         name: name of the work, unique within its stage.
     """
+    alike: dict[tuple[int, int, bool], list[int]] = {}
+    for index, asking in enumerate(askings):
+        # an intervention with values from the prompts needs all of them
+        is_whole = len(asking.neurons) > 0 and asking.intervention.needs_prompts
+        alike.setdefault((id(asking.prompts), id(asking.intervention), is_whole), []).append(index)
     chunks: list[_Chunk] = []
-    parts_of: dict[int, list[tuple[PromptSet, str]]] = {}  # the same prompts are split and hashed once
-    n_chunks = []
-    for asking in askings:
-        is_whole = asking.intervention.needs_prompts and len(asking.neurons) > 0
-        place = id(asking.prompts)
-        if is_whole:
-            parts = [(asking.prompts, chunk_key(asking.prompts))]
-        elif place in parts_of:
-            parts = parts_of[place]
-        else:
-            parts = parts_of[place] = [(part, chunk_key(part)) for part in asked_chunks(model, asking.prompts)]
-        acting = [asking.neurons, asking.intervention] if asking.neurons else None
-        chunks += [_Chunk(asking, part, chunk_key("ask", acting, key)) for part, key in parts]
-        n_chunks.append(len(parts))
+    for (_, _, is_whole), members in alike.items():
+        prompts, intervention = askings[members[0]].prompts, askings[members[0]].intervention
+        parts = (prompts,) if is_whole else asked_chunks(model, prompts)
+        for part in parts:
+            key = chunk_key(part)
+            # as many sets together as prompts in a chunk allow
+            n_sets = max(1, asked_chunk_size(model, prompts) // max(len(part), 1))
+            for first in range(0, len(members), n_sets):
+                together = members[first : first + n_sets]
+                acting = [askings[index].neurons for index in together]
+                chunks.append(_Chunk(together, part, chunk_key("ask", acting, intervention, key)))
 
     def compute(index: int) -> Tensors:
-        asking, part, _ = chunks[index]
-        return {"answers": ask(model, part, neurons=asking.neurons, intervention=asking.intervention)}
+        chunk = chunks[index]
+        sets = [askings[member].neurons for member in chunk.askings]
+        intervention = askings[chunk.askings[0]].intervention
+        return {"answers": ask_with(model, chunk.part, sets, intervention=intervention)}
 
-    computed = iter(map_chunks(name, [chunk.key for chunk in chunks], compute, "answers"))
-    answers = []
-    for asking, n in zip(askings, n_chunks, strict=True):
-        parts = [next(computed)["answers"] for _ in range(n)]
-        # chunks whose prompts show fewer choices are padded to the largest number
-        width = asking.prompts.n_choices
-        answers.append(torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]))
-    return answers
+    computed = map_chunks(name, [chunk.key for chunk in chunks], compute, "answers")
+    answers: list[list[Tensor]] = [[] for _ in askings]
+    for chunk, result in zip(chunks, computed, strict=True):
+        for index, part in zip(chunk.askings, result["answers"], strict=True):
+            # chunks whose prompts show fewer choices are padded to the largest number
+            width = askings[index].prompts.n_choices
+            answers[index].append(torch.nn.functional.pad(part, (0, width - part.shape[1])))
+    return [torch.cat(parts) for parts in answers]

@@ -62,7 +62,7 @@ def generate(
     backend, tokenizer = backend_of(model), cast(Any, model.tokenizer)
     columns: dict[str, list[str]] = {"prompt": texts}
     for name, acting in (("unablated", NO_NEURONS), ("ablated", neurons)):
-        hooks = intervention_hooks(model, acting, intervention, ())
+        hooks = intervention_hooks(model, [acting], intervention, ())
         with backend.hooks(hooks(Layout.aligned((), backend.device)) if hooks else []):
             written = [backend.continue_greedily(ids, max_new_tokens) for ids in encoded]
         # decoded with the prompt, since tokenizers drop a space at the beginning of a text

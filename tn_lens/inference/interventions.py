@@ -213,38 +213,50 @@ def check_acts_on_any_text(intervention: Intervention, purpose: str) -> None:
 
 
 def intervention_hooks(
-    model: Model, neurons: NeuronSet, intervention: Intervention, prompts: Sequence[Prompt]
+    model: Model, sets: Sequence[NeuronSet], intervention: Intervention, prompts: Sequence[Prompt]
 ) -> Callable[[Layout], Hooks] | None:
     """The hooks of an intervention, as a function of the layout of a batch; None if there are no neurons.
+
+    Args:
+        model: model to intervene on.
+        sets: sets of neurons; each row of a batch acts on one of them.
+        intervention: the intervention.
+        prompts: all prompts that are asked together.
 
     Raises:
         BadInput: the neurons do not exist in the model.
     """
-    masks = _masks(model, neurons)
+    masks = _masks(model, sets)
     if not masks:
         return None
     prepared = intervention.prepare(model, prompts, masks.keys())
 
-    # called once per batch; the masks are the same for all
+    # called once per batch
     def hooks(layout: Layout) -> Hooks:
         where = layout.at(intervention.positions)
-        return _hooks(masks, prepared(layout), lambda flat: where)
+        chosen = torch.zeros(1, dtype=torch.long) if layout.sets is None else layout.sets
+        by_row = {place: mask[chosen.to(mask.device)] for place, mask in masks.items()}
+        return _hooks(by_row, prepared(layout), lambda flat: where)
 
     return hooks
 
 
 def _hooks(
-    masks: Mapping[Place, Bool[Tensor, " neuron"]],
+    masks: Mapping[Place, Bool[Tensor, "row neuron"]],
     replacement: Replacement,
     where: Callable[[Tensor], Bool[Tensor, "*row column"] | None],
 ) -> Hooks:
-    """Hooks that replace the activations of the neurons; `where` gives the columns, None for all of them."""
+    """Hooks that replace the activations of the neurons; `where` gives the columns, None for all of them.
+
+    A single row of a mask holds for all rows.
+    """
 
     def acting(place: Place, mask: Tensor) -> Callable[..., Tensor]:
         def put(value: Tensor, hook: object) -> Tensor:
             flat = value.flatten(2)  # [row, column, neuron]: heads side by side
             columns = where(flat)
-            at = mask if columns is None else mask & columns[..., None].to(mask.device)
+            at = mask[:, None]
+            at = at if columns is None else at & columns[..., None].to(mask.device)
             return torch.where(at, replacement(place, flat), flat).reshape(value.shape)
 
         return put
@@ -275,7 +287,7 @@ def intervene(
         raise BadInput("intervene does not support positions='question'; use positions='all' or positions='last'")
     if intervention.needs_prompts and not prompts:
         raise BadInput(f"{type(intervention).__name__} takes its values from prompts, and got none; pass prompts=...")
-    masks, backend = _masks(model, neurons), backend_of(model)
+    masks, backend = _masks(model, [neurons]), backend_of(model)
     replacement = intervention.prepare(model, prompts, masks.keys())(Layout.aligned(prompts, backend.device))
 
     def last(flat: Float[Tensor, "row column neuron"]) -> Bool[Tensor, " column"] | None:
@@ -309,13 +321,16 @@ def _fitted(new: Tensor | float, flat: Float[Tensor, "row column neuron"]) -> Te
     return new[rows[:, None], columns]
 
 
-def _masks(model: Model, neurons: NeuronSet) -> dict[Place, Bool[Tensor, " neuron"]]:
-    """Boolean masks that are True at the neurons of the set, by place, for places that have any."""
+def _masks(model: Model, sets: Sequence[NeuronSet]) -> dict[Place, Bool[Tensor, "set neuron"]]:
+    """Boolean masks that are True at the neurons of each set, by place, for places where any set has neurons."""
     space, device = neuron_space(model), backend_of(model).device
-    space.check(neurons)
-    masks = {site: space.mask(neurons, site).to(device) for site in neurons.sites}
+    for neurons in sets:
+        space.check(neurons)
+    sites = usual_sites(tuple({site for neurons in sets for site in neurons.sites}))
+    # [set, layer, neuron]
+    masks = {site: torch.stack([space.mask(neurons, site) for neurons in sets]).to(device) for site in sites}
     layers = range(space.n_layers)
-    return {(site, layer): mask[layer] for site, mask in masks.items() for layer in layers if mask[layer].any()}
+    return {(site, layer): mask[:, layer] for site, mask in masks.items() for layer in layers if mask[:, layer].any()}
 
 
 def _activations(
@@ -338,7 +353,7 @@ def _activations(
         backend.last_logits(tokens)
     n_tokens = torch.tensor([len(row) for row in ids], device=layout.lengths.device)
     # column of the batch -> position in the donor, counted from the end; [row, column]
-    column = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
+    column = torch.arange(layout.is_token.shape[1], device=layout.lengths.device)
     source = (column + (n_tokens - layout.lengths)[:, None]).clamp(min=0).minimum(n_tokens[:, None] - 1)
     rows = torch.arange(len(ids), device=source.device)[:, None]
     return {name: value[rows.to(value.device), source.to(value.device)] for name, value in kept.items()}

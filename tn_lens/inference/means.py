@@ -67,10 +67,8 @@ def _activation_sums(
     total = {hook_name(s, layer): torch.zeros(space.width(s), dtype=torch.float64) for s in sites for layer in layers}
 
     def hooks(layout: Layout) -> Hooks:
-        place = layout.first + torch.arange(layout.n_columns, device=layout.lengths.device)
-        counted = place < layout.lengths[:, None]  # [row, column]: not the padding
         at = layout.at(positions)
-        counted = (counted if at is None else counted & at).double()
+        counted = (layout.is_token if at is None else layout.is_token & at).double()  # [row, column]
         weights = counted / counted.sum(1, keepdim=True)
 
         def add(value: Tensor, hook: Any) -> None:
@@ -80,6 +78,6 @@ def _activation_sums(
 
         return [(name, add) for name in total]
 
-    for _ in prompt_logits(model, prompts, hooks=hooks, share_prefix=False):
+    for _ in prompt_logits(model, prompts, hooks=hooks):
         pass
     return {site: torch.stack([total[hook_name(site, layer)] for layer in layers]) for site in sites}

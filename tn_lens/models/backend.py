@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
+from tn_lens.models.tensors import Packed
 from tn_lens.models.unembedding import COLUMNS_PER_PRODUCT
 from tn_lens.neurons.neuron import Neuron
 from tn_lens.neurons.sites import SITES
@@ -252,7 +253,17 @@ class Backend(ABC):
             tokens: rows padded on the left, with a mask, or on the right, where causal attention hides the padding.
             mask: 0 at padding on the left, 1 elsewhere.
             places: column to read in each row. Default: the last column.
-            cache: keys and values of the positions that precede the rows, from `run_prefixes` or `empty_cache`.
+            cache: keys and values of the positions that precede the rows, from `empty_cache`.
+        """
+
+    @abstractmethod
+    def packed_logits(self, rows: Packed, ends: Int[Tensor, "end 2"], cache: Any = None) -> Float[Tensor, "end vocab"]:
+        """Logits at some columns of packed rows, in at least float32. Only for models that are not `unshareable`.
+
+        Args:
+            rows: the rows.
+            ends: row and column of each place to read.
+            cache: keys and values of the `n_before` positions that precede the rows, from `run_prefixes`.
         """
 
     @abstractmethod
@@ -292,7 +303,7 @@ class Backend(ABC):
 
     @abstractmethod
     def run_prefixes(self, tokens: Int[Tensor, "prefix column"]) -> Prefixes:
-        """Run beginnings of rows and cache them for `last_logits`. The rows view a single prefix, and copy one of several."""
+        """Run beginnings of rows and cache them. The rows view a single prefix, and copy one of several."""
 
     @abstractmethod
     def siblings(self, tokens: TokenRows, mask: TokenRows, names: set[str]) -> Siblings:

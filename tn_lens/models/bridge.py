@@ -22,6 +22,7 @@ from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
 from tn_lens.models.comparison import probe_tokens, reject_bidirectional
 from tn_lens.models.tensors import (
+    Packed,
     Replacement,
     at_least_float32,
     block_inputs,
@@ -185,6 +186,19 @@ class Bridge(Backend):
         with self._unembed_only(places[:, None]):
             return self._logits(tokens, use_cache=cache is not None, **past, **padding)[:, 0]  # [row, 1, vocab]
 
+    def packed_logits(self, rows: Packed, ends: Int[Tensor, "end 2"], cache: Any = None) -> Float[Tensor, "end vocab"]:
+        past = {} if cache is None else {"past_key_values": cache}
+        row, column = ends.T
+        with self._unembed_only(column[None], row[None]):
+            logits = self._logits(
+                rows.tokens,
+                attention_mask=self._masks(rows.allowed),
+                position_ids=rows.positions,
+                use_cache=cache is not None,
+                **past,
+            )
+        return logits.flatten(0, -2)  # [1, end, vocab] -> [end, vocab]
+
     def all_logits(self, tokens: TokenRows, *, start: int = 0) -> Float[Tensor, "row _ vocab"]:
         if not start:
             return self._logits(tokens, use_cache=False)
@@ -263,14 +277,16 @@ class Bridge(Backend):
             yield norm, "forward", lambda stream, **named: normalize(stream.float(), **named)
 
     @contextmanager
-    def _unembed_only(self, places: Int[Tensor, "row place"]) -> Iterator[None]:
-        """Compute the logits of some positions of each row only."""
+    def _unembed_only(
+        self, columns: Int[Tensor, "row place"], rows: Int[Tensor, "row place"] | None = None
+    ) -> Iterator[None]:
+        """Compute the logits of some columns only: those of each row, or those of `rows`."""
 
         def pick(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             stream, *others = arguments
-            rows = torch.arange(len(places), device=stream.device)[:, None]
+            row = torch.arange(len(columns))[:, None] if rows is None else rows
             # [row, column, d_model] -> [row, place, d_model]
-            return (stream[rows, places.to(stream.device)], *others)
+            return (stream[row.to(stream.device), columns.to(stream.device)], *others)
 
         handle = self.model.unembed.register_forward_pre_hook(pick)
         try:

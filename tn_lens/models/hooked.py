@@ -17,8 +17,9 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefixes, Siblings, TokenRows
 from tn_lens.models.comparison import NOT_CAUSAL
-from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask
+from tn_lens.models.hooked_attention import SharedAttention, cached_norms, key_mask, packed_attention
 from tn_lens.models.tensors import (
+    Packed,
     Replacement,
     block_inputs,
     freeze,
@@ -186,6 +187,25 @@ class Hooked(Backend):
         rows = torch.arange(len(residual), device=residual.device)
         last = residual[:, -1] if places is None else residual[rows, places.to(residual.device)]
         return self.unembed(last[:, None])[:, 0]
+
+    def packed_logits(self, rows: Packed, ends: Int[Tensor, "end 2"], cache: Any = None) -> Float[Tensor, "end vocab"]:
+        model, cfg = self.model, self.model.cfg
+        windows = {"global": None, "local": cfg.window_size}
+        allowed = {kind: rows.allowed(windows[kind]) for kind in {block.attn.attn_type for block in model.blocks}}
+        replacements = [*cached_norms(model.blocks)]
+        for block in model.blocks:
+            replacements += packed_attention(block.attn, allowed[block.attn.attn_type], rows.key_positions)
+        if cfg.positional_embedding_type == "standard":
+            replacements.append((model.pos_embed, "forward", lambda *_, **__: model.pos_embed.W_pos[rows.positions]))
+        with replace_methods(replacements):
+            residual = model(
+                rows.tokens,
+                attention_mask=torch.ones_like(rows.tokens),
+                past_kv_cache=cache,
+                stop_at_layer=cfg.n_layers,
+            )
+        row, column = ends.to(residual.device).T
+        return self.unembed(residual[row, column][:, None])[:, 0]
 
     def all_logits(self, tokens: TokenRows, *, start: int = 0) -> Float[Tensor, "row _ vocab"]:
         mask, n_layers = torch.ones_like(tokens), self.model.cfg.n_layers

@@ -51,6 +51,48 @@ def key_mask(is_visible: Bool[Tensor, "prompt prefix"]) -> Bool[Tensor, "prompt 
     return None if is_visible.all() else torch.cat([is_visible, itself], 1)[:, None, None]
 
 
+def packed_attention(
+    attention: Any, allowed: Bool[Tensor, "row 1 column key"], key_positions: Int[Tensor, "row key"]
+) -> Iterator[Replacement]:
+    """Replacements for a pass over packed rows: positions and masks are given, not counted from the first column."""
+    cfg = attention.cfg
+    device = attention.IGNORE.device
+    allowed, key_positions = allowed.to(device), key_positions.to(device)
+    yield attention, "apply_causal_mask", lambda scores, *_: torch.where(allowed, scores, attention.IGNORE)
+    if cfg.positional_embedding_type == "rotary":
+        longest = int(key_positions.max()) + 1
+        if longest > len(attention.rotary_cos):
+            attention._extend_rotary_embeddings(min(cfg.n_ctx, max(longest, 2 * len(attention.rotary_cos))))
+        # [row, key, rotary_dim] -> [row, key, 1 (all heads), rotary_dim]
+        cos, sin = (table[key_positions][:, :, None] for table in (attention.rotary_cos, attention.rotary_sin))
+
+        def rotated(x: Heads, *_: object, **__: object) -> Heads:
+            # the columns are the last keys
+            return rotate(x, cos[:, -x.shape[1] :], sin[:, -x.shape[1] :], adjacent_pairs=cfg.rotary_adjacent_pairs)
+
+        yield attention, "apply_rotary", rotated
+
+
+def rotate(x: Heads, cos: Tensor, sin: Tensor, *, adjacent_pairs: bool) -> Heads:
+    """Rotate the first entries of each head, as many as the tables have.
+
+    Args:
+        x: queries or keys.
+        cos: table of the positions, broadcastable to `x` except for the last axis.
+        sin: likewise.
+        adjacent_pairs: whether pairs of neighbouring entries are rotated, or entries of both halves.
+    """
+    rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    if adjacent_pairs:
+        first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # both [prompt, row, head, rotary_dim / 2]
+        perpendicular = torch.stack([-second, first], dim=-1).flatten(-2)
+    else:
+        first, second = rotated.chunk(2, dim=-1)
+        perpendicular = torch.cat([-second, first], dim=-1)
+    rotated = rotated * cos + perpendicular * sin
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+
 class SharedAttention:
     """The attention of one layer, with the keys and values of the prompts' earlier positions shared by all rows.
 
@@ -102,17 +144,7 @@ class SharedAttention:
 
     def _rotate(self, x: Heads, *_: object, **__: object) -> Heads:
         assert self.cos_sin is not None
-        cos, sin = self.cos_sin
-        # only the first rotary_dim entries of a head are rotated
-        rotated, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-        if self.attention.cfg.rotary_adjacent_pairs:
-            first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # both [prompt, row, head, rotary_dim / 2]
-            perpendicular = torch.stack([-second, first], dim=-1).flatten(-2)
-        else:
-            first, second = rotated.chunk(2, dim=-1)
-            perpendicular = torch.cat([-second, first], dim=-1)
-        rotated = rotated * cos + perpendicular * sin
-        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+        return rotate(x, *self.cos_sin, adjacent_pairs=self.attention.cfg.rotary_adjacent_pairs)
 
     def _scores(self, q: Heads, k: KeyHeads) -> Scores:
         # [prompt, row, head, d_head] -> [prompt, key_head, head of the group, row, d_head]

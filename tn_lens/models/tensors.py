@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,36 @@ def block_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "pr
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Rows in which every column attends to the columns of its own prompt only."""
+
+    tokens: Int[Tensor, "row column"]
+    positions: Int[Tensor, "row column"]
+    """Position of each column in its prompt."""
+    visible: Bool[Tensor, "row column column"]
+    """The columns that each column attends to."""
+    n_before: int
+    """Number of cached positions before the rows, which every column attends to."""
+
+    @property
+    def key_positions(self) -> Int[Tensor, "row key"]:
+        """Positions of the cached keys and of the columns."""
+        before = torch.arange(self.n_before, device=self.positions.device).expand(len(self.tokens), -1)
+        return torch.cat([before, self.positions], 1)
+
+    def allowed(self, window: int | None = None) -> Bool[Tensor, "row 1 column key"]:
+        """The keys that each column attends to.
+
+        Args:
+            window: number of positions that local attention covers, the query's position included. None: all positions.
+        """
+        visible = torch.nn.functional.pad(self.visible, (self.n_before, 0), value=True)
+        if window is not None:
+            visible = visible & (self.positions[:, :, None] - self.key_positions[:, None] < window)
+        return visible[:, None]
 
 
 def reject_rotated(w_o: Float[Tensor, "head d_head d_model"]) -> None:

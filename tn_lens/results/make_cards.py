@@ -138,14 +138,13 @@ def _read(model: Model, prompts: Sequence[Prompt], neurons: Sequence[Neuron]) ->
 
     def hooks(layout: Layout) -> Hooks:
         def keep(value: Tensor, hook: Any) -> None:
-            last = (layout.lengths - 1 - layout.first).to(value.device)
+            last = (layout.lengths - 1).to(value.device)
             # [row, column, ...] -> [row, neuron of the site]
             read = value.flatten(2)[torch.arange(len(last), device=value.device), last].double().cpu()
             for place in places[hook.name]:
                 activations[list(layout.rows), place] = read[:, space.flat(neurons[place])]
 
-        # the shared prefix of a group of prompts has no rows and no last position
-        return [(name, keep) for name in places] if layout.rows else []
+        return [(name, keep) for name in places]
 
     for _ in prompt_logits(model, prompts, hooks=hooks):
         pass
