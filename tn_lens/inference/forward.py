@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tn_lens.core.options import Where
-from tn_lens.inference.trees import MOST_COLUMNS, Path, Tree, groves
+from tn_lens.inference.trees import Path, Tree, groves
 from tn_lens.models import Hooks, Model, backend_of
 from tn_lens.models.backend import Backend, TokenRows
 from tn_lens.models.tensors import Packed
@@ -135,7 +135,7 @@ def tree_logits(
         max_tokens: maximum number of tokens in one batch.
     """
     backend = backend_of(model)
-    most_columns = min(MOST_COLUMNS, max_tokens, backend.n_ctx)
+    most_columns = min(max_tokens, backend.n_ctx)
     for grove in groves(tuple(prompts), backend.device.type, most_columns):
         rows = [(index, tree) for index in range(n_sets) for tree in grove.trees]
         n_before = len(grove.prefix)

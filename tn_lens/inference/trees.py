@@ -18,8 +18,10 @@ from jaxtyping import Bool
 
 from tn_lens.questions.prompts import Prompt
 
-MOST_COLUMNS = 192
-"""Maximum number of columns of a tree, unless one prompt is longer. Every column is compared with all columns of its tree."""
+MOST_COLUMNS = (64, 128, 256)
+"""Maximum number of columns of a tree, unless one prompt is longer; the cheapest is used."""
+PAIR_TOKENS = 1e-3
+"""Cost, in tokens, of comparing one column of a tree with another, which attention does for all of them."""
 PASS_TOKENS = {"cpu": 64, "other": 1024}
 """Number of tokens, by device, that take as long as a further forward pass."""
 
@@ -77,21 +79,29 @@ class Grove:
 
 
 @lru_cache(maxsize=4)  # the same prompts are asked with many sets of neurons
-def groves(prompts: tuple[Prompt, ...], device: str = "cpu", most_columns: int = MOST_COLUMNS) -> tuple[Grove, ...]:
+def groves(prompts: tuple[Prompt, ...], device: str = "cpu", most_columns: int | None = None) -> tuple[Grove, ...]:
     """Arrange prompts so that few tokens are run, such as the few-shot examples of a subject only once.
 
     Args:
         prompts: prompts of any length.
         device: type of the device they run on.
-        most_columns: maximum number of columns of a tree, unless one prompt is longer.
+        most_columns: maximum number of columns of a tree, unless one prompt is longer, if it is less than `MOST_COLUMNS`.
     """
     paths = [_path(prompt) for prompt in prompts]
     if not paths:
         return ()
     # related prompts are neighbours
     rows = sorted(range(len(paths)), key=paths.__getitem__)
-    planner = _Planner(paths, PASS_TOKENS.get(device, PASS_TOKENS["other"]), most_columns)
-    return tuple(planner.plan(rows, 0)[1])
+    pass_tokens = PASS_TOKENS.get(device, PASS_TOKENS["other"])
+    sizes = {min(size, most_columns or size) for size in MOST_COLUMNS}
+    return min((tuple(_Planner(paths, pass_tokens, size).plan(rows, 0)[1]) for size in sorted(sizes)), key=_cost)
+
+
+def _cost(planned: tuple[Grove, ...]) -> float:
+    """The cost of running groves, in tokens, without that of passes."""
+    trees = [(len(grove.prefix), len(tree)) for grove in planned for tree in grove.trees]
+    n_pairs = sum(size * (n_before + size) for n_before, size in trees)
+    return sum(grove.n_tokens for grove in planned) + PAIR_TOKENS * n_pairs
 
 
 def _path(prompt: Prompt) -> Path:

@@ -58,7 +58,10 @@ def packed_attention(
     cfg = attention.cfg
     device = attention.IGNORE.device
     allowed, key_positions = allowed.to(device), key_positions.to(device)
-    yield attention, "apply_causal_mask", lambda scores, *_: torch.where(allowed, scores, attention.IGNORE)
+    if can_fuse(attention):
+        yield from _fused(attention, allowed)
+    else:
+        yield attention, "apply_causal_mask", lambda scores, *_: torch.where(allowed, scores, attention.IGNORE)
     if cfg.positional_embedding_type == "rotary":
         longest = int(key_positions.max()) + 1
         if longest > len(attention.rotary_cos):
@@ -71,6 +74,34 @@ def packed_attention(
             return rotate(x, cos[:, -x.shape[1] :], sin[:, -x.shape[1] :], adjacent_pairs=cfg.rotary_adjacent_pairs)
 
         yield attention, "apply_rotary", rotated
+
+
+def can_fuse(attention: Any) -> bool:
+    """Whether PyTorch's fused attention computes the same: nothing acts on scores or pattern, and nothing caps them."""
+    cfg = attention.cfg
+    is_hooked = any(point.fwd_hooks for point in (attention.hook_attn_scores, attention.hook_pattern))
+    return not (is_hooked or cfg.attn_scores_soft_cap > 0 or cfg.use_attention_sinks)
+
+
+def _fused(attention: Any, allowed: Bool[Tensor, "row 1 column key"]) -> Iterator[Replacement]:
+    """Replacements that compute scores, pattern and z in one step, in which TransformerLens normalises a single dummy score."""
+    queries_and_keys: list[tuple[Tensor, Tensor]] = []
+
+    def calculate_attention_scores(q: Heads, k: KeyHeads) -> Scores:
+        queries_and_keys.append((q, k))
+        return q.new_zeros(len(q), q.shape[2], q.shape[1], 1)
+
+    def calculate_z_scores(v: KeyHeads, pattern: Scores) -> Heads:
+        # [row, position, head, d_head] -> [row, head, position, d_head]
+        q, k, v = (each.transpose(1, 2) for each in (*queries_and_keys.pop(), v))
+        z = torch.nn.functional.scaled_dot_product_attention(
+            q, k.to(q), v.to(q), attn_mask=allowed, scale=1 / attention.attn_scale, enable_gqa=True
+        )
+        return attention.hook_z(z.transpose(1, 2))
+
+    yield attention, "calculate_attention_scores", calculate_attention_scores
+    yield attention, "apply_causal_mask", lambda scores, *_: scores
+    yield attention, "calculate_z_scores", calculate_z_scores
 
 
 def rotate(x: Heads, cos: Tensor, sin: Tensor, *, adjacent_pairs: bool) -> Heads:
