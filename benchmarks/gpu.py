@@ -60,7 +60,7 @@ NARROW: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "vocab_size": VOCABULARY,
+    "vocab_size": 1000,
 }
 """Sizes of the models of `--quick`."""
 
@@ -223,7 +223,12 @@ class Shape:
 
     def __init__(self, name: str, dtype: torch.dtype, device: str, *, quick: bool) -> None:
         self.name, self.dtype, self.device, self.quick = name, dtype, device, quick
+        self.n_vocab = NARROW["vocab_size"] if quick else VOCABULARY
         self.seconds = float("nan")
+
+    def prompt(self, n_tokens: int, seed: int = 0) -> Prompt:
+        """A prompt of random tokens."""
+        return random_prompt(n_tokens, seed, self.n_vocab)
 
     def loading(self) -> dict[str, Any]:
         """Build the model on its device."""
@@ -237,7 +242,7 @@ class Shape:
             return load_model(self.name, hf_model=weights, dtype=self.dtype, device=self.device)
 
         self.model, seconds = timed(load)
-        attribute(self.model, random_prompt(4), n_steps=1)  # excludes one-time setup from the measurements
+        attribute(self.model, self.prompt(4), n_steps=1)  # excludes one-time setup from the measurements
         return {
             "seconds": round(seconds, 1),
             "n_layers": self.model.cfg.n_layers,
@@ -247,14 +252,14 @@ class Shape:
 
     def one_prompt(self) -> dict[str, Any]:
         """Attribute one prompt."""
-        result = self.measure([random_prompt(N_TOKENS)], N_REPEATS)
+        result = self.measure([self.prompt(N_TOKENS)], N_REPEATS)
         self.seconds = result["seconds_per_prompt"]
         return result
 
     def several_prompts(self) -> dict[str, Any]:
         """Attribute several prompts together."""
         n_prompts = N_TOGETHER_QUICK if self.quick else N_TOGETHER
-        return self.measure([random_prompt(N_TOKENS - seed, seed) for seed in range(n_prompts)], 2)
+        return self.measure([self.prompt(N_TOKENS - seed, seed) for seed in range(n_prompts)], 2)
 
     def measure(self, prompts: list[Prompt], n_repeats: int) -> dict[str, Any]:
         """Attribute prompts several times: once for the peak memory, then for the median time, then with the profiler."""
@@ -275,7 +280,7 @@ class Shape:
 
     def comparison(self) -> dict[str, Any]:
         """Compare scores and times with captum and with a loop over layers and steps, all of which run whole prompts."""
-        model, prompt = self.model, random_prompt(N_TOKENS)
+        model, prompt = self.model, self.prompt(N_TOKENS)
         # causal attention: the activations differ at the last position only
         other = Prompt(token_ids=(*prompt.token_ids[:-1], 9), label_ids=prompt.label_ids, right=0, question="other")
         own, other_own = (Direct(model, p, NEURON_SITES, "last").own for p in (prompt, other))
