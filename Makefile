@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP_TL4 = .venv-tl4/bin/pip install --quiet --disable-pip-version-check --constraint constraints-tl4.txt
 
-.PHONY: demo demo-real test test-tl4 lint notebooks docs bench bench-quick fuzz torture train clean
+.PHONY: demo demo-real test test-tl4 lint notebooks docs bench bench-quick bench-gpu fuzz torture train clean
 
 demo: .venv/demo
 	.venv/bin/tn-lens run --model toy --questions toy --out runs/demo
@@ -51,6 +51,10 @@ bench: .venv/bench
 
 bench-quick: .venv/test
 	.venv/bin/python -W ignore benchmarks/attribution.py --quick
+
+# Compare a GPU with the CPU, and measure attribution at the size of the paper's models on it; takes ten minutes.
+bench-gpu: .venv/test
+	.venv/bin/python -W ignore benchmarks/gpu.py
 
 # Train the embedded model with all five seeds and choose one by the rules of the model card; takes half an hour on two cores.
 train: .venv/demo

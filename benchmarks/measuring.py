@@ -159,7 +159,7 @@ def bridge_of(model: HookedTransformer) -> Model:
     return load_model("random", hf_model=llama.eval(), backend="bridge", device=str(cfg.device))
 
 
-def random_prompt(n_tokens: int, seed: int = 0) -> Prompt:
+def random_prompt(n_tokens: int, seed: int = 0, n_vocab: int = VOCABULARY) -> Prompt:
     """A prompt of random tokens with two labels."""
-    tokens = torch.randint(10, VOCABULARY, (n_tokens,), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(10, n_vocab, (n_tokens,), generator=torch.Generator().manual_seed(seed))
     return Prompt(token_ids=tuple(tokens.tolist()), label_ids=((4, 5), (6, 7)), right=0, question=str(seed))

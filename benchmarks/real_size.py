@@ -89,12 +89,14 @@ SHAPES: dict[str, Any] = {
 """Configurations of the paper's models, from their config.json."""
 
 
-def random_weights(config: Any, dtype: torch.dtype) -> Any:
+def random_weights(config: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A Hugging Face model with random weights. They are taken from one pool, since drawing all of them would take minutes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.to_empty(device="cpu").tie_weights()
-    pool = 0.02 * torch.randn(4_000_037, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model.to_empty(device=device).tie_weights()
+    # the rotary frequencies are not parameters, and are not part of a checkpoint
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    pool = 0.02 * torch.randn(4_000_037, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     with torch.no_grad():
         for index, (name, parameter) in enumerate(model.named_parameters()):
             if "norm" in name:

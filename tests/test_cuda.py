@@ -11,7 +11,25 @@ import torch
 
 from tests.conftest import PAPER_MODELS
 from tests.test_engines import assert_equal, prompts_of
-from tn_lens import Settings, ablate, attribute, build_prompts, evaluate, find_truth_neurons, load_model, load_questions
+from tests.test_generation import PROMPTS, some_neurons
+from tn_lens import (
+    Intervention,
+    Mean,
+    Resample,
+    Scale,
+    Settings,
+    Zero,
+    ablate,
+    ask,
+    attribute,
+    build_prompts,
+    evaluate,
+    find_truth_neurons,
+    generate,
+    load_model,
+    load_questions,
+    measure_damage,
+)
 from tn_lens.attribution.attribute import choose_engine
 from tn_lens.models import Model, last_logits
 from tn_lens.neurons import NEURON_SITES
@@ -30,6 +48,13 @@ def on_gpu() -> Model:
 @pytest.fixture(scope="module")
 def on_cpu() -> Model:
     return load_model("toy", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def wide() -> tuple[Model, Model]:
+    """The embedded model in float64 on the GPU and on the CPU, whose choices between tokens and neurons do not depend on rounding."""
+    gpu, cpu = (load_model("toy", device=device, dtype="float64") for device in ("cuda", "cpu"))
+    return gpu, cpu
 
 
 @pytest.mark.parametrize("name", PAPER_MODELS)
@@ -53,6 +78,53 @@ def test_the_numbers_are_those_of_the_cpu(on_gpu: Model, on_cpu: Model) -> None:
     )
     prompts = build_prompts(on_cpu, load_questions("toy").part("find")[:4], order="both")
     assert_equal(attribute(on_gpu, prompts), attribute(on_cpu, prompts), 1e-3)
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("riemann_right", 1e-10), ("adaptive", 1e-3)])
+def test_scores_are_what_they_are_on_the_cpu(method: str, tolerance: float, wide: tuple[Model, Model]) -> None:
+    prompts = build_prompts(wide[1], load_questions("toy").part("find")[:6], order="both")
+    gpu, cpu = (attribute(model, prompts, method=method) for model in wide)
+    assert_equal(gpu, cpu, tolerance)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize(
+    "intervention", [Zero(), Scale(factor=2.0), Mean(), Resample()], ids=lambda one: type(one).__name__
+)
+def test_answers_are_what_they_are_on_the_cpu(
+    intervention: Intervention, share_prefix: bool, wide: tuple[Model, Model]
+) -> None:
+    prompts, neurons = build_prompts(wide[1], load_questions("toy").part("report")[:20]), some_neurons(wide[1])
+    options: dict[str, Any] = {"intervention": intervention, "share_prefix": share_prefix}
+    for ablated in ({}, {"neurons": neurons, **options}):
+        gpu, cpu = (ask(model, prompts, **ablated) for model in wide)
+        assert gpu.device.type == "cpu"
+        torch.testing.assert_close(gpu, cpu, atol=1e-10, rtol=0)
+
+
+def test_continuations_are_what_they_are_on_the_cpu(wide: tuple[Model, Model]) -> None:
+    neurons = some_neurons(wide[1], 40)
+    gpu, cpu = (generate(model, PROMPTS, neurons=neurons, max_new_tokens=20) for model in wide)
+    assert (cpu["unablated"] != cpu["ablated"]).any(), "the neurons have an effect"
+    assert gpu.equals(cpu)
+
+
+def test_damage_is_what_it_is_on_the_cpu(wide: tuple[Model, Model]) -> None:
+    prompts, neurons = build_prompts(wide[1], load_questions("toy").part("find")[:8]), some_neurons(wide[1], 2)
+    gpu, cpu = (measure_damage(model, neurons, prompts) for model in wide)
+    assert gpu.neurons == cpu.neurons
+    assert (gpu.text_loss, gpu.answer_mass, gpu.rest_loss) == pytest.approx(
+        (cpu.text_loss, cpu.answer_mass, cpu.rest_loss), abs=1e-10
+    )
+    assert [(row.condition, row.part, row.n_neurons) for row in gpu.rows] == [
+        (row.condition, row.part, row.n_neurons) for row in cpu.rows
+    ]
+    torch.testing.assert_close(
+        torch.tensor(gpu.to_frame()[["rise", "answer_mass"]].to_numpy()),
+        torch.tensor(cpu.to_frame()[["rise", "answer_mass"]].to_numpy()),
+        atol=1e-10,
+        rtol=0,
+    )
 
 
 def test_ablation_is_what_it_is_on_the_cpu(on_gpu: Model, on_cpu: Model) -> None:

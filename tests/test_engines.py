@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.conftest import PAPER_MODELS, needs_hooked
-from tn_lens import Attribution, Prompt, attribute, mean_activations
+from tn_lens import Attribution, Prompt, PromptSet, Settings, attribute, mean_activations
+from tn_lens.attribution.attribute import choose_pass_size
 from tn_lens.attribution.engines import shared_prefix
+from tn_lens.attribution.result import PassSize
 from tn_lens.models import Model, backend_of, build_model
+from tn_lens.pipeline.settings import resolve_settings
 
 pytestmark = needs_hooked  # the tests build models from a configuration and compute in float64
 
@@ -234,6 +237,28 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
     assert plans[0] == (1, 1)
     assert plans == sorted(plans)
     assert plans[-1] == (16, 126)
+
+
+def test_the_budget_of_a_gpu_does_not_depend_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise passes, and with them the last digits of scores, would differ between runs on the same GPU."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the state of the device was read")
+
+    for name in ("mem_get_info", "get_device_properties", "memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    model, prompts, budgets = styled("gpt2"), PromptSet.of(prompts_of([9, 14])), []
+
+    def record(*arguments: Any, **_: Any) -> PassSize:
+        budgets.append(arguments[4])
+        return PassSize(1, 1)
+
+    monkeypatch.setattr(type(backend_of(model)), "device", torch.device("cuda"))
+    monkeypatch.setattr("tn_lens.attribution.attribute.plan", record)
+    options: dict[str, Any] = {"n_places": 6, "n_steps": 20, "max_memory": None, "internal_batch_size": None}
+    choose_pass_size(model, prompts, "shared_prefix", **options)
+    # the settings of a run are written to its manifest
+    assert budgets == [resolve_settings(model, Settings()).max_memory] == [8 * 2**30]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
