@@ -29,7 +29,6 @@ from tn_lens import (
     NeuronSet,
     Prompt,
     QuestionSet,
-    Zero,
     ablate,
     build_prompts,
     evaluate,
@@ -38,8 +37,8 @@ from tn_lens import (
     random_neurons,
 )
 from tn_lens.evaluation.evaluate import draw_orders, draw_sets
-from tn_lens.inference.forward import pad_left, prompt_logits
-from tn_lens.inference.interventions import intervention_hooks
+from tn_lens.inference.answers import ask
+from tn_lens.inference.forward import pad_left
 from tn_lens.models import Model, last_logits, lay_out_weights
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -86,16 +85,6 @@ def by_loop(model: Model, prompts: list[Prompt], neurons: NeuronSet, *, last_onl
     return torch.cat(answers)
 
 
-def ours(model: Model, prompts: list[Prompt], neurons: NeuronSet, *, share_prefix: bool) -> Tensor:
-    """Batches of prompts of similar length, with or without running their common beginning only once."""
-    answers = torch.zeros(len(prompts), 2)
-    hooks = intervention_hooks(model, neurons, Zero(), prompts)
-    for rows, logits in prompt_logits(model, prompts, hooks=hooks, share_prefix=share_prefix):
-        probabilities = logits.softmax(-1).cpu()
-        answers[rows] = label_probabilities(probabilities, [prompts[row] for row in rows])
-    return answers
-
-
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,8 +116,8 @@ def main() -> None:
         "plain loop": lambda: by_loop(plain, first, neurons),
         "weights in the order they are read": lambda: by_loop(model, first, neurons),
         "only the last position unembedded": lambda: by_loop(model, first, neurons, last_only=True),
-        "batches of similar length": lambda: ours(model, first, neurons, share_prefix=False),
-        "common beginning run once": lambda: ours(model, first, neurons, share_prefix=True),
+        "batches of similar length": lambda: ask(model, first, neurons=neurons, share_prefix=False),
+        "common beginnings run once": lambda: ask(model, first, neurons=neurons),
     }
     expected = by_loop(plain, first, neurons)
     for name, step in steps.items():

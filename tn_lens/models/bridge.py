@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
-from transformers.pytorch_utils import Conv1D
 
 from tn_lens.core.errors import BadInput
 from tn_lens.models.backend import Backend, Hooks, MLPOutputs, Prefixes, Siblings, TokenRows
 from tn_lens.models.bridge_cache import frozen_cache
 from tn_lens.models.bridge_joining import join_rows
+from tn_lens.models.bridge_weights import base_rows, weight_rows
 from tn_lens.models.comparison import probe_tokens, reject_bidirectional
 from tn_lens.models.tensors import (
     Packed,
@@ -57,7 +57,7 @@ class Bridge(Backend):
     def d_mlp(self) -> int:
         # from the weights, since the d_mlp of some configurations is wrong
         has_mlp = "blocks.0.mlp.out.hook_in" in self.points
-        return _base_rows(self.model.blocks[0].mlp.out).shape[0] if has_mlp else 0
+        return base_rows(self.model.blocks[0].mlp.out).shape[0] if has_mlp else 0
 
     @property
     def is_post_norm(self) -> bool:
@@ -222,12 +222,12 @@ class Bridge(Backend):
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         cfg = self.model.cfg
         # [head * d_head, d_model] -> [head, d_head, d_model]
-        return _weight_rows(self.model.blocks[layer].attn.o).reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
+        return weight_rows(self.model.blocks[layer].attn.o).reshape(cfg.n_heads, cfg.d_head, cfg.d_model)
 
     def output_row(self, neuron: Neuron) -> tuple[Float[Tensor, " d_model"], Any]:
         block: Any = self.model.blocks[neuron.layer]
         if neuron.head is None:
-            row, output = _weight_rows(block.mlp.out, slice(neuron.index, neuron.index + 1))[0], "hook_mlp_out"
+            row, output = weight_rows(block.mlp.out, slice(neuron.index, neuron.index + 1))[0], "hook_mlp_out"
         else:
             row, output = self.w_o(neuron.layer)[neuron.head, neuron.index], "hook_attn_out"
         # the output's hook point belongs to the norm that follows the weights, if there is one
@@ -235,7 +235,7 @@ class Bridge(Backend):
         return row, getattr(block, owner) if owner.startswith("ln") else None
 
     def unembedding(self) -> tuple[Float[Tensor, "d_model vocab"], Any] | None:
-        return _weight_rows(self.model.unembed), getattr(self.model, "ln_final", None)
+        return weight_rows(self.model.unembed), getattr(self.model, "ln_final", None)
 
     def _padding_options(self, mask: TokenRows) -> dict[str, Any]:
         """Attention masks and positions of rows that are padded on the left."""
@@ -374,25 +374,6 @@ def _norm_is_last(model: TransformerBridge) -> bool:
         for handle in handles:
             handle.remove()
     return len(passed) == 2 and torch.equal(passed[0], passed[1])
-
-
-def _base_rows(linear: Any) -> Float[Tensor, "input output"]:
-    """The weights of a linear layer with one row per input, or those that an adapter wraps."""
-    modules = linear.original_component.modules()
-    base = next(module for module in modules if getattr(module, "weight", None) is not None)
-    # GPT-2's Conv1D stores [input, output], other linear layers [output, input]
-    return base.weight if isinstance(base, Conv1D) else base.weight.T
-
-
-def _weight_rows(linear: Any, rows: slice = slice(None)) -> Float[Tensor, "input output"]:
-    """The weights of a linear layer, with one row per input; measured if the layer has an adapter."""
-    base = _base_rows(linear)
-    original = linear.original_component
-    if isinstance(original, nn.Linear | Conv1D):
-        return base[rows]
-    with torch.no_grad():
-        inputs = torch.eye(len(base), dtype=base.dtype, device=base.device)[None, rows]  # [1, input, input]
-        return (original(inputs) - original(torch.zeros_like(inputs[:, :1])))[0]
 
 
 def layer_types(config: Any) -> list[str]:

@@ -87,11 +87,15 @@ def _fused(attention: Any, allowed: Bool[Tensor, "row 1 column key"]) -> Iterato
     """Replacements that compute scores, pattern and z in one step, in which TransformerLens normalises a single dummy score."""
     queries_and_keys: list[tuple[Tensor, Tensor]] = []
 
-    def calculate_attention_scores(q: Heads, k: KeyHeads) -> Scores:
+    def calculate_attention_scores(
+        q: Float[Tensor, "row column head d_head"], k: Float[Tensor, "row key key_head d_head"]
+    ) -> Float[Tensor, "row head column 1"]:
         queries_and_keys.append((q, k))
         return q.new_zeros(len(q), q.shape[2], q.shape[1], 1)
 
-    def calculate_z_scores(v: KeyHeads, pattern: Scores) -> Heads:
+    def calculate_z_scores(
+        v: Float[Tensor, "row key key_head d_head"], pattern: Float[Tensor, "row head column 1"]
+    ) -> Float[Tensor, "row column head d_head"]:
         # [row, position, head, d_head] -> [row, head, position, d_head]
         q, k, v = (each.transpose(1, 2) for each in (*queries_and_keys.pop(), v))
         z = torch.nn.functional.scaled_dot_product_attention(
