@@ -7,6 +7,9 @@ repetition of the loop is measured and multiplied by ten, since all repetitions 
 completely, for the accuracies alone and, with --order-averaged, also with every order of every draw, for which the loop would
 have to ask every prompt twice. The probabilities are asserted to be equal first. The optimizations are then enabled one after the
 other on the prompts of one repetition. Writes evaluation.json.
+
+With --completions, the completions of 100 common facts are asked of SmolLM2 in its four conditions and ten repetitions instead, and
+compared with every prompt as a row of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from tn_lens import (
     ablate,
     build_prompts,
     evaluate,
+    load_model,
     load_questions,
     neuron_space,
     random_neurons,
@@ -39,6 +43,7 @@ from tn_lens import (
 from tn_lens.evaluation.evaluate import draw_orders, draw_sets
 from tn_lens.inference.answers import ask
 from tn_lens.inference.forward import pad_left
+from tn_lens.inference.trees import groves
 from tn_lens.models import Model, last_logits, lay_out_weights
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -85,13 +90,53 @@ def by_loop(model: Model, prompts: list[Prompt], neurons: NeuronSet, *, last_onl
     return torch.cat(answers)
 
 
+def completions() -> dict[str, Any]:
+    """The times for short completions, which share their templates, on a real model."""
+    model = load_model("smollm2", dtype="float32", device="cpu")
+    questions = load_questions("common_facts").part("report").sample(100, np.random.default_rng(0))
+    neurons = random_neurons(neuron_space(model), 9, NeuronSet(), np.random.default_rng(1))
+    prompts = build_prompts(model, questions, order="both")
+    sets = draw_sets(model, prompts, neurons, PAPER_CONDITIONS, N_REPETITIONS, 0)
+    drawn = [one for each in sets.values() for one in each]
+    ask(model, prompts)  # excludes one-time setup from the measurement
+    options: Any = {"conditions": PAPER_CONDITIONS, "n_repetitions": N_REPETITIONS}
+    evaluation, ours = timed(lambda: evaluate(model, questions, neurons, **options))
+    rows, whole = timed(lambda: [ask(model, prompts, neurons=one, share_prefix=False) for one in drawn])
+    answers = np.concatenate([evaluation.probabilities[name] for name in sets])
+    np.testing.assert_allclose(answers, torch.stack(rows).numpy(), atol=1e-5)
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "n_prompts": len(prompts),
+        "n_sets": len(drawn),
+        "n_tokens": {
+            "whole": sum(len(prompt.token_ids) for prompt in prompts),
+            "trees": sum(grove.n_tokens for grove in groves(tuple(prompts))),
+        },
+        "whole_seconds": round(whole, 1),
+        "ours_seconds": round(ours, 1),
+        "ratio": round(whole / ours, 2),
+    }
+
+
+def store(row: dict[str, Any]) -> None:
+    """Print a row, and write it in place of the one of the same model and machine."""
+    row |= {"machine": machine(), "n_threads": torch.get_num_threads()}
+    print(json.dumps(row, indent=1))
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    others = [r for r in stored if (r["machine"], r.get("model")) != (row["machine"], row.get("model"))]
+    RESULTS.write_text(json.dumps([*others, row], indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="?", help="path of TruthfulQA.csv; downloaded by default")
     parser.add_argument("--n-questions", type=int, default=24, help="number of questions to ask")
     parser.add_argument("--order-averaged", action="store_true", help="also ask every draw of a control in every order")
+    parser.add_argument("--completions", action="store_true", help="ask completions of SmolLM2 instead")
     arguments = parser.parse_args()
+    if arguments.completions:
+        return store(completions())
     all_questions = load_questions("truthfulqa", source=arguments.questions)
     drawn = np.random.default_rng(0).choice(len(all_questions), arguments.n_questions, replace=False)
     questions = all_questions.select(drawn.tolist())
@@ -150,14 +195,8 @@ def main() -> None:
             "ratio": round(2 * loop * N_REPETITIONS / whole, 2),
             "prompts": {"loop": 2 * n_loop, "ours": n_both},
         }
-    row |= {
-        "seconds_of_one_set": {name: round(value, 3) for name, value in parts.items()},
-        "machine": machine(),
-        "n_threads": torch.get_num_threads(),
-    }
-    print(json.dumps(row, indent=1))
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([r for r in stored if r["machine"] != row["machine"]] + [row], indent=1) + "\n")
+    store(row | {"seconds_of_one_set": {name: round(value, 3) for name, value in parts.items()}})
+    return None
 
 
 if __name__ == "__main__":
