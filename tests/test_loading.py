@@ -280,3 +280,24 @@ def test_recommended_settings(toy: Model, tiny: Callable[..., Model]) -> None:
         name: recommended_settings(tiny(name))["adaptive_threshold"] for name in PAPER_THRESHOLDS
     } == PAPER_THRESHOLDS
     assert PAPER_THRESHOLDS["Qwen2.5-3B-Instruct"] == 0.01
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_large_models_in_16_bits_on_an_old_cpu_are_warned_about(
+    dtype: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
+    for feature in features:
+        monkeypatch.setattr(torch.cpu, feature, lambda: False, raising=False)
+    folder = checkpoint("Llama-3.2-3B-Instruct")
+    load_model(folder, dtype=dtype)  # a small model is fast enough
+    monkeypatch.setattr("tn_lens.models.loading.LARGE", 1000)
+    load_model(folder, dtype="float32")
+    with pytest.warns(
+        UserWarning, match=f"no instructions for matrix products in {dtype}.* load it with dtype='float32'"
+    ):
+        load_model(folder, dtype=dtype)
+    for feature in features:
+        monkeypatch.setattr(torch.cpu, feature, lambda: True, raising=False)
+    load_model(folder, dtype=dtype)

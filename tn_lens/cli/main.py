@@ -93,11 +93,11 @@ def run(
 
         hf_logging.disable_progress_bar()
         name, source = name_and_source(questions)
-        with print_warnings():
-            asked = load_questions(name, source=source)
         together = workers()
         loading = {"revision": revision, "trust_remote_code": trust_remote_code, "backend": backend}
-        loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
+        with print_warnings():
+            asked = load_questions(name, source=source)
+            loaded = load_model(model, dtype=dtype, device=together.device(device), **loading)
     if dry_run:
         if together.is_first:
             plan = plan_run(loaded, asked, settings, drop_long=drop_long)

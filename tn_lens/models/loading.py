@@ -5,7 +5,9 @@ Configurations and weights are read and checked here. `tn_lens.models` builds th
 
 from __future__ import annotations
 
+import platform
 import re
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ BUFFER = re.compile(
 )
 """Masks and tables that older checkpoints store."""
 
+LARGE = 500_000_000
+"""Number of weights from which slow matrix products matter."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """A model's id on the hub, with or without an organisation."""
 
@@ -105,6 +109,7 @@ def load_model(
 
     options = {key: value for key, value in hub.items() if value and key != "gguf_file"}
     model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
+    warn_of_slow_products(backend_of(model).n_parameters, weights_dtype, device)
     short_name = name.rstrip("/").rsplit("/", 1)[-1] if gguf is None else gguf.model_name
     # a folder called toy keeps its full name, since "toy" is the name of the embedded model
     backend_of(model).set_name_and_tokenizer(name if short_name == "toy" else short_name, tokenizer)
@@ -189,6 +194,24 @@ def find_dtype(dtype: torch.dtype | str | None, config: PretrainedConfig, device
     if requested not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise BadInput(f"expected dtype float32, float64, bfloat16 or float16, got {dtype!r}")
     return requested
+
+
+def warn_of_slow_products(n_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Warn about a large model in 16 bits on an x86 CPU whose matrix products have no instructions for this dtype."""
+    known: dict[torch.dtype, tuple[str, ...]] = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    checks = [getattr(torch.cpu, name, None) for name in known.get(dtype, ())]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    if n_parameters < LARGE or device.type != "cpu" or not is_x86 or not checks or any(c and c() for c in checks):
+        return
+    warnings.warn(
+        f"this CPU has no instructions for matrix products in {str(dtype).removeprefix('torch.')}, so a model of "
+        f"{n_parameters / 1e9:.1f} billion weights takes many times as long as in float32; load it with dtype='float32', or "
+        "use a GPU",
+        stacklevel=3,
+    )
 
 
 def read_config(source: str, **hub: Any) -> PretrainedConfig:
