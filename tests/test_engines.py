@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,14 +240,19 @@ def test_plans_grow_with_the_budget_and_nothing_else() -> None:
     assert plans[-1] == (16, 126)
 
 
-def test_the_budget_of_a_gpu_does_not_depend_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("total", "expected"), [(140 * 2**30 + 17, 35 * 2**30), (16 * 2**30, 8 * 2**30)])
+def test_the_budget_of_a_gpu_does_not_depend_on_what_is_free(
+    total: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise passes, and with them the last digits of scores, would differ between runs on the same GPU."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the state of the device was read")
 
-    for name in ("mem_get_info", "get_device_properties", "memory_allocated", "memory_reserved"):
+    for name in ("mem_get_info", "memory_allocated", "memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
     model, prompts, budgets = styled("gpt2"), PromptSet.of(prompts_of([9, 14])), []
 
     def record(*arguments: Any, **_: Any) -> PassSize:
@@ -258,7 +264,7 @@ def test_the_budget_of_a_gpu_does_not_depend_on_what_is_free(monkeypatch: pytest
     options: dict[str, Any] = {"n_places": 6, "n_steps": 20, "max_memory": None, "internal_batch_size": None}
     choose_pass_size(model, prompts, "shared_prefix", **options)
     # the settings of a run are written to its manifest
-    assert budgets == [resolve_settings(model, Settings()).max_memory] == [8 * 2**30]
+    assert budgets == [resolve_settings(model, Settings()).max_memory] == [expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

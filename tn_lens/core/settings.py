@@ -27,7 +27,7 @@ DAMAGE_BOUND = 0.05
 """Default of the largest harmless rise of the loss on plain text, in nats per token: 0.05 raises the perplexity by 5 %."""
 MAX_MEMORY = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 """Memory limit of one pass of the shared-prefix engine in bytes, besides the weights, by device type. Device types that
-are not listed use the value of the CPU.
+are not listed use the value of the CPU. A GPU uses a quarter of its total memory if that is more.
 
 Small passes on a GPU are bound by kernel launches; on a CPU, larger passes are not faster.
 """
@@ -41,8 +41,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def default_memory(device: str) -> int:
-    """The default of `max_memory` for a device type, in bytes."""
-    return MAX_MEMORY.get(device, MAX_MEMORY["cpu"])
+    """The default of `max_memory` for a device type, in bytes. It does not depend on the memory that is free."""
+    least = MAX_MEMORY.get(device, MAX_MEMORY["cpu"])
+    if device != "cuda":
+        return least
+    import torch  # takes seconds, and is not needed for --help
+
+    # a run on a GPU may be read on a machine without one
+    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return max(least, total // 4 // GIB * GIB)
 
 
 def _option(default: Any, text: str, flag: str | None = None) -> Any:
@@ -110,8 +117,12 @@ class Settings:
     separate: bool = _option(False, "Also store Attr_t, in addition to D.")
     """Whether to store Attr_t in addition to D, which takes a second backward pass and twice the disk space."""
     engine: EngineName = _option("auto", "How attribution runs the model; all engines give the same scores.")
-    max_memory: int | None = _option(None, "Memory limit of a pass in GiB, besides the weights. Default: 2; 8 on CUDA.")
-    """Memory limit of one attribution pass in bytes, besides the weights. Default: 2 GiB; 8 GiB on CUDA."""
+    max_memory: int | None = _option(
+        None,
+        "Memory limit of a pass in GiB, besides the weights. Default: 2; on CUDA a quarter of the GPU's memory, at least 8.",
+    )
+    """Memory limit of one attribution pass in bytes, besides the weights. Default: 2 GiB; on CUDA a quarter of the GPU's
+    memory, at least 8 GiB."""
     intervention: str = _option("zero", "Intervention on the found neurons, by name.")
     """Name of a registered intervention without required arguments."""
     controls: Sequence[str] = _option(("random", "random_matched"), "Controls of the evaluation.")
