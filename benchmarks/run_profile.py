@@ -3,6 +3,8 @@
 Executes the `tn-lens` command after `--` in this process, and samples the stack of the main thread every 20 ms. A sample counts for the
 model if the model's forward or backward pass is on the stack, for loading if packages are imported or weights are read, and
 otherwise for the innermost package of tn_lens. Adds a row called NAME to run_profile.json.
+
+With --shape MODEL instead of a command, runs two questions of the toy world through a model of this size with random weights.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -63,28 +66,52 @@ def shares(counts: Counter[str]) -> dict[str, float]:
     return {kind: round(n / counts.total(), 4) for kind, n in counts.most_common()}
 
 
-def main() -> None:
-    """Profile one command, and store the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the row")
-    parser.add_argument("command", nargs="+", help="arguments of tn-lens, after --")
-    arguments = parser.parse_args()
-    sampler, start = Sampler(), time.perf_counter()
-    sampler.start()
+def run_command(command: list[str]) -> None:
+    """Run tn-lens in this process."""
     from tn_lens import cli  # the imports are part of the run
 
-    sys.argv = ["tn-lens", *arguments.command]
+    sys.argv = ["tn-lens", *command]
     try:
         cli.main()
     except SystemExit as done:
         if done.code:
             raise
+
+
+def run_shape(shape: str) -> None:
+    """A small run of a model with random weights in bfloat16."""
+    import torch
+    from real_size import SHAPES, random_weights
+
+    from tn_lens import Settings, find_truth_neurons, load_model, load_questions
+
+    weights = random_weights(SHAPES[shape](), torch.bfloat16)
+    tokenizer = load_model("toy").tokenizer
+    model = load_model(shape, hf_model=weights, dtype="bfloat16", device="cpu", tokenizer=tokenizer)
+    settings = Settings(limit=2, n_repetitions=1, adaptive_threshold=0.2, controls=("random",), convergence_sample=0)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        find_truth_neurons(
+            model, load_questions("toy"), settings, out=out, force=True, texts=["The cat sat on the mat ."]
+        )
+
+
+def main() -> None:
+    """Profile one run, and store the row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="name of the row")
+    parser.add_argument("command", nargs="*", help="arguments of tn-lens, after --")
+    parser.add_argument("--shape", help="run a model of this name's size instead")
+    arguments = parser.parse_args()
+    sampler, start = Sampler(), time.perf_counter()
+    sampler.start()
+    run_shape(arguments.shape) if arguments.shape else run_command(arguments.command)
     sampler.done.set()
     sampler.join()
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {
         "name": arguments.name,
-        "command": ["tn-lens", *arguments.command],
+        "run": f"2 questions, {arguments.shape}" if arguments.shape else " ".join(["tn-lens", *arguments.command]),
         "seconds": round(seconds, 1),
         "shares": shares(sampler.counts),
         "outside_the_model": round(

@@ -44,6 +44,7 @@ from tn_lens.report.page import write_report
 from tn_lens.runs.chunks import Tensors, chunk_key
 from tn_lens.runs.context import Run, in_stage, map_chunks, track
 from tn_lens.runs.folder import RESULT_FILES, SCORES, RunFolder
+from tn_lens.runs.progress import progress_bar
 from tn_lens.runs.seals import is_sealed, seal_tensors, sealed, unseal_tensors
 from tn_lens.selection.stored import StoredScores
 
@@ -460,3 +461,17 @@ def test_a_run_that_is_not_finished_or_damaged_is_not_loaded(whole: Path, tmp_pa
         (folder / name).unlink()
         with pytest.raises(ValueError, match=f"has no {name} yet; finish the run"):
             load_run(folder)
+
+
+def test_a_batch_job_logs_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr("tn_lens.runs.progress.time.monotonic", lambda: next(clock))
+    assert list(progress_bar("abcd", "attribution")) == list("abcd")
+    # one line after at least 30 seconds: the times are 0 (start), 20, 40, 60 and 80
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["attribution: 1 of 4, 02:00 left", "attribution: 3 of 4, 00:26 left"]
+    for options in ({"text": None}, {"text": "attribution", "delay": 2.0}):
+        list(progress_bar("abcd", **options))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    list(progress_bar("abcd", "attribution"))
+    assert capsys.readouterr().err == ""
