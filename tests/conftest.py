@@ -233,8 +233,8 @@ def toy_questions() -> QuestionSet:
     return load_questions("toy")
 
 
-QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
-"""Settings of a run that takes seconds."""
+QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both", convergence_sample=1)
+"""Settings of a run that takes seconds; converged scores would take half of its time."""
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def compare(results: Mapping[str, ConditionResult], condition: str, other: str, 
     sums = [np.zeros((len(right), len(sizes))) for right in (ours, theirs)]
     for total, right in zip(sums, (ours, theirs), strict=True):
         np.add.at(total.T, units, right.T)
-    resampled = [_resampled(sums[0], sums[1], sizes, rng) for _ in range(N_RESAMPLES)]
+    resampled = _resampled(sums[0], sums[1], sizes, N_RESAMPLES, rng)
     low, high = np.percentile(resampled, [2.5, 97.5])
     mcnemar = draws_p = float("nan")
     if len(ours) == len(theirs) == 1:
@@ -91,20 +91,26 @@ def _resampled(
     ours: Float[np.ndarray, "draw unit"],
     theirs: Float[np.ndarray, "other unit"],
     sizes: Int[np.ndarray, " unit"],
+    n: int,
     rng: np.random.Generator,
-) -> float:
-    """The difference on questions drawn with replacement, and on draws drawn with replacement.
+) -> Float[np.ndarray, " n"]:
+    """`n` differences on questions drawn with replacement, and on draws drawn with replacement.
 
     Args:
         ours: number of right answers of each unit: a question, or all questions with the same text.
         theirs: that of the other condition.
         sizes: number of questions of each unit.
+        n: number of differences.
         rng: source of the draws.
     """
-    # the same questions for both conditions: the comparison is paired
-    units = rng.integers(len(sizes), size=len(sizes))
-    means = []
-    for right in (ours, theirs):
-        draws = rng.integers(len(right), size=len(right)) if len(right) > 1 else [0]
-        means.append(right[draws].mean(0)[units].sum() / sizes[units].sum())
-    return float(means[0] - means[1])
+    differences = np.empty(n)
+    for place in range(n):
+        # the same questions for both conditions: the comparison is paired
+        units = rng.integers(len(sizes), size=len(sizes))
+        n_questions = sizes[units].sum()
+        means = []
+        for right in (ours, theirs):
+            drawn = right[rng.integers(len(right), size=len(right))].mean(0) if len(right) > 1 else right[0]
+            means.append(drawn[units].sum() / n_questions)
+        differences[place] = means[0] - means[1]
+    return differences
