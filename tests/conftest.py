@@ -6,7 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from xdist.scheduler import LoadScopeScheduling
 from scripts.train_toy import build_tokenizer
 from tn_lens import NeuronSet, QuestionSet, Settings, TruthNeurons, find_truth_neurons, load_model, load_questions
 from tn_lens.models import HAS_HOOKED, Model
+from tn_lens.questions.registry import QUESTION_SETS
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -233,14 +234,14 @@ def toy_questions() -> QuestionSet:
     return load_questions("toy")
 
 
-QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both", convergence_sample=1)
-"""Settings of a run that takes seconds; converged scores would take half of its time."""
+QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both", alpha=0.001, convergence_sample=1)
+"""Settings of a run that takes a second: few neurons are found, and few scores are compared with converged ones."""
 
 
 @pytest.fixture(scope="session")
 def few(toy_questions: QuestionSet) -> QuestionSet:
     """A few questions, so that a run takes seconds."""
-    return first_of_parts(toy_questions, find=24, report=24)
+    return first_of_parts(toy_questions, find=32, report=16)
 
 
 def first_of_parts(questions: QuestionSet, **counts: int) -> QuestionSet:
@@ -249,10 +250,21 @@ def first_of_parts(questions: QuestionSet, **counts: int) -> QuestionSet:
     return replace(questions, questions=tuple(kept))
 
 
-@pytest.fixture
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def fewer_toy_questions(toy_questions: QuestionSet) -> Iterator[QuestionSet]:
+    """Let the question set "toy" have few questions, for tests of the command line; the part "tune" is whole."""
+    questions = first_of_parts(toy_questions, find=32, report=16, tune=len(toy_questions))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(QUESTION_SETS, "toy", lambda: questions)
+        yield questions
+
+
+@pytest.fixture(scope="module")
+def few_resamples() -> Iterator[None]:
     """Use few bootstrap resamples, for tests that compare results only with each other."""
-    monkeypatch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tn_lens.evaluation.comparison.N_RESAMPLES", N_RESAMPLES)
+        yield
 
 
 N_RESAMPLES = 50

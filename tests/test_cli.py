@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from tests.conftest import contents
-from tn_lens import BadInput, Settings, find_truth_neurons, load_model, load_questions, load_run
+from tests.conftest import QUICK, contents
+from tn_lens import BadInput, QuestionSet, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix
 from tn_lens.core.settings import PRESETS
 from tn_lens.questions.toy import binary
@@ -32,8 +32,9 @@ from tn_lens.questions.toy_world import facts
 from tn_lens.report.page import command, python_call
 from tn_lens.runs.folder import RESULT_FILES
 
+pytestmark = pytest.mark.usefixtures("fewer_toy_questions", "few_resamples")
 TOY = ["run", "--model", "toy", "--questions", "toy"]
-FAST = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
+FAST = "--limit 24 --n-steps 2 --repetitions 2 --order both --alpha 0.001 --convergence-sample 1".split()
 AGAIN = [*TOY, "--out", "run", *FAST]
 """The command that made `finished`; in the directory of a copy it resumes the copy."""
 
@@ -46,7 +47,9 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, fewer_toy_questions: QuestionSet, few_resamples: None
+) -> Finished:
     """A small run on the toy, which no test changes."""
     folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
     main = importlib.import_module("tn_lens.cli.main").main
@@ -468,13 +471,12 @@ def test_stopping_by_hand_says_how_to_continue(run: Callable, tmp_path: Path, mo
 
 
 def test_edited_weights_are_another_model(copy: Path) -> None:
-    settings = Settings(limit=24, n_steps=2, n_repetitions=2, order="both")
     model, questions = load_model("toy"), load_questions("toy")
-    found = find_truth_neurons(model, questions, settings, out=copy, progress=False)
+    found = find_truth_neurons(model, questions, QUICK, out=copy, progress=False)
     assert found.neurons == load_run(copy).neurons
     model.blocks[0].mlp.W_out.data *= 0.5
     with pytest.raises(ValueError, match="weights_sha256"):
-        find_truth_neurons(model, questions, settings, out=copy, progress=False)
+        find_truth_neurons(model, questions, QUICK, out=copy, progress=False)
 
 
 WRONG_SETTINGS = (
