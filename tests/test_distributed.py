@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import contents, first_of_parts
+from tests.conftest import N_RESAMPLES, QUICK, contents
 from tn_lens import QuestionSet, Settings, find_truth_neurons
 from tn_lens.core.errors import WorkerLost
 from tn_lens.models import Model
@@ -27,14 +28,19 @@ from tn_lens.runs.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"rule": {"n_steps": 2}, "adaptive": {"method": "adaptive", "tolerance": 0.01, "max_nodes": 30}}
-FEW = {"find": 80, "report": 16}
+FEW = {"find": 32, "report": 16}
+PROMPTS_ATTRIBUTED = 8
+"""Prompts in a chunk of scores: few, so that every worker has a chunk."""
 
 RUN = """
 import os, signal, sys
 from dataclasses import replace
 from tn_lens import cli
+from tn_lens.attribution import attribute
+from tn_lens.evaluation import comparison
 from tn_lens.questions import load
 from tn_lens.runs.folder import RunFolder
+attribute.PROMPTS_ATTRIBUTED, comparison.N_RESAMPLES = {n_prompts!r}, {n_resamples!r}
 toy = load.load_questions("toy")
 few = tuple(question for part, n in {few!r}.items() for question in toy.part(part)[:n])
 load.load_questions = lambda name, **_: replace(toy, questions=few)
@@ -47,17 +53,22 @@ RunFolder.write_chunk = write
 sys.argv = {command!r}
 cli.main()
 """
-OPTIONS = ["--limit", "80", "--repetitions", "2", "--order", "both"]
+OPTIONS = "--limit 24 --repetitions 2 --order both --alpha 0.001 --convergence-sample 1".split()
 COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "run", *OPTIONS]
 
 
 def settings(method: str) -> Settings:
-    return Settings(limit=80, n_repetitions=2, order="both", **METHODS[method])
+    return replace(QUICK, **{"n_steps": Settings.n_steps, **METHODS[method]})
 
 
 def command(method: str) -> list[str]:
     options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in METHODS[method].items()]
     return COMMAND + [word for option in options for word in option]
+
+
+def script_of(command: list[str], dies: int | None = None) -> str:
+    """A script that runs the command on few questions; worker `dies` is killed in the evaluation."""
+    return RUN.format(few=FEW, command=command, dies=dies, n_prompts=PROMPTS_ATTRIBUTED, n_resamples=N_RESAMPLES)
 
 
 def torchrun(n_workers: int, *arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -109,12 +120,22 @@ def work(rank: int, n_workers: int, port: int, script: str, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, toy: Model, toy_questions: QuestionSet) -> dict[str, Path]:
+def small_chunks(few_resamples: None) -> Iterator[None]:
+    """The same constants as in `script_of`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tn_lens.attribution.attribute.PROMPTS_ATTRIBUTED", PROMPTS_ATTRIBUTED)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, toy: Model, few: QuestionSet, small_chunks: None
+) -> dict[str, Path]:
     """Folders of runs with one worker, by method."""
     folders = {method: tmp_path_factory.mktemp("runs") / "run" for method in METHODS}
     for method, out in folders.items():
         options = {"out": out, "threads": 1, "command": command(method)}
-        find_truth_neurons(toy, first_of_parts(toy_questions, **FEW), settings(method), **options)
+        find_truth_neurons(toy, few, settings(method), **options)
         assert len(list((out / "scores").iterdir())) > 1
     return folders
 
@@ -124,7 +145,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     n_workers: int, method: str, alone: dict[str, Path], tmp_path: Path
 ) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, command=command(method), dies=None))
+    script.write_text(script_of(command(method)))
     by_torchrun = method == "rule"
     done = torchrun(n_workers, script, cwd=tmp_path) if by_torchrun else forked(n_workers, script.read_text(), tmp_path)
     assert done.returncode == 0, done.stderr
@@ -137,18 +158,17 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 
 def test_a_killed_worker_is_named_and_one_worker_goes_on(
-    alone: dict[str, Path], toy: Model, toy_questions: QuestionSet, tmp_path: Path
+    alone: dict[str, Path], toy: Model, few: QuestionSet, tmp_path: Path
 ) -> None:
     out, script = tmp_path / "run", tmp_path / "run.py"
-    script.write_text(RUN.format(few=FEW, command=command("adaptive"), dies=1))
+    script.write_text(script_of(command("adaptive"), dies=1))
     done = torchrun(2, script, cwd=tmp_path)
     assert done.returncode != 0
     assert "error: worker 1 of 2" in done.stderr
     assert "has died or does not respond; run the same command again" in done.stderr
     held = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert any(path.parent.name == "scores" for path in held)
-    questions, about = first_of_parts(toy_questions, **FEW), {"out": out, "command": command("adaptive")}
-    find_truth_neurons(toy, questions, settings("adaptive"), **about)
+    find_truth_neurons(toy, few, settings("adaptive"), out=out, command=command("adaptive"))
     assert contents(out) == contents(alone["adaptive"]), "a run of two workers resumes on one"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in held.items()), "nothing is computed twice"
 

@@ -25,7 +25,7 @@ from tn_lens.questions.registry import QUESTION_SETS
 from tn_lens.report.page import write_report
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
-SMALL: dict[str, Any] = {"limit": 80, "n_repetitions": 2, "order": "both"}
+SMALL: dict[str, Any] = {"limit": 80, "n_steps": 5, "n_repetitions": 2, "order": "both", "alpha": 1e-6, "convergence_sample": 1}
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def registered() -> Iterator[Callable[[Registry, str, Any], None]]:
 @pytest.fixture(scope="session")
 def toy_questions() -> tn.QuestionSet:
     """So few of the toy's questions that a run takes seconds."""
-    return first_of_parts(tn.load_questions("toy"), find=80, report=24)
+    return first_of_parts(tn.load_questions("toy"), find=80, report=16)
 
 
 def run(model: Any, questions: tn.QuestionSet, folder: Path, **settings: Any) -> tn.TruthNeurons:

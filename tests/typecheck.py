@@ -53,11 +53,10 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     if not isinstance(function, FunctionType):
         return _of_arrays(function, typechecker=typechecker)
     if "<locals>" not in function.__qualname__ and not inspect.isgeneratorfunction(function):
-        hints = _hints_of(function)
-        if any(map(_has_array, hints.values())):
-            return _of_arrays(function, typechecker=typechecker)
-        function.__annotations__ = hints
-        return _without_arrays(function)
+        function.__annotations__ = hints = _hints_of(function)
+        checked = _without_arrays(function)
+        # shapes are compared within one call; arguments are checked once, and not again with the result
+        return _of_arrays(checked, typechecker=None) if any(map(_has_array, hints.values())) else checked
     key = function.__module__, function.__qualname__, function.__code__
     if key not in _stubs:
         hints = _hints_of(function)
