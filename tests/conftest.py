@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -250,13 +251,20 @@ def first_of_parts(questions: QuestionSet, **counts: int) -> QuestionSet:
     return replace(questions, questions=tuple(kept))
 
 
-@pytest.fixture(scope="module")
-def fewer_toy_questions(toy_questions: QuestionSet) -> Iterator[QuestionSet]:
+@contextmanager
+def few_asked(questions: QuestionSet) -> Iterator[None]:
     """Let the question set "toy" have few questions, for tests of the command line; the part "tune" is whole."""
-    questions = first_of_parts(toy_questions, find=32, report=16, tune=len(toy_questions))
+    fewer = first_of_parts(questions, find=32, report=16, tune=len(questions))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(QUESTION_SETS, "toy", lambda: questions)
-        yield questions
+        patch.setitem(QUESTION_SETS, "toy", lambda: fewer)
+        yield
+
+
+@pytest.fixture
+def fewer_toy_questions(toy_questions: QuestionSet) -> Iterator[None]:
+    """See `few_asked`."""
+    with few_asked(toy_questions):
+        yield
 
 
 @pytest.fixture(scope="module")

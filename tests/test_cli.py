@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from tests.conftest import QUICK, contents
+from tests.conftest import QUICK, contents, few_asked
 from tn_lens import BadInput, QuestionSet, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix
 from tn_lens.core.settings import PRESETS
@@ -47,13 +47,11 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, fewer_toy_questions: QuestionSet, few_resamples: None
-) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, toy_questions: QuestionSet, few_resamples: None) -> Finished:
     """A small run on the toy, which no test changes."""
     folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
     main = importlib.import_module("tn_lens.cli.main").main
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch, few_asked(toy_questions), contextlib.redirect_stdout(printed):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["tn-lens", *AGAIN])
         with pytest.raises(SystemExit) as stop:

@@ -148,7 +148,9 @@ def test_the_figure_shows_the_largest_error_of_any_prompt(check: ConvergenceChec
 def found(toy: Model, toy_questions: QuestionSet, tmp_path_factory: pytest.TempPathFactory) -> TruthNeurons:
     out = tmp_path_factory.mktemp("runs") / "run"
     questions = first_of_parts(toy_questions, find=80, report=16)
-    find_truth_neurons(toy, questions, QUICK.preset("paper", n_repetitions=1, order="both", convergence_sample=8), out=out)
+    find_truth_neurons(
+        toy, questions, QUICK.preset("paper", n_repetitions=1, order="both", convergence_sample=8), out=out
+    )
     return load_run(out)
 
 

@@ -25,7 +25,14 @@ from tn_lens.questions.registry import QUESTION_SETS
 from tn_lens.report.page import write_report
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
-SMALL: dict[str, Any] = {"limit": 80, "n_steps": 5, "n_repetitions": 2, "order": "both", "alpha": 1e-6, "convergence_sample": 1}
+SMALL: dict[str, Any] = {
+    "limit": 80,
+    "n_steps": 5,
+    "n_repetitions": 2,
+    "order": "both",
+    "alpha": 1e-6,
+    "convergence_sample": 1,
+}
 
 
 @pytest.fixture

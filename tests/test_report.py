@@ -45,7 +45,8 @@ from tn_lens.report.page import N_ROWS, command, python_call, write_comparison, 
 from tn_lens.results import comparison as comparison_module
 from tn_lens.results.comparison import RunComparison, compare, names_of, overlap_of, spread_over_depth
 
-FAST = Settings(limit=60, n_steps=5, n_repetitions=3, adaptive_threshold=0.05)
+pytestmark = pytest.mark.usefixtures("few_resamples")
+FAST = Settings(limit=60, n_steps=5, n_repetitions=3, adaptive_threshold=0.05, convergence_sample=2)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +264,7 @@ def test_the_report_can_be_written_again_and_gains_table_2(
 
 OPTIONS = {
     "--model": "toy", "--questions": "toy", "--limit": "16", "--n-steps": "2", "--repetitions": "2", "--t": "0.05",
-    "--order": "both", "--backend": "hooked" if HAS_HOOKED else "bridge", "--engine": "direct", "--separate": None,
+    "--order": "both", "--convergence-sample": "1", "--alpha": "0.001", "--backend": "hooked" if HAS_HOOKED else "bridge", "--engine": "direct", "--separate": None,
     "--max-memory": "1.5",
 }  # fmt: skip
 """Options of a run and their values; None for a flag."""
@@ -288,6 +289,7 @@ def given_to(settings: Settings) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
 
 
+@pytest.mark.usefixtures("fewer_toy_questions")
 def test_the_command_makes_the_same_run_again(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,7 +385,9 @@ def sly_set(n: int = 30) -> QuestionSet:
 @pytest.fixture(scope="module")
 def sly(toy: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[TruthNeurons, Path]:
     out = tmp_path_factory.mktemp("sly") / "run"
-    return find_truth_neurons(toy, sly_set(40), Settings(n_steps=2, n_repetitions=2), out=out, progress=False), out
+    return find_truth_neurons(
+        toy, sly_set(40), Settings(n_steps=2, n_repetitions=2, convergence_sample=1), out=out, progress=False
+    ), out
 
 
 def test_text_in_the_report_is_escaped(sly: tuple[TruthNeurons, Path]) -> None:
