@@ -237,6 +237,11 @@ def toy_questions() -> QuestionSet:
 
 QUICK = Settings(limit=24, n_steps=2, n_repetitions=2, order="both", alpha=0.001, convergence_sample=1)
 """Settings of a run that takes a second: few neurons are found, and few scores are compared with converged ones."""
+QUICK_OPTIONS = [
+    *("--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"),
+    *("--alpha", "0.001", "--convergence-sample", "1"),
+]
+"""The same settings for the command line."""
 
 
 @pytest.fixture(scope="session")

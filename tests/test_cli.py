@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from tests.conftest import QUICK, contents, few_asked
+from tests.conftest import QUICK, QUICK_OPTIONS, contents, few_asked
 from tn_lens import BadInput, QuestionSet, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.attribution.engines.shared_prefix import SharedPrefix
 from tn_lens.core.settings import PRESETS
@@ -34,8 +34,7 @@ from tn_lens.runs.folder import RESULT_FILES
 
 pytestmark = pytest.mark.usefixtures("fewer_toy_questions", "few_resamples")
 TOY = ["run", "--model", "toy", "--questions", "toy"]
-FAST = "--limit 24 --n-steps 2 --repetitions 2 --order both --alpha 0.001 --convergence-sample 1".split()
-AGAIN = [*TOY, "--out", "run", *FAST]
+AGAIN = [*TOY, "--out", "run", *QUICK_OPTIONS]
 """The command that made `finished`; in the directory of a copy it resumes the copy."""
 
 
@@ -219,7 +218,7 @@ def test_a_file_of_ones_own_is_asked_and_can_be_repeated(run: Callable, tmp_path
     mine, out = tmp_path / "mine.csv", tmp_path / "run"
     rows = [f'"{q.text}",{q.choices[q.answer]},{q.choices[1 - q.answer]}' for q in load_questions("toy").part("find")]
     mine.write_text("\n".join(["question,right,wrong", *rows[:30]]) + "\n", encoding="utf-8")
-    code, text, error = run("run", "--model", "toy", "--questions", mine, "--out", out, *FAST)
+    code, text, error = run("run", "--model", "toy", "--questions", mine, "--out", out, *QUICK_OPTIONS)
     assert code == 0, error
     assert "toy on mine (24 questions)" in text
     loaded = load_run(out)
@@ -279,17 +278,17 @@ def test_a_folder_of_another_run_is_left_alone(run: Callable, copy: Path) -> Non
 def test_a_folder_that_is_no_run_or_cannot_be_written(run: Callable, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
+    code, _, error = run(*TOY, "--out", tmp_path / "mine", *QUICK_OPTIONS, "--overwrite")
     assert (code, "is not empty and does not contain a run" in error) == (2, True)
     for manifest in ('{"name": "an extension"}', '{"settings": null}', "[1]", "{"):
         (tmp_path / "mine" / "manifest.json").write_text(manifest)
-        code, _, error = run(*TOY, "--out", tmp_path / "mine", *FAST, "--overwrite")
+        code, _, error = run(*TOY, "--out", tmp_path / "mine", *QUICK_OPTIONS, "--overwrite")
         assert (code, "is damaged or is not a tn_lens manifest" in error) == (2, True)
     (tmp_path / "mine" / "manifest.json").unlink()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
-    code, _, error = run(*TOY, "--out", tmp_path / "mine" / "thesis.txt", *FAST)
+    code, _, error = run(*TOY, "--out", tmp_path / "mine" / "thesis.txt", *QUICK_OPTIONS)
     assert (code, "is a file" in error) == (2, True)
-    code, _, error = run(*TOY, "--out", "/proc/nowhere/run", *FAST)
+    code, _, error = run(*TOY, "--out", "/proc/nowhere/run", *QUICK_OPTIONS)
     assert (code, "cannot write" in error) == (2, True)
 
 
@@ -428,7 +427,7 @@ def test_selecting_needs_the_files_of_a_run(run: Callable, copy: Path, tmp_path:
 
 def test_attr_t_may_be_stored_beside_d(run: Callable, finished: Finished, tmp_path: Path) -> None:
     plain, out = finished.path, tmp_path / "separate"
-    assert run(*TOY, "--out", out, *FAST, "--separate")[0] == 0
+    assert run(*TOY, "--out", out, *QUICK_OPTIONS, "--separate")[0] == 0
     stored = [{p.name: load_file(p) for p in (folder / "scores").iterdir()} for folder in (plain, out)]
     for name, tensors in stored[1].items():
         assert {"mlp.right", "attn.right"} <= tensors.keys() - stored[0][name].keys()
@@ -441,13 +440,13 @@ def test_attr_t_may_be_stored_beside_d(run: Callable, finished: Finished, tmp_pa
     for one, other in zip(*records, strict=True):  # few prompts: both runs attribute the labels on all of half 2
         assert one["attr_right"] == pytest.approx(other["attr_right"], rel=0.01, abs=1e-5)
         assert one["attr_wrong"] == pytest.approx(other["attr_wrong"], rel=0.01, abs=1e-5)
-    code, _, error = run(*TOY, "--out", tmp_path / "x", *FAST, "--separate", "--target", "log_ratio")
+    code, _, error = run(*TOY, "--out", tmp_path / "x", *QUICK_OPTIONS, "--separate", "--target", "log_ratio")
     assert (code, "requires the target probability_difference" in error) == (2, True)
 
 
 def test_t_is_tuned_on_separate_questions(run: Callable, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code, text, error = run(*TOY, "--out", out, *FAST, "--repetitions", "1", "--t", "auto")
+    code, text, error = run(*TOY, "--out", out, *QUICK_OPTIONS, "--repetitions", "1", "--t", "auto")
     assert code == 0, error
     summary = json.loads((out / "summary.json").read_text())
     tuning = json.loads((out / "result.json").read_text())["tuning"]
@@ -455,7 +454,7 @@ def test_t_is_tuned_on_separate_questions(run: Callable, tmp_path: Path) -> None
     assert tuning["n_questions"] == 144
     assert "How t was chosen" in (out / "report.html").read_text()
     assert f"t = {100 * summary['t']:.0f} % lowers" in on_one_line(text)
-    code, _, error = run(*TOY, "--out", tmp_path / "other", *FAST, "--t", "often")
+    code, _, error = run(*TOY, "--out", tmp_path / "other", *QUICK_OPTIONS, "--t", "often")
     assert (code, "a number in (0, 1] or 'auto'" in error) == (2, True)
 
 
@@ -464,7 +463,7 @@ def test_stopping_by_hand_says_how_to_continue(run: Callable, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tn_lens.pipeline.run.attribute", stop)
-    code, _, error = run(*TOY, "--out", tmp_path / "run", *FAST)
+    code, _, error = run(*TOY, "--out", tmp_path / "run", *QUICK_OPTIONS)
     assert (code, "run the same command again" in error) == (130, True)
 
 
@@ -528,7 +527,7 @@ def test_wrong_settings_are_refused_before_anything_runs(place: int, refusals: l
 
 
 def test_a_dry_run_estimates_the_cost_and_writes_nothing(run: Callable, tmp_path: Path) -> None:
-    code, text, _ = run(*TOY, "--out", tmp_path / "run", *FAST, "--dry-run")
+    code, text, _ = run(*TOY, "--out", tmp_path / "run", *QUICK_OPTIONS, "--dry-run")
     assert code == 0
     assert re.search(r"24 questions, 48 prompts of up to \d+ tokens; about \d+ min \d+ s .* GiB", text)
     assert re.search(r"The manipulation check kept \d+ of 16 questions", text)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conftest import N_RESAMPLES, QUICK, contents
+from tests.conftest import N_RESAMPLES, QUICK, QUICK_OPTIONS, contents
 from tn_lens import QuestionSet, Settings, find_truth_neurons
 from tn_lens.core.errors import WorkerLost
 from tn_lens.models import Model
@@ -27,7 +27,7 @@ from tn_lens.runs import workers as distributed
 from tn_lens.runs.workers import Workers
 
 ROOT = Path(__file__).parents[1]
-METHODS = {"rule": {"n_steps": 2}, "adaptive": {"method": "adaptive", "tolerance": 0.01, "max_nodes": 30}}
+METHODS = {"rule": {}, "adaptive": {"method": "adaptive", "tolerance": 0.01, "max_nodes": 30}}
 FEW = {"find": 32, "report": 16}
 PROMPTS_ATTRIBUTED = 8
 """Prompts in a chunk of scores: few, so that every worker has a chunk."""
@@ -53,12 +53,11 @@ RunFolder.write_chunk = write
 sys.argv = {command!r}
 cli.main()
 """
-OPTIONS = "--limit 24 --repetitions 2 --order both --alpha 0.001 --convergence-sample 1".split()
-COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "run", *OPTIONS]
+COMMAND = ["tn-lens", "run", "--model", "toy", "--questions", "toy", "--out", "run", *QUICK_OPTIONS]
 
 
 def settings(method: str) -> Settings:
-    return replace(QUICK, **{"n_steps": Settings.n_steps, **METHODS[method]})
+    return replace(QUICK, **METHODS[method])
 
 
 def command(method: str) -> list[str]:

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from scripts import write_wrong_answers
+from tests.conftest import QUICK_OPTIONS
 from tn_lens import Evaluation, Settings, find_truth_neurons, load_model, load_questions, load_run
 from tn_lens.pipeline.retest import parts_of, retest, run_of
 from tn_lens.runs.seals import fingerprint, sealed
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 def test_evaluating_a_run_makes_both_tables(whole: Path, run: Callable, tmp_path: Path) -> None:
@@ -40,10 +43,10 @@ def test_evaluating_a_run_makes_both_tables(whole: Path, run: Callable, tmp_path
     assert stored.by_category(1).n_questions.sum() == 40
 
 
+@pytest.mark.usefixtures("fewer_toy_questions")
 def test_a_run_knows_its_model(run: Callable, tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    fast = ["--limit", "24", "--n-steps", "2", "--repetitions", "2", "--order", "both"]
-    code, _, err = run("run", "--model", "toy", "--questions", "toy", "--out", folder, *fast)
+    code, _, err = run("run", "--model", "toy", "--questions", "toy", "--out", folder, *QUICK_OPTIONS)
     assert code == 0, err
     code, out, err = run("evaluate", folder, "--on", "toy_true_false", "--repetitions", "2", "--limit", "10")
     assert code == 0, err
@@ -73,7 +76,9 @@ def test_the_parts_of_a_run_are_told_apart(run: Callable, tmp_path: Path) -> Non
     questions = load_questions(file)
     lettered = replace(questions, template=load_questions("toy").template)
     model = load_model("toy")
-    settings = Settings(n_repetitions=2, adaptive_threshold=0.05, order="both", limit=50, n_steps=5)
+    settings = Settings(
+        n_repetitions=2, adaptive_threshold=0.05, order="both", limit=50, n_steps=5, convergence_sample=1
+    )
     find_truth_neurons(model, lettered, settings, out=folder)
     provenance, neurons = run_of(folder)
     parts = parts_of(folder, provenance.settings, lettered)

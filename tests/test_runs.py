@@ -24,7 +24,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file, save
 
-from tests.conftest import N_RESAMPLES, QUICK, contents, first_of_parts
+from tests.conftest import N_RESAMPLES, QUICK, QUICK_OPTIONS, contents, first_of_parts
 from tn_lens import (
     Mean,
     Neuron,
@@ -263,6 +263,7 @@ def test_prompts_are_cut_by_count_and_questions_stay_together(toy: Model, toy_qu
     assert sum(map(len, questions)) == len(set.union(*questions))
 
 
+@pytest.mark.usefixtures("fewer_toy_questions")
 def test_two_processes_in_one_folder(run: Callable, tmp_path: Path) -> None:
     holding = (
         "import sys, time; from pathlib import Path; from tn_lens.runs.folder import RunFolder\n"
@@ -271,8 +272,7 @@ def test_two_processes_in_one_folder(run: Callable, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        arguments = ["--limit", 24, "--n-steps", 2, "--repetitions", 2, "--order", "both"]
-        call = ["run", "--model", "toy", "--questions", "toy", "--out", tmp_path / "run", *arguments]
+        call = ["run", "--model", "toy", "--questions", "toy", "--out", tmp_path / "run", *QUICK_OPTIONS]
         code, _, error = run(*call)
         assert (code, error.count("\n")) == (2, 1)
         assert f"another run is using {tmp_path / 'run'} (process {first.pid} on " in error
