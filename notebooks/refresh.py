@@ -18,13 +18,28 @@ PLOT = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def run(path: Path) -> Any:
-    """Execute a notebook, and return it with cleaned outputs."""
+def kernel_for(notebook: Any) -> NotebookClient:
+    """A client that executes a notebook in a new kernel."""
     os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of the results depend on the number of threads
+    return NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": HERE}})
+
+
+def run(path: Path, client: NotebookClient | None = None) -> Any:
+    """Execute a notebook, and return it with cleaned outputs.
+
+    Args:
+        path: the notebook.
+        client: executes the notebook in a kernel that stays alive for others, which saves the imports. The variables of
+            earlier notebooks are removed. By default, the notebook has a kernel of its own.
+    """
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
+    if client is None:
+        kernel_for(notebook).execute()
+    else:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+        client.nb = notebook
+        client.execute(cleanup_kc=False)
+        del notebook.cells[0]
     return clean(notebook)
 
 

