@@ -208,6 +208,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedFixtureScheduling:
+    config.option.loadscopereorder = False  # keep the order of `pytest_collection_modifyitems`
     return SharedFixtureScheduling(config, log)
 
 

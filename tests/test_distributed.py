@@ -26,6 +26,7 @@ from tn_lens.models import Model
 from tn_lens.runs import workers as distributed
 from tn_lens.runs.workers import Workers
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 METHODS = {"rule": {}, "adaptive": {"method": "adaptive", "tolerance": 0.01, "max_nodes": 30}}
 FEW = {"find": 32, "report": 16}

@@ -157,7 +157,8 @@ def test_no_module_is_too_long() -> None:
     assert not long
 
 
-@pytest.mark.parametrize("arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("pyright",)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("pyright",), ("ruff", "check", "."), ("ruff", "format", "--check", ".")])
 def test_linters_are_content(arguments: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

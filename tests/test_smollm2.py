@@ -19,6 +19,7 @@ from tests.conftest import needs_hooked
 from tn_lens.models import Model, backend_of
 from tn_lens.questions.formats import COMPLETION as COMPLETION_FORMAT
 
+pytestmark = pytest.mark.slow
 RULES = {"shared_prefix": ("riemann_right", (1 / 3, 2 / 3, 1.0)), "direct": ("riemann_middle", (0.5,))}
 """Engine -> its quadrature rule, and the nodes; the direct engine runs whole prompts, which is slow with many nodes."""
 LAYERS = (0, 1, 14, 29)

@@ -18,6 +18,7 @@ from tn_lens.evaluation.condition import condition_label
 from tn_lens.models import Model
 from tn_lens.questions.toy_world import facts, vocabulary
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tn_lens" / "toy" / "model"
 
