@@ -20,8 +20,8 @@ from tn_lens.inference.answers import ask
 from tn_lens.models import Model, neuron_space
 from tn_lens.questions.formats import QA
 
-N_QUESTIONS = 500
-N_ANSWERED = 50
+N_QUESTIONS = 150
+N_ANSWERED = 20
 """Number of questions whose whole answers are compared."""
 N_SLOW = 2
 """The same for a model of 135M parameters, which takes seconds for every question."""

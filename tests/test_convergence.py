@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import QUICK, first_of_parts
+from tests.conftest import QUICK
 from tn_lens import (
     BadInput,
     ConvergenceCheck,
@@ -145,19 +146,16 @@ def test_the_figure_shows_the_largest_error_of_any_prompt(check: ConvergenceChec
 
 
 @pytest.fixture(scope="module")
-def found(toy: Model, toy_questions: QuestionSet, tmp_path_factory: pytest.TempPathFactory) -> TruthNeurons:
+def found(toy: Model, few: QuestionSet, few_resamples: None, tmp_path_factory: pytest.TempPathFactory) -> TruthNeurons:
     out = tmp_path_factory.mktemp("runs") / "run"
-    questions = first_of_parts(toy_questions, find=80, report=16)
-    find_truth_neurons(
-        toy, questions, QUICK.preset("paper", n_repetitions=1, order="both", convergence_sample=8), out=out
-    )
+    find_truth_neurons(toy, few, replace(QUICK, n_steps=20, n_repetitions=1, alpha=0.05, convergence_sample=4), out=out)
     return load_run(out)
 
 
 def test_a_run_with_a_rule_says_which_neurons_depend_on_its_error(found: TruthNeurons) -> None:
     check = found.convergence_check
     assert check is not None
-    assert (check.n_questions, check.n_steps) == (8, (20,))
+    assert (check.n_questions, check.n_steps) == (4, (20,))
     assert check.adaptive_threshold == found.selection.adaptive_threshold
     assert found.unsupported == found.neurons & check.lost()
     n = len(found.unsupported)
@@ -168,12 +166,13 @@ def test_a_run_with_a_rule_says_which_neurons_depend_on_its_error(found: TruthNe
     assert "convergence" in figures_of(found)
 
 
-def test_runs_without_a_rule_or_without_a_sample_have_no_check(toy: Model, toy_questions: QuestionSet) -> None:
-    questions = first_of_parts(toy_questions, find=40, report=16)
+def test_runs_without_a_rule_or_without_a_sample_have_no_check(
+    toy: Model, few: QuestionSet, few_resamples: None
+) -> None:
     for options in ({"method": "adaptive", "tolerance": 0.01}, {"convergence_sample": 0}):
-        found = find_truth_neurons(toy, questions, QUICK.preset("paper", n_repetitions=1, **options))
+        found = find_truth_neurons(toy, few, replace(QUICK, n_repetitions=1, **options))
         assert found.convergence_check is None
         assert found.unsupported is None
         assert "converged scores (on a sample" not in " ".join(found.warnings())
     with pytest.raises(BadInput, match="convergence_sample must be a number of questions, or 0"):
-        find_truth_neurons(toy, questions, QUICK.preset("paper", convergence_sample=-1))
+        find_truth_neurons(toy, few, replace(QUICK, convergence_sample=-1))

@@ -386,7 +386,11 @@ def sly_set(n: int = 30) -> QuestionSet:
 def sly(toy: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[TruthNeurons, Path]:
     out = tmp_path_factory.mktemp("sly") / "run"
     return find_truth_neurons(
-        toy, sly_set(40), Settings(n_steps=2, n_repetitions=2, alpha=0.01, convergence_sample=1), out=out, progress=False
+        toy,
+        sly_set(40),
+        Settings(n_steps=2, n_repetitions=2, alpha=0.01, convergence_sample=1),
+        out=out,
+        progress=False,
     ), out
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 
 def test_evaluating_a_run_makes_both_tables(whole: Path, run: Callable, tmp_path: Path) -> None:
     arguments = ["evaluate", str(whole), "--on", "toy", "toy_true_false", "toy_four_choice", "--model", "toy"]
+    arguments += ["--mode", "scale", "--factor", "-5"]  # changes some answers
     code, out, err = run(*arguments, "--repetitions", "2", "--limit", "40", "--out", str(tmp_path / "again"))
     assert code == 0, err
     for said in ("most active", "order-averaged", "toy_four_choice", "Loss on plain text", "McNemar p"):
