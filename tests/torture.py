@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -28,14 +27,14 @@ import tn_lens.cli.console
 import tn_lens.pipeline.dry_run
 import tn_lens.pipeline.run
 import tn_lens.report.page  # noqa: F401
-from tests.conftest import contents
+from tests.conftest import N_RESAMPLES, QUICK_OPTIONS, contents, first_of_parts
 from tn_lens import cli
 from tn_lens.evaluation import comparison
 from tn_lens.questions import load
 from tn_lens.runs.seals import unseal_tensors
 
 PHASES = ("attribution", "evaluation", "report")
-OPTIONS = ["--limit", "100", "--n-steps", "2", "--repetitions", "2", "--order", "both", "--threads", "1"]
+OPTIONS = [*QUICK_OPTIONS, "--threads", "1"]
 
 
 def start(out: Path) -> int:
@@ -116,9 +115,9 @@ def kill_once(out: Path, n_lines: int, delay: float) -> bool:
 def torture(n_kills: int, seed: int, folder: Path) -> dict[str, int]:
     """Kill runs and return the number of kills by phase; an assertion fails if a resumed run gives other files."""
     toy = load.load_questions("toy")
-    few = tuple(question for part in ("find", "report") for question in toy.part(part)[:48:2])
-    load.load_questions = lambda name, **_: replace(toy, questions=few)  # pyright: ignore[reportAttributeAccessIssue]
-    comparison.N_RESAMPLES = 50  # each run writes a report
+    few = first_of_parts(toy, find=32, report=16)
+    load.load_questions = lambda name, **_: few  # pyright: ignore[reportAttributeAccessIssue]
+    comparison.N_RESAMPLES = N_RESAMPLES  # each run writes a report
     rng = random.Random(seed)
     out = folder / "run"  # the same for all, since a manifest holds the command line
     finish(out)
