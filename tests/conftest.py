@@ -39,12 +39,15 @@ settings.load_profile("repeatable")
 
 needs_hooked = pytest.mark.skipif(not HAS_HOOKED, reason="this TransformerLens has no HookedTransformer")
 
+once = pytest.mark.skipif(not HAS_HOOKED, reason="not repeated on another release of TransformerLens, see `ONCE`")
+
 ONCE = (
     "against_lm_eval",
     "bad_input",
     "browser",
     "cli",
     "common_facts",
+    "convergence",
     "data_sets",
     "distributed",
     "docs",

@@ -26,11 +26,11 @@ from tn_lens.report.page import write_report
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 SMALL: dict[str, Any] = {
-    "limit": 80,
-    "n_steps": 5,
+    "limit": 40,
+    "n_steps": 4,
     "n_repetitions": 2,
     "order": "both",
-    "alpha": 1e-6,
+    "alpha": 1e-3,
     "convergence_sample": 1,
 }
 

@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from scripts.train_toy import build_tokenizer
-from tests.conftest import needs_hooked, paper_config, random_checkpoint
+from tests.conftest import needs_hooked, once, paper_config, random_checkpoint
 from tn_lens import BadInput, build_prompts, load_model, load_questions
 from tn_lens.models import Model
 from tn_lens.pipeline.settings import PAPER_THRESHOLDS, recommended_settings
@@ -232,6 +232,7 @@ def answers_of_the_hub(
     ]
 
 
+@once
 @pytest.mark.parametrize("cases", [HUB_CASES[1:4] + HUB_CASES[:1], HUB_CASES[4:]], ids=["reached", "not reached"])
 def test_the_hub_says_no(cases: list[tuple[str, dict[str, str], str]], hub: str, tmp_path: Path) -> None:
     """Run in a separate process, since the hub's address is read at import."""
