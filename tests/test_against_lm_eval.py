@@ -21,7 +21,7 @@ from tn_lens.models import Model, neuron_space
 from tn_lens.questions.formats import QA
 
 N_QUESTIONS = 150
-N_ANSWERED = 20
+N_ANSWERED = 50
 """Number of questions whose whole answers are compared."""
 N_SLOW = 2
 """The same for a model of 135M parameters, which takes seconds for every question."""
