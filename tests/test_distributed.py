@@ -47,7 +47,7 @@ few = tuple(question for part, n in {few!r}.items() for question in toy.part(par
 load.load_questions = lambda name, **_: replace(toy, questions=few)
 real = RunFolder.write_chunk
 def write(self, name, index, *rest):
-    if {dies!r} == self.workers.rank and name == "work/evaluation/answers":
+    if {dies!r} == self.workers.rank and name == "work/diagnosis/labels":
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, name, index, *rest)
 RunFolder.write_chunk = write
@@ -67,7 +67,7 @@ def command(method: str) -> list[str]:
 
 
 def script_of(command: list[str], dies: int | None = None) -> str:
-    """A script that runs the command on few questions; worker `dies` is killed in the evaluation."""
+    """A script that runs the command on few questions; worker `dies` is killed in the diagnosis."""
     return RUN.format(few=FEW, command=command, dies=dies, n_prompts=PROMPTS_ATTRIBUTED, n_resamples=N_RESAMPLES)
 
 
