@@ -220,7 +220,7 @@ def test_interventions_that_take_values_from_prompts_have_no_loss_on_text(toy: M
         measure_damage(toy, neurons, build_prompts(toy, few), intervention=Zero(positions="last"))
 
 
-LOW = replace(QUICK, damage_bound=0.0003)
+LOW = replace(QUICK, alpha=0.05, damage_bound=0.0003)
 """Settings with a bound so low that some neurons of the toy exceed it."""
 
 
