@@ -428,7 +428,7 @@ def test_gguf_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.slow
 def test_bfloat16_answers_of_smollm2_are_those_of_a_float32_unembedding(smollm2: Model, shared: Path) -> None:
     """Answers to MMLU questions agree with float32 at least as often as with an unembedding in float32 by hand."""
-    questions = load_questions("mmlu", source=shared / "data" / "mmlu")[:12]
+    questions = load_questions("mmlu", source=shared / "data" / "mmlu")[:6]
     half = load_model("smollm2", dtype="bfloat16", device="cpu")
     prompts = build_prompts(smollm2, questions)
     tokens = [torch.tensor([prompt.token_ids]) for prompt in prompts]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -143,6 +143,7 @@ def test_equal_to_the_direct_engine_in_the_papers_models(
     assert_equal(fast, slow, tolerance)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 24), min_size=1, max_size=4), st.sampled_from(sorted(STYLES)), st.integers(0, 99))
 def test_equal_for_any_lengths(lengths: list[int], style: str, seed: int) -> None:
     fast, slow = both(styled(style), prompts_of(lengths, seed), n_steps=2)
