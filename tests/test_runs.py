@@ -372,7 +372,7 @@ def tuned(
     """The folder of a run that tunes t and stores Attr_t, its result, and the number of reads of each chunk of scores."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
     questions = first_of_parts(toy_questions, tune=8, find=24, report=8)
-    settings = replace(QUICK, adaptive_threshold="auto", separate=True)
+    settings = replace(QUICK, adaptive_threshold="auto", alpha=0.05, separate=True)
     return folder, *run_and_count_reads(toy, questions, settings, folder)
 
 
