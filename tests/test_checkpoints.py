@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,21 @@ def test_smollm2_is_dequantised_from_a_gguf_file(smollm2: Model, plain_smollm2: 
     torch.testing.assert_close(
         backend_of(in_memory).last_logits(torch.tensor([ids])), expected[:, -1], atol=2e-3, rtol=0
     )
+
+
+def test_a_gguf_file_is_parsed_once(smollm2_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable) -> Callable:
+        return lambda *arguments: (calls.append(name), function(*arguments))[1]
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, counted(name, getattr(gguf, name)))
+    given = gguf.GGUFReader
+    load_model("smollm2", dtype="float32", device="cpu")
+    assert Counter(calls) == {"GGUFReader": 1, "get_tensor_name_map": 1}
+    assert gguf.GGUFReader is given
 
 
 def test_gguf_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: Model) -> None:

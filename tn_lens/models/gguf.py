@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tn_lens.core.errors import BadInput
 
@@ -69,6 +74,20 @@ def find_gguf(source: str) -> GGUF | None:
             f"reading {files[0].name} requires the package gguf, which is not installed; run `pip install gguf`"
         )
     return GGUF(files[0])
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Parse a file, and build the table of its tensors' names, once inside the block; transformers does so again and again."""
+    gguf: Any = import_module("gguf")
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, original in originals.items():
+            setattr(gguf, name, cache(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def _file_type(path: Path) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import re
 import warnings
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tn_lens.core.errors import BadInput
 from tn_lens.core.options import BackendName
 from tn_lens.models import Model, backend_of, choose_backend, make_model, official_name
 from tn_lens.models.backend import Checkpoint
-from tn_lens.models.gguf import find_gguf
+from tn_lens.models.gguf import find_gguf, parsed_once
 from tn_lens.models.hub import read_from_hub
 from tn_lens.models.isolation import default_modes
 
@@ -87,28 +88,29 @@ def load_model(
     gguf = find_gguf(source) if hf_model is None else None
     if gguf is not None:
         source, hub["gguf_file"] = str(gguf.path.parent), gguf.path.name
-    config = hf_model.config if hf_model is not None else read_config(source, **hub)
-    architecture = architecture_of(config, hf_model)
-    reject_other_kinds(config, architecture, name, hf_model)
-    reject_quantised(config, name)
-    weights_dtype = find_dtype(dtype, config, device)
-    if tokenizer is None and (hf_model is None or Path(source).is_dir()):
-        tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
+    with parsed_once() if gguf is not None else nullcontext():
+        config = hf_model.config if hf_model is not None else read_config(source, **hub)
+        architecture = architecture_of(config, hf_model)
+        reject_other_kinds(config, architecture, name, hf_model)
+        reject_quantised(config, name)
+        weights_dtype = find_dtype(dtype, config, device)
+        if tokenizer is None and (hf_model is None or Path(source).is_dir()):
+            tokenizer = read_from_hub(AutoTokenizer.from_pretrained, source, **hub)
 
-    end_ids: list[int] = []
+        end_ids: list[int] = []
 
-    def read() -> Any:
-        checkpoint = hf_model
-        if checkpoint is None:
-            check_memory(config, weights_dtype, device)
-            known = {} if gguf is None else {"config": config}  # reading it again from a GGUF file takes seconds
-            checkpoint = read_weights(official_name(source), name, dtype=weights_dtype, **known, **hub)
-        ends = getattr(getattr(checkpoint, "generation_config", None), "eos_token_id", None)
-        end_ids.extend(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        return checkpoint
+        def read() -> Any:
+            checkpoint = hf_model
+            if checkpoint is None:
+                check_memory(config, weights_dtype, device)
+                known = {} if gguf is None else {"config": config}  # reading it again from a GGUF file takes seconds
+                checkpoint = read_weights(official_name(source), name, dtype=weights_dtype, **known, **hub)
+            ends = getattr(getattr(checkpoint, "generation_config", None), "eos_token_id", None)
+            end_ids.extend(ends if isinstance(ends, list) else [] if ends is None else [ends])
+            return checkpoint
 
-    options = {key: value for key, value in hub.items() if value and key != "gguf_file"}
-    model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
+        options = {key: value for key, value in hub.items() if value and key != "gguf_file"}
+        model = make_model(backend, Checkpoint(name, architecture, config, weights_dtype, device, options, read))
     warn_of_slow_products(backend_of(model).n_parameters, weights_dtype, device)
     short_name = name.rstrip("/").rsplit("/", 1)[-1] if gguf is None else gguf.model_name
     # a folder called toy keeps its full name, since "toy" is the name of the embedded model
