@@ -80,8 +80,7 @@ def attribute(
         separate: also attribute f_t and f_f separately (Attr_t and Attr_f), which takes one more backward pass.
         engine: `"shared_prefix"` runs each prompt once and every step as one position after it; `"direct"` runs whole
             prompts in every step, and also supports `positions="all"`. `"auto"` uses the shared prefix if it is supported.
-        max_memory: bytes for one pass of the shared-prefix engine, besides the weights; 2 GiB by default, on CUDA a quarter of
-            the GPU's memory, at least 8 GiB.
+        max_memory: bytes for one pass of the shared-prefix engine, besides the weights; see `Settings.max_memory`.
         internal_batch_size: rows in one pass (64 for the direct engine), or prompts and rows. Overrides `max_memory`.
 
     Returns:
