@@ -18,9 +18,9 @@ from jaxtyping import Bool
 
 from tn_lens.questions.prompts import Prompt
 
-MOST_COLUMNS = (64, 128, 256)
+MOST_COLUMNS = (128, 256)
 """Maximum number of columns of a tree, unless one prompt is longer; the cheapest is used."""
-PAIR_TOKENS = 1e-3
+PAIR_TOKENS = 3e-4
 """Cost, in tokens, of comparing one column of a tree with another, which attention does for all of them."""
 PASS_TOKENS = {"cpu": 64, "other": 1024}
 """Number of tokens, by device, that take as long as a further forward pass."""
