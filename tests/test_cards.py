@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -392,6 +394,30 @@ def test_show_prints_the_neurons_and_the_strongest_cards(of_toy: Any, run: Run) 
         assert f"{card.supports[0].difference:+.4f}" in said
     assert f"─ {found.cards[3].neuron} ─" not in said
     assert f"{len(found.neurons) - 5} more" in said
+
+
+def test_show_loads_no_heavy_library(of_toy: Any, run: Run) -> None:
+    """torch and transformers take seconds to import, and pandas and SciPy another."""
+    code = (
+        "import sys\nfrom tn_lens.cli import main\n"
+        f"sys.argv = ['tn-lens', 'show', {str(of_toy[1])!r}]\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        "print('loaded:', *sorted({'torch', 'transformers', 'transformer_lens', 'pandas', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *said, loaded = done.stdout.splitlines()
+    assert loaded == "loaded:"
+    assert "\n".join(said) == run("show", of_toy[1])[1].rstrip("\n")
+
+
+def test_show_without_a_listing_prints_the_same(of_toy: Any, run: Run, tmp_path: Path) -> None:
+    older = shutil.copytree(of_toy[1], tmp_path / "older")
+    (older / "listing.json").unlink()
+    assert run("show", older, "--top", 3) == run("show", of_toy[1], "--top", 3)
+    altered = shutil.copytree(of_toy[1], tmp_path / "altered")
+    (altered / "selection.json").write_text((altered / "selection.json").read_text().replace("1", "2", 1))
+    code, _, error = run("show", altered)
+    assert (code, "selection.json is damaged: its checksum does not match" in error) == (2, True)
 
 
 @pytest.mark.parametrize("apart", [False, True])

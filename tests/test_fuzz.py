@@ -425,7 +425,7 @@ STORED: dict[str, type[Stored]] = {
     "evaluation/again.safetensors": Evaluation,
 }
 """The files that hold a result, and its class."""
-OTHERS = ("summary.json", "neurons.json", "prompts.json", "manifest.json")
+OTHERS = ("summary.json", "neurons.json", "listing.json", "prompts.json", "manifest.json")
 """The other files of a run but its report, its log and its chunks."""
 ALTERED = st.sampled_from(["flip", "flip", "flip", "cut", "cut", "empty", "append", "folder", "link", "zeros", "text"])
 """Damage that does not remove the file: a run folder without an evaluation on another question set is valid."""

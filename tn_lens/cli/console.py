@@ -9,24 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tn_lens.cli.tables import open_console, table_of
 from tn_lens.core.sentences import say
 from tn_lens.evaluation.condition import condition_label
 from tn_lens.results.found import TruthNeurons
 from tn_lens.runs.workers import workers
 from tn_lens.selection.significance import LEVEL
-
-WIDTH = 120
-"""Width of output that goes to a file or a pipe."""
-
-
-def open_console() -> Console:
-    """A console that prints text literally: names of models and questions may contain rich's markup."""
-    width = None if sys.stdout.isatty() else WIDTH
-    return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
 @contextmanager
@@ -43,12 +34,7 @@ def print_warnings() -> Iterator[None]:
 
 def frame_table(frame: pd.DataFrame, title: str | None = None) -> Table:
     """A data frame as a table."""
-    table = Table(*(str(column) for column in frame.columns), title=title, title_justify="left")
-    for column in table.columns:
-        column.justify = "right"
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(_cell, row))
-    return table
+    return table_of(list(frame.columns), list(frame.itertuples(index=False)), title)
 
 
 def print_run(found: TruthNeurons, out: Path | None) -> None:
@@ -91,9 +77,3 @@ def _conditions_table(found: TruthNeurons) -> Table:
             *([f"{result.share_a:.2f}"] if first else []),
         )
     return table
-
-
-def _cell(value: object) -> str:
-    if str(value) in ("<NA>", "nan"):
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

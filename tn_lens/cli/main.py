@@ -125,7 +125,8 @@ def select(
         raise BadInput(f"expected a file in a folder that exists for --out, got {str(out)!r}")
     if splits == 1 or splits < 0:
         raise BadInput(f"--splits compares splits and needs at least 2; got {splits}")
-    from tn_lens.cli.console import frame_table, open_console
+    from tn_lens.cli.console import frame_table
+    from tn_lens.cli.tables import open_console
     from tn_lens.core.stored import dump_json
     from tn_lens.figures import plot_sweep
     from tn_lens.results.found import settings_of

@@ -28,7 +28,8 @@ def compare(
         raise BadInput(f"expected an .html file in a folder that exists for --out, got {str(out)!r}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("expected different run folders; one was given twice")
-    from tn_lens.cli.console import frame_table, open_console
+    from tn_lens.cli.console import frame_table
+    from tn_lens.cli.tables import open_console
     from tn_lens.report.page import write_comparison
     from tn_lens.results.comparison import compare
 

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging
 
-from tn_lens.cli.console import frame_table, open_console, print_warnings
+from tn_lens.cli.console import frame_table, print_warnings
+from tn_lens.cli.tables import open_console
 from tn_lens.cli.waiting import spinner
 from tn_lens.core.errors import BadInput
 from tn_lens.evaluation.result import Evaluation

@@ -11,8 +11,6 @@ from tn_lens.cli.options import RunPath
 from tn_lens.core.errors import BadInput
 from tn_lens.core.sentences import count
 
-COLUMNS = ("mean_difference", "ci_low", "ci_high", "cohens_d", "p_adjusted", "share", "case", "verdict")
-
 
 def show(
     folder: RunPath,
@@ -23,38 +21,42 @@ def show(
     cards: Annotated[int, typer.Option(min=0, help="Number of cards, strongest neurons first.")] = 3,
 ) -> None:
     """Show the found neurons of a run and their cards, without the model."""
-    import pandas as pd
     from rich.panel import Panel
 
-    from tn_lens.cli.console import frame_table, open_console
-    from tn_lens.neurons import Neuron
-    from tn_lens.results.found import load_run
+    from tn_lens.cli.tables import open_console, table_of
+    from tn_lens.results.listing import read_listing
 
-    found = load_run(folder)
-    card_of = {card.neuron: card for card in found.cards}
-    wanted = [Neuron.from_name(name) for name in _split_names(names or [])]
-    for neuron in wanted:
-        if neuron not in found.neurons:
-            raise BadInput(
-                f"{neuron} is not among the {count(len(found.neurons), 'neuron')} of {folder}; omit the name to list them"
-            )
-        if neuron not in card_of:
-            raise BadInput(
-                f"{neuron} was found, but {folder} has cards only for the strongest {count(len(card_of), 'neuron')}; "
-                "make its card with tn_lens.neuron_card"
-            )
+    wanted = _split_names(names or [])
+    listing = read_listing(folder)
+    # the classes of the results take seconds to import
+    if listing is None or not set(wanted) <= set(listing.cards):
+        from tn_lens.neurons import Neuron
+        from tn_lens.results.found import load_run
+
+        found = load_run(folder)
+        listing = found.listing({})
+        for neuron in map(Neuron.from_name, wanted):
+            if neuron not in found.neurons:
+                raise BadInput(
+                    f"{neuron} is not among the {count(len(found.neurons), 'neuron')} of {folder}; omit the name to list them"
+                )
+            if str(neuron) not in listing.cards:
+                raise BadInput(
+                    f"{neuron} was found, but {folder} has cards only for the strongest "
+                    f"{count(len(listing.cards), 'neuron')}; make its card with tn_lens.neuron_card"
+                )
+        wanted = [str(Neuron.from_name(name)) for name in wanted]
     console = open_console()
     if not wanted:
-        console.print(f"{found.model_name} on {found.questions_name}: {found.selection.summary()}")
-        records = found.records()
-        rows = [{"neuron": str(Neuron.from_dict(r))} | {name: r[name] for name in COLUMNS} for r in records[:top]]
+        console.print(listing.title)
+        rows = listing.rows[:top]
         if rows:
-            console.print(frame_table(pd.DataFrame(rows)))
-        if len(records) > top:
-            verb = "is" if len(records) - top == 1 else "are"
-            console.print(f"{len(records) - top} more {verb} in neurons.json; use --top {len(records)} to show all.")
-    for neuron in wanted or list(card_of)[:cards]:
-        console.print(Panel(card_of[neuron].to_text(), title=str(neuron), title_align="left"))
+            console.print(table_of(list(rows[0]), [list(row.values()) for row in rows]))
+        if n_more := len(listing.rows) - len(rows):
+            verb = "is" if n_more == 1 else "are"
+            console.print(f"{n_more} more {verb} in neurons.json; use --top {len(listing.rows)} to show all.")
+    for name in wanted or list(listing.cards)[:cards]:
+        console.print(Panel(listing.cards[name], title=name, title_align="left"))
 
 
 def _split_names(words: list[str]) -> list[str]:

@@ -18,8 +18,9 @@ from tn_lens.evaluation.diagnosis import Diagnosis
 from tn_lens.evaluation.result import Evaluation
 from tn_lens.evaluation.tuning import Tuning
 from tn_lens.inference.manipulation import ManipulationCheck
-from tn_lens.neurons import NeuronSet
+from tn_lens.neurons import Neuron, NeuronSet
 from tn_lens.results.card import Card, CardFile
+from tn_lens.results.listing import COLUMNS, LISTING, Listing, digest_of
 from tn_lens.runs.seals import read_manifest
 from tn_lens.selection.convergence import ConvergenceCheck
 from tn_lens.selection.result import FEW, Selection
@@ -149,6 +150,16 @@ class TruthNeurons:
         ranked = self.selection.by_strength
         return [record | diagnosed[neuron] for neuron, record in zip(ranked, self.selection.to_records(), strict=True)]
 
+    def listing(self, digests: Mapping[str, str]) -> Listing:
+        """What `tn-lens show` prints, with the digests of the files of the run."""
+        records = self.records()
+        return Listing(
+            title=f"{self.model_name} on {self.questions_name}: {self.selection.summary()}",
+            rows=tuple({"neuron": str(Neuron.from_dict(r))} | {name: r[name] for name in COLUMNS} for r in records),
+            cards={str(card.neuron): card.to_text() for card in self.cards},
+            digests=digests,
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
 
@@ -166,13 +177,21 @@ class TruthNeurons:
         about = {name: self.provenance.settings[name] for name in names}
         about["adaptive_threshold"] = self.selection.adaptive_threshold
         yield "neurons.json", dump_json({**about, "neurons": self.records()})
-        yield "check.safetensors", self.check.to_bytes(".safetensors")
-        yield "selection.json", self.selection.to_bytes(".json")
-        yield "evaluation.safetensors", self.evaluation.to_bytes(".safetensors")
-        yield "diagnosis.safetensors", self.diagnosis.to_bytes(".safetensors")
-        yield "cards.json", CardFile(cards=self.cards).to_bytes(".json")
         rest = _Rest(**{f.name: getattr(self, f.name) for f in fields(_Rest)})
-        yield "result.json", rest.to_bytes(".json")
+        results: dict[str, Stored] = {
+            "check.safetensors": self.check,
+            "selection.json": self.selection,
+            "evaluation.safetensors": self.evaluation,
+            "diagnosis.safetensors": self.diagnosis,
+            "cards.json": CardFile(cards=self.cards),
+            "result.json": rest,
+        }
+        digests: dict[str, str] = {}
+        for name, result in results.items():
+            content = result.to_bytes(Path(name).suffix)
+            digests[name] = digest_of(content)
+            yield name, content
+        yield LISTING, self.listing(digests).to_bytes(".json")
         # last, so that a folder with this file contains all the others
         yield "summary.json", dump_json(self._numbers())
 

@@ -37,6 +37,7 @@ RESULT_FILES = (
     "evaluation.safetensors",
     "diagnosis.safetensors",
     "cards.json",
+    "listing.json",
     "selection.json",
     "neurons.json",
     "prompts.json",
