@@ -9,7 +9,7 @@ have to ask every prompt twice. The probabilities are asserted to be equal first
 other on the prompts of one repetition. Writes evaluation.json.
 
 With --completions, the completions of 100 common facts are asked of SmolLM2 in its four conditions and ten repetitions instead, and
-compared with every prompt as a row of its own.
+compared with running every prompt as a separate row.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def run(path: Path, client: NotebookClient | None = None) -> Any:
     Args:
         path: the notebook.
         client: executes the notebook in a kernel that stays alive for others, which saves the imports. The variables of
-            earlier notebooks are removed. By default, the notebook has a kernel of its own.
+            earlier notebooks are removed. By default, a new kernel is started.
     """
     notebook = nbformat.read(path, as_version=4)
     if client is None:

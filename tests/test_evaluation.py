@@ -158,7 +158,7 @@ def test_every_beginning_is_run_once() -> None:
     (grove,) = groves(prompts)
     (tree,) = grove.trees
     assert len(tree) == 1 + sum(len(template) - 1 for template in templates) + 2 * 18
-    # a prompt that another one continues keeps a last position of its own
+    # the last position of a prompt is not shared with a longer prompt
     (tree,) = groves((replace(prompt(0, 0), token_ids=(1, 2)), replace(prompt(1, 0), token_ids=(1, 2, 3))))[0].trees
     assert [column.token for column in tree.columns] == [1, 2, 3, 2]
     assert tree.visible.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]

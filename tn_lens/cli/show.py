@@ -35,7 +35,8 @@ def show(
 
         found = load_run(folder)
         listing = found.listing({})
-        for neuron in map(Neuron.from_name, wanted):
+        neurons = [Neuron.from_name(name) for name in wanted]
+        for neuron in neurons:
             if neuron not in found.neurons:
                 raise BadInput(
                     f"{neuron} is not among the {count(len(found.neurons), 'neuron')} of {folder}; omit the name to list them"
@@ -45,7 +46,7 @@ def show(
                     f"{neuron} was found, but {folder} has cards only for the strongest "
                     f"{count(len(listing.cards), 'neuron')}; make its card with tn_lens.neuron_card"
                 )
-        wanted = [str(Neuron.from_name(name)) for name in wanted]
+        wanted = [str(neuron) for neuron in neurons]
     console = open_console()
     if not wanted:
         console.print(listing.title)

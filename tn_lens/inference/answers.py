@@ -156,10 +156,11 @@ def ask_each(model: Model, askings: Sequence[Asking], *, name: str = "answers") 
     for (_, _, is_whole), members in alike.items():
         prompts, intervention = askings[members[0]].prompts, askings[members[0]].intervention
         parts = (prompts,) if is_whole else asked_chunks(model, prompts)
+        size = asked_chunk_size(model, prompts)
         for part in parts:
             key = chunk_key(part)
             # as many sets together as prompts in a chunk allow
-            n_sets = max(1, asked_chunk_size(model, prompts) // max(len(part), 1))
+            n_sets = max(1, size // max(len(part), 1))
             for first in range(0, len(members), n_sets):
                 together = members[first : first + n_sets]
                 acting = [askings[index].neurons for index in together]

@@ -1,7 +1,7 @@
 """Prompts as trees: common beginnings are run once.
 
 The prompts of a tree are one row of tokens, in which a column that several prompts share appears once and every column attends
-only to the beginning of its own prompt. Nothing is padded inside a tree. A long beginning that several trees share is run
+only to the tokens before it in its prompts. Nothing is padded inside a tree. A long beginning that several trees share is run
 before them, and they continue its keys and values.
 """
 
@@ -165,7 +165,7 @@ class _Planner:
         if len(whole.trees) == 1 or not n_shared:
             return whole.n_tokens + self.pass_tokens, whole
         continued = Grove(self.paths[rows[0]][:n_shared], self._trees(rows, n_shared))
-        # the prefix needs a pass of its own
+        # the prefix needs a separate pass
         costs = [whole.n_tokens + self.pass_tokens, continued.n_tokens + 2 * self.pass_tokens]
         return min(zip(costs, (whole, continued), strict=True), key=lambda pair: pair[0])
 

@@ -192,9 +192,9 @@ class Hooked(Backend):
         model, cfg = self.model, self.model.cfg
         windows = {"global": None, "local": cfg.window_size}
         allowed = {kind: rows.allowed(windows[kind]) for kind in {block.attn.attn_type for block in model.blocks}}
-        replacements = [*cached_norms(model.blocks)]
+        replacements, key_positions = [*cached_norms(model.blocks)], rows.key_positions
         for block in model.blocks:
-            replacements += packed_attention(block.attn, allowed[block.attn.attn_type], rows.key_positions)
+            replacements += packed_attention(block.attn, allowed[block.attn.attn_type], key_positions)
         if cfg.positional_embedding_type == "standard":
             replacements.append((model.pos_embed, "forward", lambda *_, **__: model.pos_embed.W_pos[rows.positions]))
         with replace_methods(replacements):

@@ -75,7 +75,7 @@ def block_inputs(blocks: Iterable[nn.Module]) -> Iterator[list[Float[Tensor, "pr
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Rows in which every column attends to the columns of its own prompt only."""
+    """Rows of several prompts each, in which a column attends only to the columns of the same prompts."""
 
     tokens: Int[Tensor, "row column"]
     positions: Int[Tensor, "row column"]
